@@ -1,0 +1,1 @@
+"""Train students from a teacher cache, without the teacher."""

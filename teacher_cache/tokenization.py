@@ -1,0 +1,184 @@
+"""Chat templates, and conversations as token ids.
+
+A conversation becomes *segments*: the prompt text before each answer, and the answers. Prompt segments are tokenised
+once, with the special token before them as context, so that the ids equal those of the whole string tokenised at
+once; answers are ids that a model produced, or an original answer tokenised behind its prompt. One image is one
+placeholder here; only a model expands it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from teacher_cache.conversations import IMAGE_TAG, Conversation
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation is written down.
+
+    ``first`` opens the text (after ``bos``), ``user`` and ``assistant`` stand around each question; an answer is
+    ``answer_space + text + end``, and ``separator`` follows it before the next question. ``end`` is the
+    end-of-answer token: supervised, and the one at which generation stops.
+    """
+
+    name: str
+    first: str
+    user: str
+    assistant: str
+    answer_space: str
+    end: str
+    separator: str = ""
+    bos: bool = True
+
+
+_VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+TEMPLATES: dict[str, Template] = {
+    # LLaVA-1.5's conv_vicuna_v1: seps " " and "</s>", "USER: {q} ASSISTANT: {a}</s>USER: …".
+    "vicuna_v1": Template("vicuna_v1", _VICUNA_SYSTEM, "USER: ", " ASSISTANT:", " ", "</s>"),
+    # vicuna_v1 without the system prompt: what the tiny world trains with.
+    "tiny": Template("tiny", "", "USER: ", " ASSISTANT:", " ", "</s>"),
+    # LLaVA's pre-training: the image, then the caption.
+    "plain": Template("plain", "", "", "\n", "", "</s>"),
+    # Qwen1.5/Qwen2.5 and other ChatML models; no bos token.
+    "chatml": Template(
+        "chatml",
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        "<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+        "",
+        "<|im_end|>",
+        "\n",
+        bos=False,
+    ),
+}
+
+
+class TemplateError(ValueError):
+    """A template that does not exist, or that the tokenizer cannot write token by token."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The token ids before and between the answers of one conversation: ``segments[t]`` stands before answer t."""
+
+    sample_id: str
+    segments: tuple[Ids, ...]
+
+    def before(self, turn: int, answers: Sequence[Ids]) -> Ids:
+        """The ids the model reads to give answer ``turn``, after the ``answers`` already given."""
+        ids: list[int] = []
+        for t in range(turn):
+            ids += [*self.segments[t], *answers[t]]
+        return (*ids, *self.segments[turn])
+
+
+@dataclass(frozen=True)
+class TokenizedSample:
+    """A whole conversation.
+
+    input_ids: (T,) int64, one placeholder for the image · loss_mask: (T,) bool, true at answer tokens, the
+    end-of-answer token included. The mask names the *answer tokens*; which position predicts them is the teacher's
+    business (``teacher.row_positions``).
+    """
+
+    sample_id: str
+    input_ids: npt.NDArray[np.int64]
+    loss_mask: npt.NDArray[np.bool_]
+
+    @property
+    def rows(self) -> int:
+        """R: the number of answer tokens."""
+        return int(self.loss_mask.sum())
+
+
+def template_by_name(name: str) -> Template:
+    if name not in TEMPLATES:
+        raise TemplateError(f"teacher.template: no template {name!r}; there are {', '.join(sorted(TEMPLATES))}")
+    return TEMPLATES[name]
+
+
+def image_token_id(tokenizer: Any) -> int:
+    """The id of ``<image>`` in this tokenizer, which must know it as a single token."""
+    ids = tokenizer(IMAGE_TAG, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise TemplateError(
+            f"the tokenizer writes {IMAGE_TAG} as {len(ids)} tokens, expected 1: "
+            "use a LLaVA checkpoint's tokenizer, or add the token and resize the embeddings"
+        )
+    return int(ids[0])
+
+
+def end_token_id(tokenizer: Any, template: Template) -> int:
+    """The id of the template's end-of-answer token, which must be one token."""
+    ids = tokenizer(template.end, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise TemplateError(
+            f"template {template.name} ends an answer with {template.end!r}, which this tokenizer writes as "
+            f"{len(ids)} tokens, expected 1: choose the template the model was trained with"
+        )
+    return int(ids[0])
+
+
+def tokenize_prompt(conversation: Conversation, template: Template, tokenizer: Any) -> Prompt:
+    """The prompt segments of ``conversation``; no answer is read."""
+    segments = []
+    for turn, question in enumerate(conversation.questions):
+        tag = f"{IMAGE_TAG}\n" if conversation.image is not None and turn == 0 else ""
+        text = template.user + tag + question + template.assistant
+        if turn == 0:
+            bos = (int(tokenizer.bos_token_id),) if template.bos else ()
+            segments.append((*bos, *_ids(tokenizer, template.first + text)))
+        else:
+            segments.append(_after(tokenizer, template.end, template.separator + text, template))
+    return Prompt(conversation.sample_id, tuple(segments))
+
+
+def tokenize_answer(answer: str, template: Template, tokenizer: Any) -> Ids:
+    """An original answer as ids, as it is tokenised behind ``… ASSISTANT:``, the end-of-answer token included."""
+    return _after(tokenizer, template.assistant, template.answer_space + answer.strip() + template.end, template)
+
+
+def assemble(prompt: Prompt, answers: Sequence[Ids]) -> TokenizedSample:
+    """Prompt segments and answers in turn, with the mask that marks the answers."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    for segment, answer in zip(prompt.segments, answers, strict=True):
+        ids += [*segment, *answer]
+        mask += [False] * len(segment) + [True] * len(answer)
+    return TokenizedSample(prompt.sample_id, np.asarray(ids, np.int64), np.asarray(mask, np.bool_))
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A digest of the vocabulary and special tokens: equal exactly where token ids mean the same text."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    special = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    text = json.dumps([vocabulary, special], ensure_ascii=True, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _ids(tokenizer: Any, text: str) -> Ids:
+    return tuple(int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _after(tokenizer: Any, context: str, text: str, template: Template) -> Ids:
+    """The ids of ``text`` when it stands behind ``context``."""
+    before, whole = _ids(tokenizer, context), _ids(tokenizer, context + text)
+    if whole[: len(before)] != before:
+        raise TemplateError(
+            f"template {template.name}: this tokenizer merges {context!r} with the text behind it ({text[:30]!r}), "
+            "so an answer has no token boundary of its own; use the template the model was trained with"
+        )
+    return whole[len(before) :]
