@@ -1,0 +1,215 @@
+"""Files of a cache, in a local folder or behind any fsspec URL, with the two ways to commit.
+
+Local: a folder is written under a temporary name, fsynced and renamed; it exists complete or not at all. Object
+stores cannot rename: there the folder's last object is its commit mark, and a folder without the mark does not exist
+for any reader. Both ways write the mark last, so one rule ("no index.parquet, no shard") serves both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+Parts = Iterable[bytes | memoryview]
+T = TypeVar("T")
+_TRIES = 5
+_FIRST_WAIT_SECONDS = 0.2
+
+
+class StorageError(OSError):
+    """The disk or the object store refused; what was committed before stands."""
+
+
+class Storage:
+    """A cache's root folder. Names are relative, with ``/``."""
+
+    def __init__(self, url: str | Path, options: Mapping[str, Any] | None = None) -> None:
+        self.url = str(url).rstrip("/")
+        self._options = dict(options or {})
+        self._fs, self._root = fsspec.core.url_to_fs(self.url, **self._options)
+        self.local: Path | None = Path(self._root) if "file" in _protocols(self._fs) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["url"], state["options"])  # type: ignore[misc]
+
+    def path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        if self.local is not None:
+            return (self.local / name).exists()
+        return bool(self._retry("look for", name, lambda: self._fs.exists(self.path(name))))
+
+    def read(self, name: str) -> bytes:
+        """The whole file; ``FileNotFoundError`` when there is none."""
+        if self.local is not None:
+            return (self.local / name).read_bytes()
+        return bytes(self._retry("read", name, lambda: self._fs.cat_file(self.path(name))))
+
+    def size(self, name: str) -> int:
+        if self.local is not None:
+            return (self.local / name).stat().st_size
+        return int(self._retry("look up", name, lambda: self._fs.info(self.path(name)))["size"])
+
+    def names(self, folder: str) -> list[str]:
+        """Entries of ``folder`` (last part of the name), sorted; none when it does not exist."""
+        if self.local is not None:
+            path = self.local / folder
+            return sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+        self._fs.invalidate_cache()
+        with contextlib.suppress(FileNotFoundError):
+            entries = self._retry("list", folder, lambda: self._fs.ls(self.path(folder), detail=False))
+            return sorted({str(e).rstrip("/").rsplit("/", 1)[-1] for e in entries})
+        return []
+
+    def write(self, name: str, parts: Parts) -> None:
+        """Write one file so that it is either the old one or the new one, never half of it."""
+        if self.local is None:
+            data = b"".join(bytes(p) for p in parts)
+            self._retry("write", name, lambda: self._fs.pipe_file(self.path(name), data))
+            return
+        target = self.local / name
+        with _explained("write", str(target)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+            try:
+                _write_file(temporary, parts)
+                temporary.replace(target)
+                _sync_folder(target.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def commit_folder(self, folder: str, files: Mapping[str, Parts], mark: str) -> None:
+        """Write ``files`` (relative names) as ``folder``; the folder is there when ``mark``, written last, is."""
+        ordered = [*(n for n in files if n != mark), mark]
+        if self.local is None:
+            for name in ordered:
+                self.write(f"{folder}/{name}", files[name])
+            return
+        target = self.local / folder
+        temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+        with _explained("write", str(target)):
+            try:
+                self.remove_unfinished(folder)
+                for name in ordered:
+                    path = temporary / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    _write_file(path, files[name])
+                for inner in {(temporary / name).parent for name in ordered}:
+                    _sync_folder(inner)
+                if target.exists():  # a folder that is redone: out of sight first, then away
+                    old = target.with_name(f".{target.name}.tmp-old-{os.getpid()}")
+                    target.rename(old)
+                    shutil.rmtree(old)
+                temporary.rename(target)
+                _sync_folder(target.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def remove_unfinished(self, folder: str) -> None:
+        """Delete what a killed process left of ``folder``; nothing that was committed."""
+        if self.local is None:
+            return
+        target = self.local / folder
+        for left in target.parent.glob(f".{target.name}.tmp-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def remove(self, folder: str, mark: str) -> None:
+        """Delete a committed folder, its mark first."""
+        if self.local is not None:
+            shutil.rmtree(self.local / folder, ignore_errors=True)
+            return
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self.path(f"{folder}/{mark}"))
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm(self.path(folder), recursive=True)
+
+    def download(self, name: str, target: Path) -> None:
+        """Copy a remote file to ``target``, which appears complete or not at all."""
+        temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}-{random.getrandbits(32):08x}")
+        with _explained("write", str(target)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._retry("read", name, lambda: self._fs.get_file(self.path(name), str(temporary)))
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def free_bytes(self) -> int | None:
+        """Free space where the cache lies; None for an object store."""
+        if self.local is None:
+            return None
+        folder = self.local
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+    def _retry(self, verb: str, name: str, call: Callable[[], T]) -> T:
+        """``call`` again after passing faults, with growing waits; what is final is raised at once."""
+        wait = _FIRST_WAIT_SECONDS
+        for attempt in range(1, _TRIES + 1):
+            try:
+                return call()
+            except (FileNotFoundError, PermissionError):
+                raise
+            except (OSError, TimeoutError) as error:
+                if attempt == _TRIES:
+                    raise StorageError(
+                        f"{self.url}/{name}: could not {verb} it in {_TRIES} tries ({error}). Committed shards stand; "
+                        "run the same command again to go on."
+                    ) from error
+                time.sleep(wait * (1 + random.random()))
+                wait *= 2
+        raise AssertionError("unreachable")
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _write_file(path: Path, parts: Parts) -> None:
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _explained(verb: str, where: str) -> Any:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        advice = {
+            errno.ENOSPC: "The disk is full: free space (teacher-cache plan says how much is needed)",
+            errno.EDQUOT: "The quota is used up: free space or move the cache",
+            errno.EACCES: "No permission to write here: change it or set another output",
+            errno.EROFS: "The file system is read-only: set another output",
+        }.get(error.errno or 0, "")
+        raise StorageError(
+            error.errno,
+            f"{where}: could not {verb} it ({error.strerror or error}). {advice or 'See the error above'}, "
+            "then run the same command again: committed shards stand",
+        ) from error

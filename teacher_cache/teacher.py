@@ -1,0 +1,181 @@
+"""What a teacher can do (a Protocol), and the row rule: the one place where the shift is done.
+
+The state at position p of a causal language model gives the distribution of token p + 1. Row r of the cache is the
+distribution and the state for *answer token r*, so it is taken one position before that token, in the sequence whose
+image placeholder is expanded to N image positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image as PillowImage
+
+from teacher_cache.records import TeacherShape
+from teacher_cache.tokenization import Ids, TokenizedSample
+
+
+@dataclass(frozen=True)
+class TeacherDescription:
+    """Who the teacher is; all of it stands in the manifest and enters the fingerprint."""
+
+    model: str
+    weights: str
+    """A digest of the checkpoint's configuration and weight files."""
+    tokenizer: str
+    shape: TeacherShape
+    layers: int
+    dtype: str
+    image_token: int
+    end_token: int
+    image_processing: str
+    """A digest of the image preprocessing: size, crop, mean, std, pad or crop."""
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """One turn to answer. ``input_ids`` with one placeholder for ``image``; ``seed`` only where it is sampled.
+
+    With ``capture`` a one-pass teacher returns the states of the whole sequence beside the answer.
+    """
+
+    sample_id: str
+    turn: int
+    input_ids: Ids
+    image: PillowImage.Image | None
+    seed: int
+    capture: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the teacher said: the ids it produced, the end token included when ``finish_reason`` is ``stop``.
+
+    ``hidden``: (S, d) final-layer states after the final norm of all positions of the expanded sequence but the
+    last token's, for requests with ``capture``.
+    """
+
+    token_ids: Ids
+    finish_reason: str
+    hidden: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    sample: TokenizedSample
+    image: PillowImage.Image | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which states a scoring pass must hand out beside the rows'."""
+
+    text: bool = False
+    visual: bool = False
+    second_last: bool = False
+    attention: bool = False
+
+
+@dataclass(frozen=True)
+class SampleStates:
+    """The teacher's states for one sample, after the final norm, on the teacher's device in its dtype.
+
+    rows (R, d) · text (P, d) · visual (N, d) · *_second_last likewise, before the last layer and not normed ·
+    attention (R, N), last layer, mean over heads. What was not wanted, or does not exist (no image), is None.
+    """
+
+    rows: torch.Tensor
+    text: torch.Tensor | None = None
+    visual: torch.Tensor | None = None
+    rows_second_last: torch.Tensor | None = None
+    text_second_last: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
+
+
+class TeacherError(RuntimeError):
+    """A teacher that cannot be loaded, or does not fit the data; says what to set."""
+
+
+class Teacher(Protocol):
+    """A model that answers and scores. Implementations: ``teacher_torch``, ``teacher_vllm``."""
+
+    @property
+    def description(self) -> TeacherDescription: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether :meth:`answer` honours ``capture``."""
+        ...
+
+    def answer(self, requests: Sequence[AnswerRequest]) -> list[Answer]:
+        """The answers, in the order of the requests."""
+        ...
+
+    def score(self, requests: Sequence[ScoreRequest], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
+        """Teacher-forced states, batch by batch: (indices into ``requests``, their states), each index once."""
+        ...
+
+    def head(self) -> torch.Tensor:
+        """(V, d) the output projection: logits = hidden @ head.T."""
+        ...
+
+    def close(self) -> None:
+        """Free the device."""
+        ...
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Positions of one sample in its expanded sequence: rows (R,), text (P,), visual (N,) int64."""
+
+    rows: npt.NDArray[np.int64]
+    text: npt.NDArray[np.int64]
+    visual: npt.NDArray[np.int64]
+    length: int
+
+
+def row_positions(sample: TokenizedSample, image_token: int, image_tokens: int) -> Positions:
+    """Where the states of ``sample`` stand once its placeholder is ``image_tokens`` positions: the row rule."""
+    is_image = sample.input_ids == image_token
+    width = np.where(is_image, image_tokens, 1)
+    start = np.cumsum(width) - width
+    length = int(width.sum())
+    answers = start[sample.loss_mask]
+    assert not len(answers) or answers[0] > 0, "an answer token needs a position before it"
+    text = start[~is_image]
+    visual = (start[is_image][:, None] + np.arange(image_tokens)).reshape(-1)
+    return Positions(answers - 1, text[text < length - 1], visual, length)
+
+
+def expand(input_ids: npt.NDArray[np.int64], image_token: int, image_tokens: int) -> npt.NDArray[np.int64]:
+    """``input_ids`` with each placeholder repeated ``image_tokens`` times, as the model reads them."""
+    return np.repeat(input_ids, np.where(input_ids == image_token, image_tokens, 1))
+
+
+def pick(
+    positions: Positions,
+    wanted: Wanted,
+    hidden: torch.Tensor,
+    second_last: torch.Tensor | None = None,
+    attention: torch.Tensor | None = None,
+) -> SampleStates:
+    """The states at ``positions`` out of ``hidden`` (S, d), ``second_last`` (S, d), ``attention`` (S, S)."""
+    rows = torch.as_tensor(positions.rows, device=hidden.device)
+    text = torch.as_tensor(positions.text, device=hidden.device)
+    visual = torch.as_tensor(positions.visual, device=hidden.device)
+    return SampleStates(
+        rows=hidden[rows],
+        text=hidden[text] if wanted.text else None,
+        visual=hidden[visual] if wanted.visual and len(visual) else None,
+        rows_second_last=second_last[rows] if second_last is not None else None,
+        text_second_last=second_last[text] if second_last is not None and wanted.text else None,
+        attention=attention[rows][:, visual] if attention is not None and len(visual) else None,
+    )
