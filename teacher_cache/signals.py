@@ -104,7 +104,9 @@ class Extractor:
         if not signals.sampled:
             arrays = self._topk(rows, min(signals.top_k, self.shape.vocabulary))
             return _stored_ids(arrays, self.shape)
-        uniform = torch.cat([_uniform(self.seed, i, n, signals.sampled) for i, n in zip(sample_ids, counts, strict=True)])
+        uniform = torch.cat(
+            [_uniform(self.seed, i, n, signals.sampled) for i, n in zip(sample_ids, counts, strict=True)]
+        )
         parts = []
         for number, logits in enumerate(self._logits(rows)):
             part = row_signals(logits, min(signals.top_k, self.shape.vocabulary), signals.temperatures)

@@ -310,10 +310,19 @@ def checkpoint_digest(model: str, model_config: Any) -> str:
     return digest.hexdigest()
 
 
-_PROCESSING = (
-    "size crop_size do_resize do_center_crop do_rescale do_normalize do_convert_rgb rescale_factor image_mean "
-    "image_std resample"
-).split()
+_PROCESSING = [
+    "size",
+    "crop_size",
+    "do_resize",
+    "do_center_crop",
+    "do_rescale",
+    "do_normalize",
+    "do_convert_rgb",
+    "rescale_factor",
+    "image_mean",
+    "image_std",
+    "resample",
+]
 
 
 def _processing(image_processor: Any) -> dict[str, Any]:

@@ -76,13 +76,19 @@ class Prompt:
 
     sample_id: str
     segments: tuple[Ids, ...]
+    end: int
 
     def before(self, turn: int, answers: Sequence[Ids]) -> Ids:
         """The ids the model reads to give answer ``turn``, after the ``answers`` already given."""
         ids: list[int] = []
         for t in range(turn):
-            ids += [*self.segments[t], *answers[t]]
+            ids += [*self.segments[t], *answers[t], *self.close(answers[t])]
         return (*ids, *self.segments[turn])
+
+    def close(self, answer: Ids) -> Ids:
+        """The end token that an answer cut off by ``max_new_tokens`` lacks. A later question needs it before it, but
+        it is nobody's answer, so it is never supervised."""
+        return () if answer and answer[-1] == self.end else (self.end,)
 
 
 @dataclass(frozen=True)
@@ -143,21 +149,23 @@ def tokenize_prompt(conversation: Conversation, template: Template, tokenizer: A
             segments.append((*bos, *_ids(tokenizer, template.first + text)))
         else:
             segments.append(_after(tokenizer, template.end, template.separator + text, template))
-    return Prompt(conversation.sample_id, tuple(segments))
+    return Prompt(conversation.sample_id, tuple(segments), end_token_id(tokenizer, template))
 
 
 def tokenize_answer(answer: str, template: Template, tokenizer: Any) -> Ids:
     """An original answer as ids, as it is tokenised behind ``… ASSISTANT:``, the end-of-answer token included."""
-    return _after(tokenizer, template.assistant, template.answer_space + answer.strip() + template.end, template)
+    text = template.answer_space + answer.strip() if answer.strip() else ""
+    return _after(tokenizer, template.assistant, text + template.end, template)
 
 
 def assemble(prompt: Prompt, answers: Sequence[Ids]) -> TokenizedSample:
     """Prompt segments and answers in turn, with the mask that marks the answers."""
     ids: list[int] = []
     mask: list[bool] = []
-    for segment, answer in zip(prompt.segments, answers, strict=True):
-        ids += [*segment, *answer]
-        mask += [False] * len(segment) + [True] * len(answer)
+    for turn, (segment, answer) in enumerate(zip(prompt.segments, answers, strict=True)):
+        close = prompt.close(answer) if turn + 1 < len(answers) else ()
+        ids += [*segment, *answer, *close]
+        mask += [False] * len(segment) + [True] * len(answer) + [False] * len(close)
     return TokenizedSample(prompt.sample_id, np.asarray(ids, np.int64), np.asarray(mask, np.bool_))
 
 

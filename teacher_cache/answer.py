@@ -1,0 +1,185 @@
+"""Answering: the teacher writes the answers of a shard's conversations anew, turn by turn, and they are kept.
+
+What is kept are the token ids the model produced, never text tokenised again. A shard's answers are one Parquet
+file, written complete or not at all, so a killed run answers at most one shard twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image as PillowImage
+
+from teacher_cache.conversations import Conversation
+from teacher_cache.manifest import CacheError, Manifest, digest
+from teacher_cache.storage import Storage
+from teacher_cache.teacher import AnswerRequest, Teacher
+from teacher_cache.tokenization import Ids, Prompt, Template, tokenize_answer
+from teacher_cache.writer import answers_name
+
+_KEY = b"teacher_cache"
+
+
+@dataclass
+class AnsweredSample:
+    """The answers of one conversation: ids, why each ended (``stop``, ``length``, ``original``) and who gave them.
+
+    ``hidden`` (S, d): states of the whole expanded sequence but its last token, from a one-pass teacher.
+    """
+
+    sample_id: str
+    answers: list[Ids]
+    finish_reasons: list[str]
+    source: str
+    hidden: torch.Tensor | None = None
+
+
+def answer_conversations(
+    teacher: Teacher,
+    conversations: Sequence[Conversation],
+    prompts: Sequence[Prompt],
+    images: Sequence[PillowImage.Image | None],
+    template: Template,
+    *,
+    history: str,
+    seed: int,
+    capture: bool,
+    max_length: int,
+) -> list[AnsweredSample]:
+    """Answers for each conversation, in order; those that keep their original answers are only tokenised.
+
+    Turn t of all conversations is one batch, so that conversations of different length keep the device full.
+    ``history`` says whose earlier answers stand before a later question: the teacher's own or the original ones.
+    With ``capture`` a one-pass teacher hands out the states of the whole conversation with its last answer. A
+    conversation that outgrows ``max_length`` tokens is answered no further: it has fewer answers than questions.
+    """
+    extra = teacher.description.shape.image_tokens - 1
+    originals = [
+        [tokenize_answer(a, template, teacher.tokenizer) for a in c.answers]
+        if not c.regenerate or history == "original"
+        else []
+        for c in conversations
+    ]
+    samples = [
+        AnsweredSample(c.sample_id, [], [], "teacher")
+        if c.regenerate
+        else AnsweredSample(c.sample_id, original, ["original"] * len(original), "original")
+        for c, original in zip(conversations, originals, strict=True)
+    ]
+    for turn in range(max((len(c.questions) for c in conversations), default=0)):
+        places, requests = [], []
+        for i, conversation in enumerate(conversations):
+            if not conversation.regenerate or not len(samples[i].answers) == turn < len(conversation.questions):
+                continue
+            before = originals[i] if history == "original" else samples[i].answers
+            ids = prompts[i].before(turn, before)
+            if len(ids) + (extra if images[i] is not None else 0) >= max_length:
+                continue
+            places.append(i)
+            last = turn + 1 == len(conversations[i].questions)
+            requests.append(
+                AnswerRequest(
+                    conversations[i].sample_id,
+                    turn,
+                    ids,
+                    images[i],
+                    answer_seed(seed, conversations[i].sample_id, turn),
+                    capture=capture and last and history == "teacher",
+                )
+            )
+        for i, answer in zip(places, teacher.answer(requests), strict=True):
+            samples[i].answers.append(answer.token_ids)
+            samples[i].finish_reasons.append(answer.finish_reason)
+            samples[i].hidden = answer.hidden
+    return samples
+
+
+def answer_seed(seed: int, sample_id: str, turn: int) -> int:
+    """A seed of its own for every answer, so that no answer depends on its batch or on a resume."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{sample_id}:{turn}".encode()).digest()[:4], "little")
+
+
+def answers_fingerprint(manifest: Manifest) -> str:
+    """Answers depend on teacher, data, generation and shard layout, not on the signals that are stored beside them."""
+    return digest([manifest.teacher, manifest.data, manifest.generation, manifest.layout["shard_samples"]])
+
+
+def write_answers(
+    storage: Storage, manifest: Manifest, number: int, samples: Sequence[AnsweredSample], tokenizer: Any
+) -> None:
+    """``answers/part-{number:05d}.parquet``: a line per answer."""
+    lines = [
+        {
+            "sample_id": sample.sample_id,
+            "turn": turn,
+            "token_ids": list(ids),
+            "text": answer_text(tokenizer, ids),
+            "finish_reason": reason,
+            "source": sample.source,
+        }
+        for sample in samples
+        for turn, (ids, reason) in enumerate(zip(sample.answers, sample.finish_reasons, strict=True))
+    ]
+    metadata = json.dumps({"fingerprint": answers_fingerprint(manifest)}).encode()
+    table = pa.Table.from_pylist(lines, schema=_SCHEMA.with_metadata({_KEY: metadata}))
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    storage.write(answers_name(number), [sink.getvalue()])
+
+
+def read_answers(storage: Storage, manifest: Manifest, number: int) -> dict[str, AnsweredSample] | None:
+    """The shard's answers by sample_id, or None when they are not there yet.
+
+    Raises
+    ------
+    CacheError
+        They were made with another teacher, other data or other generation settings, or the file is damaged.
+    """
+    name = answers_name(number)
+    if not storage.exists(name):
+        return None
+    data = storage.read(name)
+    try:
+        metadata = json.loads(pq.read_metadata(io.BytesIO(data)).metadata[_KEY])
+        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+    except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
+        raise CacheError(
+            f"{storage.url}/{name}: damaged ({error}). Delete it and build again: its shard is answered anew"
+        ) from error
+    if metadata["fingerprint"] != answers_fingerprint(manifest):
+        raise CacheError(
+            f"{storage.url}/{name}: answers of another teacher, other data or other generation settings "
+            f"(fingerprint {metadata['fingerprint'][:12]}, expected {answers_fingerprint(manifest)[:12]}). "
+            "Delete the folder answers/ to answer anew, or choose another output"
+        )
+    samples: dict[str, AnsweredSample] = {}
+    for line in table.to_pylist():
+        sample = samples.setdefault(line["sample_id"], AnsweredSample(line["sample_id"], [], [], line["source"]))
+        sample.answers.append(tuple(line["token_ids"]))
+        sample.finish_reasons.append(line["finish_reason"])
+    return samples
+
+
+def answer_text(tokenizer: Any, ids: Ids) -> str:
+    """What the ids say, without special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("turn", pa.int32()),
+        ("token_ids", pa.list_(pa.uint32())),
+        ("text", pa.string()),
+        ("finish_reason", pa.string()),
+        ("source", pa.string()),
+    ]
+)

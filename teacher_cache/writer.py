@@ -1,0 +1,296 @@
+"""Writing a cache: one shard at a time, complete or not at all, then the ledger and the manifest's last word."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from teacher_cache.arrays import ArrayLayout, chunk_rows_for, data_file, group_metadata, shard_bytes, zarr_metadata
+from teacher_cache.conversations import Skipped
+from teacher_cache.manifest import FORMAT_VERSION, CacheError, Manifest, write_manifest
+from teacher_cache.records import Array, ArraySpec, TeacherRecord, line_counts
+from teacher_cache.storage import Parts, Storage
+
+INDEX = "index.parquet"
+LEDGER = "shards.parquet"
+SKIPPED = "skipped.jsonl"
+HEAD = "head.safetensors"
+SCALES = "scales.safetensors"
+BLOCK_BYTES = 1 << 20
+"""Files are checksummed in blocks of this size, so that a reader checks what it touches and no more."""
+_METADATA_KEY = b"teacher_cache"
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """Size and CRC-32C of each block of one file."""
+
+    bytes: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ImagePlace:
+    """Where an image's line stands: ``images/{shard:05d}``, line ``row``; (−1, −1) where there is none."""
+
+    shard: int = -1
+    row: int = -1
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One line of the ledger ``shards.parquet``."""
+
+    shard: int
+    samples: int
+    skipped: int
+    rows: int
+    tokens: int
+    positions: int
+    images: int
+    bytes: int
+    index_sha256: str
+    images_sha256: str
+    answers_sha256: str
+
+
+def shard_name(number: int) -> str:
+    return f"shards/{number:05d}"
+
+
+def images_name(number: int) -> str:
+    return f"images/{number:05d}"
+
+
+def answers_name(number: int) -> str:
+    return f"answers/part-{number:05d}.parquet"
+
+
+def write_shard(
+    storage: Storage,
+    manifest: Manifest,
+    number: int,
+    records: Sequence[TeacherRecord],
+    places: Sequence[ImagePlace],
+    skipped: Sequence[Skipped],
+) -> None:
+    """Commit ``shards/{number:05d}`` with its records in order; an unfinished one from before is replaced."""
+    arrays = {s.name: _concatenate([r.arrays[s.name] for r in records], s) for s in manifest.arrays}
+    files = _array_files(arrays, manifest.arrays, manifest)
+    table = _index_table(records, places, manifest)
+    extra = {"skipped": [dataclasses.asdict(s) for s in skipped], "shard": number}
+    files[INDEX] = _index_bytes(table, files, manifest, extra)
+    storage.commit_folder(shard_name(number), files, INDEX)
+
+
+def write_images(
+    storage: Storage, manifest: Manifest, number: int, images: Sequence[tuple[str, Mapping[str, Array] | None]]
+) -> None:
+    """Commit ``images/{number:05d}``: a line per image, in order; None (unreadable image) becomes zeros, unused."""
+    arrays = {}
+    for spec in manifest.image_arrays:
+        lines = [np.zeros(spec.shape, spec.dtype) if a is None else a[spec.name] for _, a in images]
+        arrays[spec.name] = np.stack(lines) if lines else np.zeros((0, *spec.shape), spec.dtype)
+    files = _array_files(arrays, manifest.image_arrays, manifest)
+    table = pa.table({"image_id": [i for i, _ in images], "present": [a is not None for _, a in images]})
+    files[INDEX] = _index_bytes(table, files, manifest, {"shard": number})
+    storage.commit_folder(images_name(number), files, INDEX)
+
+
+def committed_shards(storage: Storage, manifest: Manifest) -> set[int]:
+    """Numbers of the shards that are complete; a foreign one is refused.
+
+    Raises
+    ------
+    CacheError
+        A shard in the folder was made with other settings than the manifest's.
+    """
+    numbers = {int(name) for name in storage.names("shards") if name.isdigit()}
+    if storage.local is None:  # an object store: the mark decides
+        numbers = {n for n in numbers if storage.exists(f"{shard_name(n)}/{INDEX}")}
+    return {n for n in numbers if n < manifest.planned_shards}
+
+
+def finish(storage: Storage, manifest: Manifest) -> Manifest:
+    """Write ledger, skipped list and the manifest that says ``complete``; every planned shard must be there.
+
+    Raises
+    ------
+    CacheError
+        A shard is missing, foreign, or samples are not accounted for (cached + skipped = input).
+    """
+    missing = sorted(set(range(manifest.planned_shards)) - committed_shards(storage, manifest))
+    if missing:
+        raise CacheError(
+            f"{storage.url}: {len(missing)} of {manifest.planned_shards} shards are missing (first: {missing[0]:05d}). "
+            "Run teacher-cache build with the same configuration to make them"
+        )
+    entries, skipped = [], []
+    for number in range(manifest.planned_shards):
+        entry, reasons = _entry(storage, manifest, number)
+        entries.append(entry)
+        skipped += reasons
+    cached = sum(e.samples for e in entries)
+    if cached + len(skipped) != manifest.planned_samples:
+        raise CacheError(
+            f"{storage.url}: {cached} cached + {len(skipped)} skipped samples, expected {manifest.planned_samples}. "
+            "Run teacher-cache verify to find the shard at fault"
+        )
+    table = pa.Table.from_pylist([dataclasses.asdict(e) for e in entries], schema=_LEDGER_SCHEMA)
+    storage.write(LEDGER, [_parquet(table)])
+    lines = "".join(json.dumps(dataclasses.asdict(s), ensure_ascii=False) + "\n" for s in skipped)
+    storage.write(SKIPPED, [lines.encode()])
+    done = dataclasses.replace(
+        manifest, complete=True, counts=_counts(entries, len(skipped)), files=_side_files(storage)
+    )
+    write_manifest(storage, done)
+    return done
+
+
+def read_file_sums(index: bytes) -> tuple[dict[str, FileSum], dict[str, Any]]:
+    """Checksums of a folder's files, and the rest of the index's metadata, from the bytes of ``index.parquet``."""
+    metadata = json.loads(pq.read_metadata(io.BytesIO(index)).metadata[_METADATA_KEY])
+    sums = {name: FileSum(s["bytes"], tuple(s["blocks"])) for name, s in metadata.pop("files").items()}
+    return sums, metadata
+
+
+def file_sum(parts: Parts) -> FileSum:
+    """Checksums of a file given in parts."""
+    crcs: list[int] = []
+    open_crc, filled, total = 0, 0, 0
+    for part in parts:
+        rest = memoryview(part)
+        total += len(rest)
+        while len(rest):
+            take = min(BLOCK_BYTES - filled, len(rest))
+            open_crc = google_crc32c.extend(open_crc, bytes(rest[:take]))
+            rest, filled = rest[take:], filled + take
+            if filled == BLOCK_BYTES:
+                crcs.append(open_crc)
+                open_crc, filled = 0, 0
+    if filled:
+        crcs.append(open_crc)
+    return FileSum(total, tuple(crcs))
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _entry(storage: Storage, manifest: Manifest, number: int) -> tuple[ShardEntry, list[Skipped]]:
+    index = storage.read(f"{shard_name(number)}/{INDEX}")
+    sums, metadata = read_file_sums(index)
+    if metadata["fingerprint"] != manifest.fingerprint:
+        raise CacheError(
+            f"{storage.url}/{shard_name(number)}: made with other settings (fingerprint {metadata['fingerprint'][:12]}, "
+            f"expected {manifest.fingerprint[:12]}). Delete that shard and run teacher-cache build again"
+        )
+    table = pq.read_table(io.BytesIO(index), columns=["tokens", "rows", "positions"])
+    total = {name: int(np.sum(table[name].to_numpy())) for name in table.column_names}
+    size, images, images_digest = sum(s.bytes for s in sums.values()) + len(index), 0, ""
+    if manifest.image_arrays:
+        images_index = storage.read(f"{images_name(number)}/{INDEX}")
+        images_sums, _ = read_file_sums(images_index)
+        images = pq.read_metadata(io.BytesIO(images_index)).num_rows
+        size += sum(s.bytes for s in images_sums.values()) + len(images_index)
+        images_digest = sha256(images_index)
+    skipped = [Skipped(**s) for s in metadata["skipped"]]
+    answers = answers_name(number)
+    answers_digest = sha256(storage.read(answers)) if storage.exists(answers) else ""
+    entry = ShardEntry(
+        shard=number,
+        samples=table.num_rows,
+        skipped=len(skipped),
+        **total,
+        images=images,
+        bytes=size,
+        index_sha256=sha256(index),
+        images_sha256=images_digest,
+        answers_sha256=answers_digest,
+    )
+    return entry, skipped
+
+
+def _counts(entries: Sequence[ShardEntry], skipped: int) -> dict[str, int]:
+    names = ("samples", "rows", "tokens", "positions", "images", "bytes")
+    return {"skipped": skipped, **{n: sum(getattr(e, n) for e in entries) for n in names}}
+
+
+def _side_files(storage: Storage) -> dict[str, str]:
+    return {name: sha256(storage.read(name)) for name in (LEDGER, SKIPPED, HEAD, SCALES) if storage.exists(name)}
+
+
+_LEDGER_SCHEMA = pa.schema(
+    [(f.name, pa.string() if f.name.endswith("sha256") else pa.int64()) for f in dataclasses.fields(ShardEntry)]
+)
+
+
+def _concatenate(parts: Sequence[Array], spec: ArraySpec) -> Array:
+    for part in parts:
+        assert part.dtype == np.dtype(spec.dtype) and part.shape[1:] == spec.shape, (spec, part.dtype, part.shape)
+    return np.concatenate(parts) if parts else np.zeros((0, *spec.shape), spec.dtype)
+
+
+def _array_files(arrays: Mapping[str, Array], specs: Sequence[ArraySpec], manifest: Manifest) -> dict[str, Parts]:
+    layout_config = manifest.layout
+    files: dict[str, Parts] = {"zarr.json": [group_metadata({"teacher_cache_format": FORMAT_VERSION})]}
+    for spec in specs:
+        array = arrays[spec.name]
+        layout = ArrayLayout(
+            spec.dtype,
+            spec.shape,
+            len(array),
+            chunk_rows_for(spec.line_bytes, len(array), layout_config["chunk_kilobytes"] * 1024),
+            layout_config["compression"] != "none",
+        )
+        names = (spec.axis, *(f"{spec.name}_{axis}" for axis in range(1, 1 + len(spec.shape))))
+        files[f"{spec.name}/zarr.json"] = [zarr_metadata(layout, names)]
+        if len(array):
+            files[f"{spec.name}/{data_file(layout)}"] = shard_bytes(array, layout)
+    return files
+
+
+def _index_table(records: Sequence[TeacherRecord], places: Sequence[ImagePlace], manifest: Manifest) -> pa.Table:
+    counts = [line_counts(r.arrays["input_ids"], r.arrays["loss_mask"], manifest.image_token) for r in records]
+    columns: dict[str, Any] = {
+        "sample_id": pa.array([r.sample_id for r in records], pa.string()),
+        "image_id": pa.array([r.image_id for r in records], pa.string()),
+        "image_shard": pa.array([p.shard for p in places], pa.int32()),
+        "image_row": pa.array([p.row for p in places], pa.int32()),
+    }
+    for axis, plural in (("token", "tokens"), ("row", "rows"), ("position", "positions")):
+        lines = np.array([c[axis] for c in counts], np.int64)  # type: ignore[index]
+        columns[f"{axis}_start"] = np.cumsum(lines) - lines
+        columns[plural] = lines
+    texts = pa.list_(pa.string())
+    for name in ("questions", "answers", "original_answers"):
+        columns[name] = pa.array([list(getattr(r, name)) for r in records], texts)
+    columns["source"] = pa.array([r.source for r in records], pa.string())
+    return pa.table(columns)
+
+
+def _index_bytes(table: pa.Table, files: Mapping[str, Parts], manifest: Manifest, extra: dict[str, Any]) -> list[bytes]:
+    metadata = {
+        "files": {name: dataclasses.asdict(file_sum(parts)) for name, parts in files.items()},
+        "fingerprint": manifest.fingerprint,
+        "format_version": FORMAT_VERSION,
+        **extra,
+    }
+    encoded = json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode()
+    return [_parquet(table.replace_schema_metadata({_METADATA_KEY: encoded}))]
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()
