@@ -113,7 +113,7 @@ def shard_bytes(array: Array, layout: ArrayLayout) -> list[bytes | memoryview]:
     body: list[bytes | memoryview] = []
     index = np.empty((layout.chunks, 2), "<u8")
     if not layout.compressed:
-        body = [memoryview(array.reshape(-1)).cast("B"), b"\0" * (layout.chunks * chunk - array.nbytes)]
+        body = [array.reshape(-1).view(np.uint8).data, b"\0" * (layout.chunks * chunk - array.nbytes)]
         index[:, 0], index[:, 1] = np.arange(layout.chunks, dtype=np.uint64) * chunk, chunk
     else:
         offset = 0

@@ -81,7 +81,7 @@ def _encode_int4(scaled: Any) -> tuple[Any, Any]:
     width = scaled.shape[-1]
     blocks = -(-width // INT4_BLOCK)
     scaled = torch.nn.functional.pad(scaled, (0, blocks * INT4_BLOCK - width))
-    grouped = scaled.unflatten(-1, (blocks, INT4_BLOCK))
+    grouped = scaled.reshape(*scaled.shape[:-1], blocks, INT4_BLOCK)
     step = (grouped.abs().amax(-1) / 7).clamp(min=2**-24).half()
     step = torch.where(step == 0, torch.full_like(step, 2**-24), step)
     codes = ((grouped / step.float().unsqueeze(-1)).round().clamp(-7, 7) + 8).to(torch.uint8).flatten(-2)

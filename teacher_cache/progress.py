@@ -64,9 +64,8 @@ class _Lines:
             line = json.dumps(plain | {"per_second": round(rate, 3), "seconds_left": round(left, 1)} | self._facts)
         else:
             facts = "".join(f"  {k} {_short(v)}" for k, v in self._facts.items())
-            line = (
-                f"{self._name}: {self._done:,}/{self._total:,} {self._unit}  {rate:,.1f}/s  {left:,.0f} s left{facts}"
-            )
+            done = f"{self._done:,}/{self._total:,} {self._unit}"
+            line = f"{self._name}: {done}  {rate:,.1f}/s  {left:,.0f} s left{facts}"
         print(line, file=sys.stderr, flush=True)
 
 

@@ -403,11 +403,11 @@ def scales_to_bytes(scales: dict[str, ChannelScales]) -> bytes:
     """The counterpart of ``reader.scales_from_bytes``."""
     tensors = {}
     for name, fitted in scales.items():
-        for field in dataclasses.fields(fitted):
-            value = getattr(fitted, field.name)
+        for part in dataclasses.fields(fitted):
+            value = getattr(fitted, part.name)
             if value is not None:
-                tensors[f"{name}.{field.name}"] = torch.from_numpy(value)
-    return save_safetensors(tensors)
+                tensors[f"{name}.{part.name}"] = torch.from_numpy(value)
+    return bytes(save_safetensors(tensors))
 
 
 def plan_images(samples: Samples, shard_samples: int) -> dict[str, ImagePlace]:

@@ -192,8 +192,9 @@ def _entry(storage: Storage, manifest: Manifest, number: int) -> tuple[ShardEntr
     sums, metadata = read_file_sums(index)
     if metadata["fingerprint"] != manifest.fingerprint:
         raise CacheError(
-            f"{storage.url}/{shard_name(number)}: made with other settings (fingerprint {metadata['fingerprint'][:12]}, "
-            f"expected {manifest.fingerprint[:12]}). Delete that shard and run teacher-cache build again"
+            f"{storage.url}/{shard_name(number)}: made with other settings (fingerprint "
+            f"{metadata['fingerprint'][:12]}, expected {manifest.fingerprint[:12]}). "
+            "Delete that shard and run teacher-cache build again"
         )
     table = pq.read_table(io.BytesIO(index), columns=["tokens", "rows", "positions"])
     total = {name: int(np.sum(table[name].to_numpy())) for name in table.column_names}
@@ -237,7 +238,7 @@ _LEDGER_SCHEMA = pa.schema(
 
 def _concatenate(parts: Sequence[Array], spec: ArraySpec) -> Array:
     for part in parts:
-        assert part.dtype == np.dtype(spec.dtype) and part.shape[1:] == spec.shape, (spec, part.dtype, part.shape)
+        assert (part.dtype, part.shape[1:]) == (np.dtype(spec.dtype), spec.shape), (spec, part.dtype, part.shape)
     return np.concatenate(parts) if parts else np.zeros((0, *spec.shape), spec.dtype)
 
 
