@@ -1,0 +1,1 @@
+"""Local tasks for lmms-eval: a folder of questions and images that it scores without a network."""

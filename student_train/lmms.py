@@ -1,0 +1,129 @@
+"""Scores an exported student with lmms-eval, which lives in an environment of its own (pipelines/install_lmms_eval.py).
+
+lmms-eval logs its errors and exits with 0: a run that crashed looks like one that went well, and an answer that failed
+counts as "". So success is a new results file and no logged error, and everything else is raised.
+"""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_MODEL_SCRIPT = Path(__file__).with_name("lmms_model.py")
+_FAILURE = re.compile(r"Error during evaluation: .*|Error .* in generating|^\w*Error: .*", re.MULTILINE)
+_COLOUR = re.compile(r"\x1b\[\d+m")
+
+
+@dataclass(frozen=True)
+class LmmsAnswer:
+    """What the model said to a question of a task, in the task's order."""
+
+    target: str
+    text: str
+
+
+@dataclass(frozen=True)
+class LmmsResults:
+    """`scores`: task → metric → value · `answers`: task → answers · `path`: lmms-eval's own results file."""
+
+    scores: dict[str, dict[str, float]]
+    answers: dict[str, list[LmmsAnswer]]
+    path: Path
+
+
+def run_lmms_eval(
+    model_folder: Path,
+    tasks: Sequence[str],
+    output: Path,
+    *,
+    python: Path = Path(".venv-lmms/bin/python"),
+    include: Path | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    limit: int | None = None,
+    offline: bool = True,
+    model: str = "llava_student",
+) -> LmmsResults:
+    """Run lmms-eval's `tasks` on a Hugging Face LLaVA folder; results, samples and its log go under `output`.
+
+    `include` is a folder of local tasks. `offline` keeps it to data sets that are on this machine already. `limit`
+    takes the first questions only, for a trial.
+
+    ValueError: no such environment, or a path that lmms-eval's `key=value,…` arguments cannot hold. RuntimeError: the
+    run failed, or a single answer did; the log is named.
+    """
+    _check(python, model_folder)
+    output.mkdir(parents=True, exist_ok=True)
+    before = set(output.rglob("*_results.json"))
+    # device_map too: with "" (the class's default) Transformers 5 refuses to load.
+    arguments = f"pretrained={model_folder.resolve()},dtype={dtype},device_map={device}"
+    command = [python.absolute(), _MODEL_SCRIPT, "--model", model, "--model_args", arguments, "--device", device]
+    command += ["--tasks", ",".join(tasks), "--batch_size", "1", "--log_samples", "--output_path", output.resolve()]
+    command += ["--include_path", include.resolve()] if include else []
+    command += ["--limit", str(limit)] if limit else []
+    log = _run(command, output / "lmms_eval.log", offline)
+    created = set(output.rglob("*_results.json")) - before
+    failure = _FAILURE.search(log)
+    if failure or len(created) != 1:
+        raise RuntimeError(
+            f"lmms-eval on {model_folder}, tasks {', '.join(tasks)}: "
+            f"{failure.group(0) if failure else f'{len(created)} results files'}; expected one results file and no "
+            f"failed answer. See {output / 'lmms_eval.log'}."
+        )
+    return read_results(created.pop())
+
+
+def read_results(path: Path) -> LmmsResults:
+    """A results file of lmms-eval (`*_results.json`) with the samples beside it. Numbers only: "N/A" is left out."""
+    tasks: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]
+    scores = {
+        task: {name.removesuffix(",none"): value for name, value in row.items() if isinstance(value, int | float)}
+        for task, row in tasks.items()
+    }
+    stamp = path.name.removesuffix("_results.json")
+    answers = {}
+    for task in tasks:
+        samples = path.with_name(f"{stamp}_samples_{task}.jsonl")
+        if samples.exists():  # a group of tasks has none
+            answers[task] = _read_answers(samples)
+    return LmmsResults(scores, answers, path)
+
+
+def _read_answers(path: Path) -> list[LmmsAnswer]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        LmmsAnswer(str(row["target"]), row["filtered_resps"]) for row in sorted(rows, key=lambda row: row["doc_id"])
+    ]
+
+
+def _check(python: Path, model_folder: Path) -> None:
+    if not python.exists():
+        raise ValueError(
+            f"{python}: not there; expected the Python of lmms-eval's environment. Make it: python3 -m venv .venv-lmms "
+            "&& .venv-lmms/bin/python pipelines/install_lmms_eval.py"
+        )
+    if not (model_folder / "config.json").is_file():
+        raise ValueError(f"{model_folder}: no config.json; expected a Hugging Face folder. Export the student first.")
+    if set(",=") & set(str(model_folder.resolve())):
+        raise ValueError(
+            f"{model_folder.resolve()}: has ',' or '='; lmms-eval's model_args cannot hold such a path. Rename it."
+        )
+
+
+def _run(command: Sequence[str | Path], log: Path, offline: bool) -> str:
+    """Run to the end with all output in `log`; the log's text, colours off."""
+    # PYTHONSAFEPATH: our folder must not come first on the other environment's import path.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    if offline:
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+    text = _COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
+    if done.returncode:
+        lines = text.strip().splitlines() or ["(no output)"]
+        raise RuntimeError(f"lmms-eval ended with {done.returncode}: {lines[-1]}. See {log}.")
+    return text
