@@ -61,7 +61,16 @@ def run_lmms_eval(
     before = set(output.rglob("*_results.json"))
     # device_map too: with "" (the class's default) Transformers 5 refuses to load.
     arguments = f"pretrained={model_folder.resolve()},dtype={dtype},device_map={device}"
-    command = [python.absolute(), _MODEL_SCRIPT, "--model", model, "--model_args", arguments, "--device", device]
+    command: list[str | Path] = [
+        python.absolute(),
+        _MODEL_SCRIPT,
+        "--model",
+        model,
+        "--model_args",
+        arguments,
+        "--device",
+        device,
+    ]
     command += ["--tasks", ",".join(tasks), "--batch_size", "1", "--log_samples", "--output_path", output.resolve()]
     command += ["--include_path", include.resolve()] if include else []
     command += ["--limit", str(limit)] if limit else []
