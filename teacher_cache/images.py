@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 from PIL import Image as PillowImage
 from PIL import ImageFile, UnidentifiedImageError
@@ -50,6 +51,13 @@ def square(image: PillowImage.Image, mean: tuple[float, ...], mode: str) -> Pill
     canvas = PillowImage.new("RGB", (side, side), colour)
     canvas.paste(image, ((side - width) // 2, (side - height) // 2))
     return canvas
+
+
+def image_tokens_of(model_config: Any) -> int:
+    """N: positions one image takes in the language model, from a LLaVA configuration."""
+    vision = model_config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return int(patches + (model_config.vision_feature_select_strategy == "full"))
 
 
 def _inside(name: str, folder: Path) -> Path:

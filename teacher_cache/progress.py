@@ -38,6 +38,14 @@ def stage(name: str, total: int, unit: str, style: Style = "auto") -> Iterator[S
     lines.end()
 
 
+def note(text: str, style: Style = "auto") -> None:
+    """One line of news: a choice that was made for the user, and why."""
+    if style == "json":
+        print(json.dumps({"note": text}), file=sys.stderr, flush=True)
+    elif style != "quiet":
+        print(text, file=sys.stderr, flush=True)
+
+
 class _Lines:
     def __init__(self, name: str, total: int, unit: str, style: str) -> None:
         self._name, self._total, self._unit, self._style = name, total, unit, style

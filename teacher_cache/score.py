@@ -34,7 +34,7 @@ from teacher_cache.manifest import (
     read_manifest,
     write_manifest,
 )
-from teacher_cache.progress import Stage, Style, stage
+from teacher_cache.progress import Stage, Style, note, stage
 from teacher_cache.reader import scales_from_bytes
 from teacher_cache.records import Array, TeacherRecord
 from teacher_cache.signals import Extractor, wanted_states
@@ -101,7 +101,7 @@ def build_cache(
     samples = read_conversations(config.data)
     storage = Storage(config.output, options)
     own = teacher is None
-    teacher = teacher if teacher is not None else open_teacher(config, samples)
+    teacher = teacher if teacher is not None else open_teacher(config, samples, style)
     try:
         manifest = prepare(config, storage, samples, teacher)
         numbers = missing_shards(storage, manifest)
@@ -123,13 +123,40 @@ def build_cache(
     )
 
 
-def open_teacher(config: CacheConfig, samples: Samples) -> Teacher:
+def answer_only(config: CacheConfig, style: Style = "auto", options: dict[str, Any] | None = None) -> int:
+    """Write the answers of every shard that has none yet; returns how many shards that were."""
+    samples = read_conversations(config.data)
+    storage = Storage(config.output, options)
+    teacher = open_teacher(config, samples, style)
+    try:
+        manifest = prepare(config, storage, samples, teacher)
+        numbers = [n for n in missing_shards(storage, manifest) if not storage.exists(answers_name(n))]
+        build_shards(config, storage, manifest, samples, teacher, numbers, style, answers_only=True)
+    finally:
+        teacher.close()
+    return len(numbers)
+
+
+def check_answered(config: CacheConfig, options: dict[str, Any] | None = None) -> None:
+    """Refuse to score when a shard that is to be scored has no answers yet."""
+    storage = Storage(config.output, options)
+    manifest = read_manifest(storage)
+    bare = [n for n in missing_shards(storage, manifest) if not storage.exists(answers_name(n))]
+    if bare:
+        raise CacheError(
+            f"{storage.url}: {len(bare)} shards have no answers (first: {answers_name(bare[0])}). "
+            "Run teacher-cache answer with the same configuration first, or build, which does both"
+        )
+
+
+def open_teacher(config: CacheConfig, samples: Samples, style: Style = "auto") -> Teacher:
     """The teacher of ``config.teacher.backend``; ``auto`` takes vLLM where it is installed and holds the model."""
     check_config(config)
     if config.teacher.backend != "torch":
         from teacher_cache import teacher_vllm
 
         choice = teacher_vllm.choose(config)
+        note(choice.reason, style)
         if choice.use_vllm:
             return teacher_vllm.VllmTeacher(config, samples)
     from teacher_cache.teacher_torch import TorchTeacher

@@ -14,7 +14,7 @@ from PIL import Image as PillowImage
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
 from teacher_cache.config import GenerationConfig, SpeedConfig, TeacherConfig
-from teacher_cache.images import square
+from teacher_cache.images import image_tokens_of, square
 from teacher_cache.records import TeacherShape
 from teacher_cache.teacher import (
     Answer,
@@ -280,13 +280,6 @@ def describe_teacher(config: TeacherConfig, tokenizer: Any, processor: Any) -> T
         end_token=end_token_id(tokenizer, template),
         image_processing=_digest({"mode": config.image_mode, **_processing(processor.image_processor)}),
     )
-
-
-def image_tokens_of(model_config: Any) -> int:
-    """N: positions one image takes in the language model, from a LLaVA configuration."""
-    vision = model_config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    return int(patches + (model_config.vision_feature_select_strategy == "full"))
 
 
 def checkpoint_digest(model: str, model_config: Any) -> str:

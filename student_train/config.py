@@ -1,0 +1,179 @@
+"""Settings of phase two. What the cache already says (teacher, template, tokenizer, signals) is never typed again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from teacher_cache.config import ConfigError
+
+RowLoss = Literal["forward_kl", "reverse_kl", "jsd", "logit_mse", "forward_kl_standardised"]
+LossName = Literal[
+    "cross_entropy",
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "logit_mse",
+    "forward_kl_standardised",
+    "hidden_mse",
+    "hidden_cosine",
+    "attention_mse",
+    "similarity_mse",
+    "visual_kl",
+    "relation",
+]
+LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jsd", "logit_mse", "forward_kl_standardised")
+HIDDEN_LOSSES = ("hidden_mse", "hidden_cosine")
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """One term of the loss.
+
+    ``source`` of a logit loss: ``topk`` (top-k + one tail bucket), ``sampled`` (Random Sampling KD) or ``exact``
+    (hidden states × the teacher's head). ``tokens``: answer rows, all text positions, or text and image positions.
+    ``rows``: ``predicting`` is the row rule; ``llavadi`` takes the rows one position late, as LLAVADI's code does
+    (the first answer token is never distilled, the prediction after the end token is).
+    """
+
+    name: LossName
+    weight: float = 1.0
+    source: Literal["topk", "sampled", "exact"] = "topk"
+    temperature: float = 1.0
+    temperature_squared: bool = False
+    beta: float = 0.5
+    tokens: Literal["answer", "text", "all"] = "answer"
+    rows: Literal["predicting", "llavadi"] = "predicting"
+    layer: Literal["last", "second_last"] = "last"
+    space: Literal["logits", "hidden"] = "logits"
+    """For ``relation``: the Gram of the logits (LLaVA-KD's code) or of the final hidden states."""
+    pooling: Literal["none", "mean"] = "none"
+    """Where the student has fewer image positions: ``mean`` pools the teacher's grid, ``none`` refuses."""
+
+    @property
+    def label(self) -> str:
+        """How the term is called in logs: its name, and what sets it apart from a second one of that name."""
+        return self.name if self.layer == "last" else f"{self.name}_{self.layer}"
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where samples come from: a teacher cache, or plain LLaVA data (cross-entropy only)."""
+
+    cache: str = ""
+    data: str = ""
+    template: str = ""
+    """For ``data`` only; a cache knows its own."""
+    image_folder: str = ""
+    image_data: str = ""
+    """A Parquet file whose embedded images the cache was made from."""
+    answers: Literal["cached", "original"] = "cached"
+    """``original`` trains on the data set's own answers, which the cache keeps as text: cross-entropy only."""
+    share: float = 1.0
+    """Part of this source seen in an epoch (0.5: a fresh half every epoch; 2: twice)."""
+    max_samples: int = 0
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The student: a LLaVA folder, or a language model and a vision tower put together."""
+
+    model: str = ""
+    language_model: str = ""
+    vision_tower: str = ""
+    layers_from: str = ""
+    """A teacher whose every n-th layer (and embeddings, norm, head, projector) the student starts from (DistilBERT)."""
+    layers: int = 0
+    """With ``layers_from``: how many layers; 0 takes half of the teacher's."""
+    train: Literal["full", "projector", "lora"] = "full"
+    train_vision: bool = False
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    load_in_4bit: bool = False
+    gradient_checkpointing: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    vision_features: Literal["compute", "cache"] = "compute"
+    """``cache`` runs the frozen tower once per image and keeps its features beside the run."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How it is trained; LLaVA-1.5's recipe by default."""
+
+    epochs: float = 1.0
+    max_steps: int = 0
+    """Overrides ``epochs`` when set."""
+    max_seconds: float = 0.0
+    """Stop after so many CPU seconds of this process, for baselines with an equal budget; the schedule still
+    follows ``max_steps``."""
+    global_batch: int = 128
+    micro_batch: int = 16
+    learning_rate: float = 2e-5
+    projector_learning_rate: float = 0.0
+    """0: the same as the rest."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_share: float = 0.03
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float = 1.0
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    average: Literal["row", "sample"] = "row"
+    """``row``: every answer token weighs the same; ``sample``: every sample does, as in LLAVADI's code."""
+    seed: int = 0
+    shuffle: Literal["auto", "full", "shards"] = "auto"
+    group: Literal["none", "length", "modality"] = "none"
+    head_rows: int = 1024
+    """Rows whose (rows × vocabulary) logits exist at once."""
+    workers: int = 0
+    pixel_cache: int = 4096
+    """Preprocessed images kept in memory, per loader process."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 writes one at the end."""
+    log_every: int = 10
+    tracker: str = ""
+    """Any tracker Accelerate knows (tensorboard, wandb …); the loss curve is always in log.jsonl."""
+    threads: int = 0
+    """torch threads; 0 leaves torch's choice."""
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """One stage of training, whole."""
+
+    output: str = ""
+    sources: tuple[SourceConfig, ...] = ()
+    student: StudentConfig = field(default_factory=StudentConfig)
+    losses: tuple[LossSpec, ...] = (LossSpec("cross_entropy"),)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def check_fit_config(config: FitConfig) -> None:
+    """Settings that are missing or contradict each other, before anything is loaded."""
+    if not config.output:
+        raise ConfigError("output: not set; name a folder for the run")
+    if not config.sources:
+        raise ConfigError("sources: none; name at least one teacher cache: sources: [{cache: …, image_folder: …}]")
+    for number, source in enumerate(config.sources):
+        if bool(source.cache) == bool(source.data):
+            raise ConfigError(
+                f"sources[{number}]: set either cache or data, found cache={source.cache!r}, data={source.data!r}"
+            )
+        if source.data and not source.template:
+            raise ConfigError(f"sources[{number}].template: plain data needs a template, for example vicuna_v1")
+    if not (config.student.model or config.student.language_model or config.student.layers_from):
+        raise ConfigError("student: set model (a LLaVA folder), language_model and vision_tower, or layers_from")
+    if not config.losses:
+        raise ConfigError("losses: none; at least {name: cross_entropy}")
+    distilled = [loss.name for loss in config.losses if loss.name != "cross_entropy"]
+    plain = [i for i, s in enumerate(config.sources) if s.data or s.answers == "original"]
+    if distilled and plain:
+        raise ConfigError(
+            f"losses: {', '.join(distilled)} need a teacher's signals, but sources[{plain[0]}] has none. "
+            "Cache those answers first (data.regenerate=none scores original answers), or keep cross_entropy alone"
+        )
+    labels = [loss.label for loss in config.losses]
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"losses: one term of each name, found {', '.join(labels)}")
+    if config.train.global_batch < 1 or config.train.micro_batch < 1:
+        raise ConfigError("train.global_batch and train.micro_batch must be at least 1")

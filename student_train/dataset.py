@@ -1,0 +1,254 @@
+"""Samples for a student: from teacher caches, or from plain LLaVA data, read a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from student_train.config import SourceConfig
+from teacher_cache.config import DataConfig
+from teacher_cache.conversations import Conversation, DataError, Image, Skipped, read_conversations
+from teacher_cache.manifest import CacheError
+from teacher_cache.reader import TeacherCache
+from teacher_cache.records import Array, rows_among_positions
+from teacher_cache.tokenization import (
+    assemble,
+    template_by_name,
+    tokenize_answer,
+    tokenize_prompt,
+    tokenizer_fingerprint,
+)
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """Samples as they lie in the source, before any tensor.
+
+    ``arrays``: the teacher's signals, lines of all samples one after another (see ``teacher_cache.records``);
+    ``row_index`` (R,) picks the answer rows out of signals that are stored for all text positions.
+    """
+
+    input_ids: list[Ints]
+    loss_mask: list[npt.NDArray[np.bool_]]
+    images: list[Image | None]
+    arrays: dict[str, Array]
+    row_index: Ints
+    visual: dict[str, Array]
+
+
+class Source(Protocol):
+    """Samples by number."""
+
+    image_folder: str
+
+    def __len__(self) -> int: ...
+
+    @property
+    def rows(self) -> Ints:
+        """(M,) answer tokens of each sample."""
+        ...
+
+    @property
+    def positions(self) -> Ints:
+        """(M,) text positions that predict a token."""
+        ...
+
+    @property
+    def lengths(self) -> Ints:
+        """(M,) tokens of each sample, one for its image."""
+        ...
+
+    @property
+    def has_image(self) -> npt.NDArray[np.bool_]: ...
+
+    @property
+    def shard_starts(self) -> Ints: ...
+
+    def read(self, indices: Sequence[int]) -> RawBatch: ...
+
+
+class CacheSource:
+    """A teacher cache; ``names`` are the arrays that the losses need, others are not read."""
+
+    def __init__(self, config: SourceConfig, tokenizer: Any, names: Sequence[str], visual: Sequence[str]) -> None:
+        self.cache = TeacherCache.open(config.cache, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
+        self.image_folder = config.image_folder
+        self._embedded = _embedded_images(config)
+        self._check_names(names, [s.name for s in self.cache.manifest.arrays])
+        self._check_names(visual, [s.name for s in self.cache.manifest.image_arrays])
+        self._names, self._visual = list(names), list(visual)
+        self._size = min(config.max_samples or len(self.cache), len(self.cache))
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def rows(self) -> Ints:
+        return self.cache.counts("row")[: self._size]
+
+    @property
+    def positions(self) -> Ints:
+        return self.cache.counts("position")[: self._size]
+
+    @property
+    def lengths(self) -> Ints:
+        return self.cache.counts("token")[: self._size]
+
+    @property
+    def has_image(self) -> npt.NDArray[np.bool_]:
+        return self.cache.has_image()[: self._size]
+
+    @property
+    def shard_starts(self) -> Ints:
+        return np.minimum(self.cache.shard_starts, self._size)
+
+    def read(self, indices: Sequence[int]) -> RawBatch:
+        batch = self.cache.read(indices, ["input_ids", "loss_mask", *self._names])
+        ends = np.cumsum(batch.counts["token"])[:-1]
+        input_ids = [a.astype(np.int64) for a in np.split(batch.arrays.pop("input_ids"), ends)]
+        loss_mask = np.split(batch.arrays.pop("loss_mask"), ends)
+        offsets = np.cumsum(batch.counts["position"]) - batch.counts["position"]
+        token = self.cache.manifest.image_token
+        row_index = [
+            offset + rows_among_positions(ids, mask, token)
+            for ids, mask, offset in zip(input_ids, loss_mask, offsets, strict=True)
+        ]
+        with_image = batch.image_places[:, 0] >= 0
+        return RawBatch(
+            input_ids=input_ids,
+            loss_mask=loss_mask,
+            images=[self._image(i) for i in batch.image_ids],
+            arrays=batch.arrays,
+            row_index=np.concatenate(row_index) if row_index else np.zeros(0, np.int64),
+            visual=self.cache.read_images(batch.image_places[with_image], self._visual) if self._visual else {},
+        )
+
+    def _image(self, image_id: str) -> Image | None:
+        if not image_id:
+            return None
+        return self._embedded.get(image_id, Image(image_id, path=image_id))
+
+    def _check_names(self, needed: Sequence[str], stored: Sequence[str]) -> None:
+        missing = [name for name in needed if name not in stored]
+        if missing:
+            raise CacheError(
+                f"{self.cache.storage.url}: the losses need {', '.join(missing)}, which this cache does not hold "
+                f"(it has {', '.join(stored) or 'nothing of that kind'}). Choose a loss source it has, or build a "
+                "cache with those signals (teacher-cache plan prices them)"
+            )
+
+
+class PlainSource:
+    """Conversations with their own answers: supervised fine-tuning, no teacher anywhere."""
+
+    def __init__(self, conversations: Sequence[Conversation], template: str, tokenizer: Any, image_folder: str) -> None:
+        self.image_folder = image_folder
+        self._images = [c.image for c in conversations]
+        form = template_by_name(template)
+        self._samples = [
+            assemble(tokenize_prompt(c, form, tokenizer), [tokenize_answer(a, form, tokenizer) for a in c.answers])
+            for c in conversations
+        ]
+
+    @classmethod
+    def from_data(cls, config: SourceConfig, tokenizer: Any) -> PlainSource:
+        samples = read_conversations(
+            DataConfig(path=config.data, duplicate_ids="number", max_samples=config.max_samples)
+        )
+        skipped = [s for s in samples if isinstance(s, Skipped)]
+        if skipped:
+            raise DataError(
+                f"{config.data}: {len(skipped)} samples cannot be used (first: {skipped[0].sample_id}, "
+                f"{skipped[0].reason}). Take them out of the file"
+            )
+        conversations = [s for s in samples if isinstance(s, Conversation)]
+        return cls(conversations, config.template, tokenizer, config.image_folder)
+
+    @classmethod
+    def from_cache(cls, config: SourceConfig, tokenizer: Any) -> PlainSource:
+        """The original answers of the samples in a cache: the same questions and images, another teacher."""
+        with TeacherCache.open(config.cache, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)) as cache:
+            embedded = _embedded_images(config)
+            size = min(config.max_samples or len(cache), len(cache))
+            records = (cache[i] for i in range(size))
+            conversations = [
+                Conversation(
+                    r.sample_id,
+                    r.questions,
+                    r.original_answers,
+                    embedded.get(r.image_id, Image(r.image_id, path=r.image_id)) if r.image_id else None,
+                )
+                for r in records
+            ]
+            return cls(conversations, cache.manifest.teacher["template"], tokenizer, config.image_folder)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    @property
+    def rows(self) -> Ints:
+        return np.array([s.rows for s in self._samples], np.int64)
+
+    @property
+    def positions(self) -> Ints:
+        return self.lengths - 1 - self.has_image
+
+    @property
+    def lengths(self) -> Ints:
+        return np.array([len(s.input_ids) for s in self._samples], np.int64)
+
+    @property
+    def has_image(self) -> npt.NDArray[np.bool_]:
+        return np.array([image is not None for image in self._images], np.bool_)
+
+    @property
+    def shard_starts(self) -> Ints:
+        return np.array([0, len(self)], np.int64)
+
+    def read(self, indices: Sequence[int]) -> RawBatch:
+        chosen = [self._samples[i] for i in indices]
+        return RawBatch(
+            input_ids=[s.input_ids for s in chosen],
+            loss_mask=[s.loss_mask for s in chosen],
+            images=[self._images[i] for i in indices],
+            arrays={},
+            row_index=np.zeros(0, np.int64),
+            visual={},
+        )
+
+
+def open_source(config: SourceConfig, tokenizer: Any, names: Sequence[str], visual: Sequence[str]) -> Source:
+    """The source a config names; refuses a cache of another tokenizer or without the needed signals."""
+    if config.data:
+        return PlainSource.from_data(config, tokenizer)
+    if config.answers == "original":
+        return PlainSource.from_cache(config, tokenizer)
+    return CacheSource(config, tokenizer, names, visual)
+
+
+def _embedded_images(config: SourceConfig) -> dict[str, Image]:
+    if not config.image_data:
+        return {}
+    samples = read_conversations(DataConfig(path=config.image_data, duplicate_ids="number"))
+    images = [s.image for s in samples if isinstance(s, Conversation) and s.image is not None]
+    return {image.image_id: image for image in images if image.data}
+
+
+def check_images(source: Source) -> None:
+    """Fail before the first step, not in the middle, when the image folder is not the right one."""
+    folder = Path(source.image_folder)
+    for index in np.flatnonzero(source.has_image)[:1]:
+        image = source.read([int(index)]).images[0]
+        assert image is not None
+        if not image.data and not (folder / image.path).is_file():
+            raise DataError(
+                f"{folder}: {image.path} is not in the image folder. Set sources[…].image_folder to the folder the "
+                "cache was made from"
+            )

@@ -1,0 +1,193 @@
+"""What a student can do: its answers to questions with known answers, and how close it is to the teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from student_train.batch import Weights, collate
+from student_train.config import LossSpec, SourceConfig
+from student_train.dataset import CacheSource
+from student_train.loader import Preprocessor
+from student_train.objective import needed_arrays, teacher_side
+from student_train.targets import row_loss, row_targets
+from teacher_cache.config import DataConfig
+from teacher_cache.conversations import Conversation, Skipped, read_conversations
+from teacher_cache.images import image_tokens_of
+from teacher_cache.manifest import read_manifest
+from teacher_cache.storage import Storage
+from teacher_cache.tokenization import end_token_id, image_token_id, template_by_name, tokenize_prompt
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Student against teacher on the answer rows of a held-out cache.
+
+    kl: mean KL(teacher ‖ student) in nats, exact where the cache has states, else top-k + tail (a lower bound) ·
+    top1, top5: share of rows where the student's (five) most likely ids hold the teacher's most likely one.
+    """
+
+    kl: float
+    top1: float
+    top5: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student folder, loaded to be looked at."""
+
+    model: LlavaForConditionalGeneration
+    processor: Any
+    preprocessor: Preprocessor
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: str = "float32", device: str = "cpu") -> Student:
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        return cls(model, processor, preprocessor_of(model, processor))
+
+
+def preprocessor_of(model: Any, processor: Any) -> Preprocessor:
+    """The student's own preprocessing: LLaVA-1.5's padding unless its processor crops to the centre."""
+    tokenizer, image_processor = processor.tokenizer, processor.image_processor
+    return Preprocessor(
+        image_processor=image_processor,
+        image_mode="crop" if getattr(image_processor, "do_center_crop", False) else "pad",
+        image_token=image_token_id(tokenizer),
+        image_tokens=image_tokens_of(model.config),
+        pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+
+
+def answer_questions(
+    student: Student,
+    data: str | Path,
+    image_folder: str | Path,
+    template: str,
+    *,
+    max_new_tokens: int = 64,
+    batch: int = 64,
+) -> list[str]:
+    """Greedy answers to the first question of every sample of a LLaVA JSON, in order."""
+    samples = read_conversations(DataConfig(path=str(data), duplicate_ids="number"))
+    skipped = [s for s in samples if isinstance(s, Skipped)]
+    if skipped:
+        raise ValueError(f"{data}: {len(skipped)} samples cannot be asked (first: {skipped[0]}). Take them out")
+    conversations = [s for s in samples if isinstance(s, Conversation)]
+    answers: list[str] = [""] * len(conversations)
+    order = sorted(range(len(conversations)), key=lambda i: (conversations[i].image is None, i))
+    for has_image in (True, False):
+        group = [i for i in order if (conversations[i].image is not None) == has_image]
+        for start in range(0, len(group), batch):
+            places = group[start : start + batch]
+            chosen = [conversations[i] for i in places]
+            for i, text in zip(places, _generate(student, chosen, image_folder, template, max_new_tokens), strict=True):
+                answers[i] = text
+    return answers
+
+
+@torch.inference_mode()
+def _generate(
+    student: Student, conversations: Sequence[Conversation], image_folder: str | Path, template: str, limit: int
+) -> list[str]:
+    form, tokenizer, prepare = template_by_name(template), student.processor.tokenizer, student.preprocessor
+    prompts = []
+    for conversation in conversations:
+        ids = np.asarray(tokenize_prompt(conversation, form, tokenizer).segments[0])
+        prompts.append(np.repeat(ids, np.where(ids == prepare.image_token, prepare.image_tokens, 1)))
+    length = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), length), prepare.pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.from_numpy(prompt)
+        mask[row, length - len(prompt) :] = 1
+    device = student.model.device
+    images = [prepare.pixels(c.image, str(image_folder)) for c in conversations if c.image is not None]
+    out = student.model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        pixel_values=torch.stack(images).to(device, student.model.dtype) if images else None,
+        max_new_tokens=limit,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=end_token_id(tokenizer, form),
+        pad_token_id=prepare.pad,
+        suppress_tokens=[prepare.image_token],
+    )[:, length:]
+    return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+
+@torch.inference_mode()
+def agreement(student: Student, source: SourceConfig, batch: int = 32) -> Agreement:
+    """How close the student's distributions are to the cached teacher's, row by row."""
+    manifest = read_manifest(Storage(source.cache))
+    exact = manifest.signals["hidden"] != "none"
+    spec = LossSpec("forward_kl", source="exact" if exact else "topk")
+    names, _ = needed_arrays([spec, LossSpec("forward_kl")] if manifest.signals["top_k"] else [spec], manifest)
+    opened = CacheSource(source, student.processor.tokenizer, names, [])
+    model, prepare = student.model, student.preprocessor
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    teacher = teacher_side(opened.cache, vocabulary, model.device, model.dtype, exact)
+    totals = np.zeros(4)
+    for start in range(0, len(opened), batch):
+        raw = opened.read(range(start, min(start + batch, len(opened))))
+        images = [prepare.pixels(i, source.image_folder) for i in raw.images if i is not None]
+        made = collate(
+            raw,
+            [Weights(1.0, 1.0, 1.0, 1.0)] * len(raw.input_ids),
+            image_token=prepare.image_token,
+            image_tokens=prepare.image_tokens,
+            pad=prepare.pad,
+            pixel_values=torch.stack(images) if images else None,
+        ).to(model.device)
+        states = model.model(
+            input_ids=made.input_ids, attention_mask=made.attention_mask, pixel_values=made.pixel_values
+        ).last_hidden_state[made.row_sample, made.row_position]
+        logits = model.get_output_embeddings()(states).float()
+        targets = row_targets(
+            made.arrays, made.answer_ids, teacher.signals, teacher.scales, teacher.head, made.row_index
+        )
+        totals += _compare(targets, logits, spec)
+    return Agreement(totals[0] / totals[3], totals[1] / totals[3], totals[2] / totals[3], int(totals[3]))
+
+
+def _compare(targets: Any, logits: torch.Tensor, spec: LossSpec) -> np.ndarray:
+    rows = slice(0, len(logits))
+    best = targets.exact_logits(rows).argmax(-1) if spec.source == "exact" else targets.topk_ids[:, 0]
+    top5 = logits.topk(min(5, logits.shape[-1]), -1).indices
+    kl = row_loss(spec, targets, logits, rows).sum()
+    hit1, hit5 = (top5[:, 0] == best).sum(), (top5 == best.unsqueeze(-1)).any(-1).sum()
+    return np.array([float(kl), float(hit1), float(hit5), len(logits)])
+
+
+def write_predictions(path: Path, samples: Sequence[dict[str, Any]], answers: Sequence[str]) -> None:
+    """One JSON line per sample: id, question, reference, answer."""
+    lines = [
+        json.dumps(
+            {
+                "id": s["id"],
+                "question": s["conversations"][0]["value"],
+                "reference": s["conversations"][1]["value"],
+                "answer": a,
+                "question_type": s.get("question_type", ""),
+            }
+        )
+        for s, a in zip(samples, answers, strict=True)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def as_facts(agreement_: Agreement) -> dict[str, float]:
+    """For tables: kl, top1, top5."""
+    plain = asdict(agreement_)
+    plain.pop("rows")
+    return plain

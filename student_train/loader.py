@@ -1,0 +1,233 @@
+"""Which samples make step s, split over ranks and micro-batches, and the loader that prepares them in advance.
+
+The plan is a pure function of (seed, step): it does not know ranks, workers or micro-batch size until it is split, so
+the same samples with the same weights reach the gradient however many there are. A rank that has fewer micro-batches
+than another repeats a sample with weight zero, because DDP and FSDP need every rank in every backward pass.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from student_train.batch import StudentBatch, Weights, collate
+from student_train.config import TrainConfig
+from student_train.dataset import CacheSource, Source
+from student_train.features import ImageFeatures
+from student_train.order import epoch_batches
+from teacher_cache.conversations import Image
+from teacher_cache.images import load_image, square
+
+Ints = npt.NDArray[np.int64]
+_ZERO = Weights(0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples of one source, by number, with their weights in the global loss."""
+
+    step: int
+    source: int
+    indices: tuple[int, ...]
+    weights: tuple[Weights, ...]
+    last: bool
+    """The last micro-batch of its step on this rank: gradients are exchanged here."""
+
+
+class StepPlan:
+    """The order of training: which (source, sample) make each global batch, for all epochs."""
+
+    def __init__(
+        self, sources: Sequence[Source], shares: Sequence[float], config: TrainConfig, image_tokens: int
+    ) -> None:
+        self._config, self._shares, self._image_tokens = config, list(shares), image_tokens
+        self._sizes = [len(s) for s in sources]
+        self._offsets = np.concatenate([[0], np.cumsum(self._sizes)])
+        self._rows = np.concatenate([s.rows for s in sources])
+        self._positions = np.concatenate([s.positions for s in sources])
+        self._has_image = np.concatenate([s.has_image for s in sources])
+        self._lengths = np.concatenate([s.lengths for s in sources]) + self._has_image * (image_tokens - 1)
+        starts = [s.shard_starts[:-1] + o for s, o in zip(sources, self._offsets[:-1], strict=True)]
+        self._shard_starts = np.concatenate([*starts, self._offsets[-1:]])
+        self._remote = any(isinstance(s, CacheSource) and s.cache.is_remote for s in sources)
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        samples = sum(int(share * size) for share, size in zip(self._shares, self._sizes, strict=True))
+        return -(-samples // self._config.global_batch)
+
+    @property
+    def steps(self) -> int:
+        return self._config.max_steps or max(round(self._config.epochs * self.steps_per_epoch), 1)
+
+    def global_batch(self, step: int) -> Ints:
+        """Numbers (over all sources, one after another) of the samples of ``step``, counted from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[place]
+
+    def micro_batches(self, step: int, rank: int, ranks: int) -> list[MicroBatch]:
+        """This rank's part of ``step``; every rank has as many."""
+        numbers = self.global_batch(step)
+        weights = self._weights(numbers)
+        parts = [self._split(numbers[r::ranks]) for r in range(ranks)]
+        count = max(len(part) for part in parts)
+        mine = parts[rank] + [numbers[:1]] * (count - len(parts[rank]))
+        real = len(parts[rank])
+        return [
+            self._micro(step, chunk, weights if place < real else {}, place == count - 1)
+            for place, chunk in enumerate(mine)
+        ]
+
+    def _micro(self, step: int, chunk: Ints, weights: dict[int, Weights], last: bool) -> MicroBatch:
+        source = self._source_of(int(chunk[0]))
+        return MicroBatch(
+            step,
+            source,
+            tuple(int(n - self._offsets[source]) for n in chunk),
+            tuple(weights.get(int(n), _ZERO) for n in chunk),
+            last,
+        )
+
+    def _split(self, numbers: Ints) -> list[Ints]:
+        """Chunks of at most ``micro_batch`` samples of one source, longest first so that little is padded."""
+        order = numbers[np.lexsort((numbers, -self._lengths[numbers]))]
+        chunks = []
+        for source in range(len(self._sizes)):
+            own = order[(order >= self._offsets[source]) & (order < self._offsets[source + 1])]
+            chunks += [own[i : i + self._config.micro_batch] for i in range(0, len(own), self._config.micro_batch)]
+        return chunks
+
+    def _weights(self, numbers: Ints) -> dict[int, Weights]:
+        rows, positions = self._rows[numbers], self._positions[numbers]
+        images = self._has_image[numbers].astype(np.int64)
+        tokens = positions + images * self._image_tokens
+        if self._config.average == "sample":
+            share = 1.0 / len(numbers)
+            columns = [share / np.maximum(c, 1) for c in (rows, positions, images, tokens)]
+        else:
+            columns = [np.full(len(numbers), 1.0 / max(c.sum(), 1)) for c in (rows, positions, images, tokens)]
+        return {int(n): Weights(*map(float, line)) for n, line in zip(numbers, np.stack(columns, 1), strict=True)}
+
+    def _source_of(self, number: int) -> int:
+        return int(np.searchsorted(self._offsets, number, side="right")) - 1
+
+    def _make_epoch(self, epoch: int) -> list[Ints]:
+        chosen = self._chosen(epoch)
+        shuffle = self._config.shuffle
+        if shuffle == "auto":
+            shuffle = "shards" if self._remote else "full"
+        batches = epoch_batches(
+            lengths=self._lengths[chosen],
+            has_image=self._has_image[chosen],
+            shard_starts=np.searchsorted(chosen, self._shard_starts),
+            seed=self._config.seed,
+            epoch=epoch,
+            global_batch=self._config.global_batch,
+            shuffle=shuffle,
+            group=self._config.group,
+        )
+        return [chosen[batch] for batch in batches]
+
+    def _chosen(self, epoch: int) -> Ints:
+        """Sorted numbers seen in this epoch: whole copies of each source, and a fresh part where a share asks."""
+        parts = []
+        for source, (size, share) in enumerate(zip(self._sizes, self._shares, strict=True)):
+            whole, rest = divmod(int(share * size), size)
+            generator = np.random.default_rng([self._config.seed, epoch, source])
+            copies = [np.arange(size)] * whole + [generator.choice(size, rest, replace=False)]
+            parts.append(np.concatenate(copies) + self._offsets[source])
+        return np.sort(np.concatenate(parts)).astype(np.int64)
+
+
+@dataclass
+class Preprocessor:
+    """How the student sees text and images: taken from its own processor."""
+
+    image_processor: Any
+    image_mode: str
+    image_token: int
+    image_tokens: int
+    pad: int
+
+    def pixels(self, image: Image, folder: str) -> torch.Tensor:
+        """(3, H, W) float32."""
+        loaded = square(load_image(image, folder), tuple(self.image_processor.image_mean), self.image_mode)
+        return self.image_processor([loaded], return_tensors="pt")["pixel_values"][0]
+
+
+class MicroBatches(Dataset[StudentBatch]):
+    """Micro-batches, made in loader processes: read, decode, preprocess, collate."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        preprocessor: Preprocessor,
+        features: ImageFeatures | None,
+        pixel_cache: int,
+    ) -> None:
+        self._sources, self._preprocessor, self._features = list(sources), preprocessor, features
+        self._limit = pixel_cache
+        self._pixels: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    def __getitem__(self, micro: MicroBatch) -> tuple[MicroBatch, StudentBatch]:  # type: ignore[override]
+        source = self._sources[micro.source]
+        raw = source.read(micro.indices)
+        images = [image for image in raw.images if image is not None]
+        pixel_values = image_features = None
+        if images and self._features is not None:
+            image_features = self._features.read([image.image_id for image in images])
+        elif images:
+            pixel_values = torch.stack([self._pixel_values(image, source.image_folder) for image in images])
+        batch = collate(
+            raw,
+            micro.weights,
+            image_token=self._preprocessor.image_token,
+            image_tokens=self._preprocessor.image_tokens,
+            pad=self._preprocessor.pad,
+            pixel_values=pixel_values,
+            image_features=image_features,
+        )
+        return micro, batch
+
+    def _pixel_values(self, image: Image, folder: str) -> torch.Tensor:
+        found = self._pixels.get(image.image_id)
+        if found is None:
+            found = self._pixels[image.image_id] = self._preprocessor.pixels(image, folder)
+            while len(self._pixels) > self._limit:
+                self._pixels.popitem(last=False)
+        return found
+
+
+class _Micros(Sampler[MicroBatch]):
+    def __init__(self, plan: StepPlan, steps: range, rank: int, ranks: int) -> None:
+        self._arguments = (plan, steps, rank, ranks)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        plan, steps, rank, ranks = self._arguments
+        for step in steps:
+            yield from plan.micro_batches(step, rank, ranks)
+
+
+def make_loader(
+    dataset: MicroBatches, plan: StepPlan, steps: range, rank: int, ranks: int, workers: int, pin: bool
+) -> DataLoader[Any]:
+    """Micro-batches of ``steps`` in order; ``workers`` processes stay some batches ahead of the training."""
+    return DataLoader(
+        dataset,
+        sampler=_Micros(plan, steps, rank, ranks),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        persistent_workers=False,
+        pin_memory=pin,
+        multiprocessing_context="spawn" if workers else None,
+    )

@@ -1,0 +1,360 @@
+"""The student and everything that is compared with the teacher, as one module: a micro-batch in, a loss out.
+
+One module, so that DDP and FSDP wrap student and projectors together. The output head is applied at predicting
+positions only, in chunks (``head_loss``); every term is a weighted sum whose weights already hold the divisions by
+the global batch, so micro-batches, ranks and accumulation need no further scaling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from student_train import losses, relations
+from student_train.batch import StudentBatch
+from student_train.config import HIDDEN_LOSSES, LOGIT_LOSSES, LossSpec
+from student_train.head_loss import head_losses
+from student_train.targets import (
+    ImageTargets,
+    RowTargets,
+    StoredStates,
+    decoded,
+    image_targets,
+    row_targets,
+    scales_on,
+)
+from teacher_cache.codecs import ChannelScales
+from teacher_cache.config import ConfigError, SignalsConfig
+from teacher_cache.manifest import CacheError, Manifest
+from teacher_cache.reader import TeacherCache
+
+
+@dataclass(frozen=True)
+class TeacherSide:
+    """What the losses need of one cache beside its batches. ``head`` (V, d) lies on the device, without gradient."""
+
+    signals: SignalsConfig
+    scales: dict[str, ChannelScales]
+    head: Tensor | None
+    hidden_size: int
+    image_tokens: int
+
+
+def needed_arrays(specs: Sequence[LossSpec], manifest: Manifest) -> tuple[list[str], list[str]]:
+    """Names of the cache's arrays, and of its per-image arrays, that these losses read."""
+    names: set[str] = set()
+    visual: set[str] = set()
+    for spec in specs:
+        if spec.name in LOGIT_LOSSES:
+            names |= {"topk": {"topk_ids", "topk_logprobs", "stats"}, "exact": {"hidden"}}.get(
+                spec.source, {"sampled_ids", "sampled_counts", "stats"}
+            )
+            if spec.source == "sampled" and manifest.signals_config.sampled_from == "tail":
+                names |= {"topk_ids", "topk_logprobs"}
+        if spec.name in HIDDEN_LOSSES:
+            names.add("hidden" if spec.layer == "last" else "hidden_second_last")
+        if spec.name == "attention_mse":
+            names.add("attention")
+        if spec.name == "similarity_mse":
+            names.add("hidden")
+        if spec.name in ("visual_kl", "relation", "similarity_mse") or spec.tokens == "all":
+            visual |= {s.name for s in manifest.image_arrays} or {"visual"}
+    if manifest.signals["codec"] in ("int8", "int4"):
+        names |= {f"{n}_scale" for n in names if n.startswith("hidden")}
+    return sorted(names), sorted(visual)
+
+
+def check_losses(specs: Sequence[LossSpec], manifest: Manifest, url: str) -> None:
+    """Losses that this cache's settings cannot serve, before the first step."""
+    for spec in specs:
+        if spec.tokens != "answer" and spec.name in (*LOGIT_LOSSES, *HIDDEN_LOSSES):
+            if manifest.signals["hidden"] != "text":
+                raise CacheError(
+                    f"{url}: {spec.name} on {spec.tokens} tokens needs states of all text positions, the cache has "
+                    f"signals.hidden={manifest.signals['hidden']}. Use tokens: answer, or build with signals.hidden=text"
+                )
+            if spec.name in LOGIT_LOSSES and spec.source != "exact":
+                raise ConfigError(f"losses: {spec.name} on {spec.tokens} tokens is exact only; set source: exact")
+            if spec.tokens == "all" and manifest.signals["visual"] != "states":
+                raise CacheError(
+                    f"{url}: {spec.name} on all tokens needs visual states, the cache has "
+                    f"signals.visual={manifest.signals['visual']}. Use tokens: text, or build with signals.visual=states"
+                )
+            if spec.tokens == "all" and spec.layer == "second_last":
+                raise ConfigError(
+                    f"losses: {spec.label} on all tokens: visual states are cached for the last layer only"
+                )
+        if (
+            spec.source == "topk"
+            and spec.name in LOGIT_LOSSES
+            and spec.temperature not in manifest.signals["temperatures"]
+        ):
+            raise ConfigError(
+                f"losses: {spec.name} at temperature {spec.temperature:g} from top-k is exact only on the cache's grid "
+                f"{manifest.signals['temperatures']}. Take one of these, or source: exact"
+            )
+
+
+class DistilledStudent(nn.Module):
+    """``model`` plus one Linear–GELU–Linear projector per hidden loss layer; teachers are data, not submodules."""
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        specs: Sequence[LossSpec],
+        teachers: Sequence[TeacherSide | None],
+        *,
+        head_rows: int,
+        image_tokens: int,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._specs, self._teachers = tuple(specs), list(teachers)
+        self._head_rows, self._image_tokens = head_rows, image_tokens
+        width = model.config.get_text_config().hidden_size
+        layers = {spec.layer for spec in specs if spec.name in HIDDEN_LOSSES}
+        sizes = {t.hidden_size for t in teachers if t is not None}
+        if layers and len(sizes) != 1:
+            raise ConfigError(f"hidden losses need teachers of one width, the sources have {sorted(sizes)}")
+        self.projectors = nn.ModuleDict(
+            {layer: losses.HiddenProjector(width, next(iter(sizes))) for layer in sorted(layers)}
+        )
+
+    def forward(self, batch: StudentBatch, source: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """(the weighted loss of this micro-batch, each term's unweighted part of it, detached)."""
+        teacher = self._teachers[source]
+        states = self._states(batch)
+        rows = states.last[batch.row_sample, batch.row_position]
+        targets = self._row_targets(batch, teacher)
+        parts: dict[str, Tensor] = {}
+        total = self._head_terms(rows, targets, batch, parts)
+        for spec in self._specs:
+            if spec.name in HIDDEN_LOSSES:
+                value = self._hidden_term(spec, batch, states, targets, teacher)
+            elif spec.name in LOGIT_LOSSES and spec.tokens != "answer":
+                value = self._all_token_logits(spec, batch, states, teacher)
+            elif spec.name == "attention_mse":
+                value = self._attention_term(batch, states, targets)
+            elif spec.name in ("visual_kl", "relation", "similarity_mse"):
+                value = self._visual_term(spec, batch, states, targets, teacher)
+            else:
+                continue
+            parts[spec.label] = value.detach()
+            total = total + spec.weight * value
+        return total, parts
+
+    def _head_terms(self, rows: Tensor, targets: RowTargets, batch: StudentBatch, parts: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy and the answer rows' logit losses, in one sweep over chunks of rows."""
+        specs = [s for s in self._specs if s.name in ("cross_entropy", *LOGIT_LOSSES) and s.tokens == "answer"]
+        total = rows.sum() * 0.0  # a micro-batch without rows still reaches every parameter
+        if not specs or not len(rows):
+            return total
+        late = {s.label: s.rows == "llavadi" for s in specs}
+        for is_late in sorted(set(late.values())):
+            group = [s for s in specs if late[s.label] == is_late]
+            weight = batch.row_weight
+            if is_late:
+                weight = weight * ~first_rows(batch.row_sample, batch.row_position)
+            head, weights = self.model.get_output_embeddings().weight, {s.name: s.weight for s in group}
+            value, sums = head_losses(rows, head, targets, group, weights, weight, self._head_rows)
+            total = total + value
+            parts.update(sums)
+        return total
+
+    def _hidden_term(
+        self, spec: LossSpec, batch: StudentBatch, states: _States, targets: RowTargets, teacher: TeacherSide | None
+    ) -> Tensor:
+        assert teacher is not None
+        measure = losses.hidden_mse if spec.name == "hidden_mse" else losses.hidden_cosine
+        projector = self.projectors[spec.layer]
+        student = states.last if spec.layer == "last" else states.second_last
+        assert student is not None
+        stored = targets.hidden if spec.layer == "last" else targets.hidden_second_last
+        assert stored is not None
+        if spec.tokens == "answer":
+            picked, weight = student[batch.row_sample, batch.row_position], batch.row_weight
+            if spec.rows == "llavadi":
+                weight = weight * ~first_rows(batch.row_sample, batch.row_position)
+            return (measure(stored.decode(slice(None)), projector(picked)) * weight).sum()
+        text = StoredStates(stored.codes, stored.scale, stored.codec, stored.scales)
+        weight = batch.text_token_weight if spec.tokens == "all" else batch.position_weight
+        picked = student[batch.text_sample, batch.text_position]
+        total = (measure(text.decode(slice(None)), projector(picked)) * weight).sum()
+        if spec.tokens == "all" and len(batch.visual_sample):
+            images = self._image_states(spec, batch, teacher)
+            per_token = measure(images.flatten(0, 1), projector(self._visual(states.last, batch)).flatten(0, 1))
+            total = total + (per_token * batch.image_token_weight.repeat_interleave(images.shape[1])).sum()
+        return total
+
+    def _all_token_logits(
+        self, spec: LossSpec, batch: StudentBatch, states: _States, teacher: TeacherSide | None
+    ) -> Tensor:
+        """A logit loss on all text positions, and on the image positions too for ``tokens: all`` (LLAVADI, table 2)."""
+        assert teacher is not None
+        targets = row_targets(batch.arrays, None, teacher.signals, teacher.scales, teacher.head)
+        weight = batch.text_token_weight if spec.tokens == "all" else batch.position_weight
+        rows = states.last[batch.text_sample, batch.text_position]
+        if spec.tokens == "all" and len(batch.visual_sample):
+            images = self._image_states(spec, batch, teacher).flatten(0, 1)
+            assert targets.hidden is not None
+            joined = torch.cat([targets.hidden.decode(slice(None)), images])
+            targets = RowTargets(hidden=decoded(joined), head=teacher.head)
+            rows = torch.cat([rows, self._visual(states.last, batch).flatten(0, 1)])
+            weight = torch.cat([weight, batch.image_token_weight.repeat_interleave(self._image_tokens)])
+        head = self.model.get_output_embeddings().weight
+        value, _ = head_losses(rows, head, targets, [spec], {spec.name: 1.0}, weight, self._head_rows)
+        return value
+
+    def _attention_term(self, batch: StudentBatch, states: _States, targets: RowTargets) -> Tensor:
+        assert states.attention is not None
+        assert targets.attention is not None
+        total = states.last.sum() * 0.0
+        for sample, start in zip(batch.visual_sample, batch.visual_start, strict=True):
+            mine = batch.row_sample == sample
+            rows = states.attention[sample][batch.row_position[mine]]
+            rows = rows[:, start : start + self._image_tokens]
+            relations.pooled_grid(targets.attention.shape[1], rows.shape[1], "none")
+            value = losses.attention_mse(targets.attention[mine], rows)
+            total = total + (value * batch.row_weight[mine]).sum()
+        return total
+
+    def _visual_term(
+        self, spec: LossSpec, batch: StudentBatch, states: _States, targets: RowTargets, teacher: TeacherSide | None
+    ) -> Tensor:
+        if not len(batch.visual_sample):
+            return states.last.sum() * 0.0
+        assert teacher is not None
+        student = self._visual(states.last, batch)
+        if spec.name == "similarity_mse":
+            return self._similarity(spec, batch, states, targets, teacher, student)
+        images = self._image_targets(batch, teacher)
+        grid = relations.pooled_grid(teacher.image_tokens, self._image_tokens, spec.pooling)
+        head = self.model.get_output_embeddings().weight
+        if spec.name == "relation":
+            target = relations.teacher_gram(images, spec.space, grid)
+            value = relations.relation_loss(target, relations.student_gram(student, head, spec.space))
+            return (value * batch.image_weight).sum()
+        source = "exact" if images.states is not None else "topk"
+        kl = replace(spec, name="forward_kl", source=source)
+        weight = (batch.image_weight / self._image_tokens).repeat_interleave(self._image_tokens)
+        rows = relations.visual_rows(images, grid)
+        value, _ = head_losses(student.flatten(0, 1), head, rows, [kl], {"forward_kl": 1.0}, weight, self._head_rows)
+        return value
+
+    def _similarity(
+        self,
+        spec: LossSpec,
+        batch: StudentBatch,
+        states: _States,
+        targets: RowTargets,
+        teacher: TeacherSide,
+        student: Tensor,
+    ) -> Tensor:
+        images, total = self._image_states(spec, batch, teacher), states.last.sum() * 0.0
+        assert targets.hidden is not None
+        text = targets.hidden.decode(slice(None))
+        rows = states.last[batch.row_sample, batch.row_position]
+        for image, sample in enumerate(batch.visual_sample):
+            mine = batch.row_sample == sample
+            value = losses.similarity_mse(images[image], text[mine], student[image], rows[mine])
+            total = total + (value * batch.row_weight[mine]).sum()
+        return total
+
+    def _row_targets(self, batch: StudentBatch, teacher: TeacherSide | None) -> RowTargets:
+        if teacher is None:
+            return RowTargets(answer_ids=batch.answer_ids)
+        return row_targets(batch.arrays, batch.answer_ids, teacher.signals, teacher.scales, teacher.head, batch.row_index)
+
+    def _image_targets(self, batch: StudentBatch, teacher: TeacherSide) -> ImageTargets:
+        return image_targets(batch.visual, teacher.signals, teacher.scales, teacher.image_tokens, teacher.head)
+
+    def _image_states(self, spec: LossSpec, batch: StudentBatch, teacher: TeacherSide) -> Tensor:
+        """(I, N, d) the teacher's visual states, pooled where the spec says so, with the student's N."""
+        stored = self._image_targets(batch, teacher).states
+        assert stored is not None
+        grid = relations.pooled_grid(teacher.image_tokens, self._image_tokens, spec.pooling)
+        states = stored.decode(slice(None))
+        return states if grid is None else relations.pool_grid(states, *grid)
+
+    def _visual(self, hidden: Tensor, batch: StudentBatch) -> Tensor:
+        """(I, N, d) the student's states at image positions."""
+        places = batch.visual_start.unsqueeze(1) + torch.arange(self._image_tokens, device=hidden.device)
+        return hidden[batch.visual_sample.unsqueeze(1), places]
+
+    def _states(self, batch: StudentBatch) -> _States:
+        second = any(s.layer == "second_last" for s in self._specs)
+        attention = any(s.name == "attention_mse" for s in self._specs)
+        llava: Any = self.model.model
+        options = {
+            "attention_mask": batch.attention_mask,
+            "output_hidden_states": second,
+            "output_attentions": attention,
+            "use_cache": False,
+        }
+        if batch.image_features is not None:
+            embeddings = merge_features(llava, batch.input_ids, batch.image_features, self.model.config.image_token_id)
+            out = llava.language_model(inputs_embeds=embeddings, **options)
+        else:
+            pixels = batch.pixel_values
+            pixels = pixels.to(self.model.dtype) if pixels is not None else None
+            out = llava(input_ids=batch.input_ids, pixel_values=pixels, **options)
+        return _States(
+            out.last_hidden_state,
+            out.hidden_states[-2] if second else None,
+            out.attentions[-1].mean(1) if attention else None,
+        )
+
+
+@dataclass(frozen=True)
+class _States:
+    last: Tensor  # (B, S, d) after the final norm
+    second_last: Tensor | None
+    attention: Tensor | None  # (B, S, S), last layer, mean over heads
+
+
+def first_rows(row_sample: Tensor, row_position: Tensor) -> Tensor:
+    """(R,) bool: rows of first answer tokens, where a row's position does not follow the one before it."""
+    follows = (row_sample[1:] == row_sample[:-1]) & (row_position[1:] == row_position[:-1] + 1)
+    return torch.cat([torch.ones_like(row_sample[:1], dtype=torch.bool), ~follows])
+
+
+def merge_features(llava: Any, input_ids: Tensor, features: Tensor, image_token: int) -> Tensor:
+    """Token embeddings with the projected ``features`` (I, N, d_vision) at the image positions, as LLaVA does."""
+    embeddings = llava.get_input_embeddings()(input_ids)
+    projected = llava.multi_modal_projector(features.to(embeddings.dtype))
+    mask = (input_ids == image_token).unsqueeze(-1).expand_as(embeddings)
+    return embeddings.masked_scatter(mask, projected.to(embeddings.dtype))
+
+
+def teacher_side(
+    cache: TeacherCache, vocabulary: int, device: torch.device, dtype: torch.dtype, head: bool
+) -> TeacherSide:
+    """The head and the scales of a cache on the device; a head padded to another vocabulary is cut to the shared ids."""
+    manifest = cache.manifest
+    weight = None
+    if head:
+        weight = torch.from_numpy(cache.head.copy())[:vocabulary].to(device, dtype)
+        if len(weight) < vocabulary:
+            raise CacheError(
+                f"{cache.storage.url}: the teacher has {len(weight):,} output ids, the student {vocabulary:,}. "
+                "Give the student the teacher's vocabulary size (model.resize_token_embeddings)"
+            )
+    return TeacherSide(
+        signals=manifest.signals_config,
+        scales={name: scales_on(scales, device) for name, scales in full_scales(cache).items()},
+        head=weight,
+        hidden_size=manifest.shape.hidden_size,
+        image_tokens=manifest.shape.image_tokens,
+    )
+
+
+def full_scales(cache: TeacherCache) -> Mapping[str, ChannelScales]:
+    """Scales for every array of states; float codecs without PCA have none stored and need ones."""
+    none = ChannelScales(np.ones(cache.manifest.shape.hidden_size, np.float32))
+    return {name: cache.scales.get(name, none) for name in ("hidden", "hidden_second_last", "visual")}

@@ -1,0 +1,183 @@
+"""The student model: loaded, put together, cut from a teacher's layers, frozen or given adapters as the config says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from student_train.config import StudentConfig
+from teacher_cache.config import ConfigError
+from teacher_cache.conversations import IMAGE_TAG
+
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def load_student(config: StudentConfig, seed: int) -> tuple[LlavaForConditionalGeneration, Any]:
+    """The model, ready to train (what is frozen needs no gradient), and its processor.
+
+    New weights (a composed student's projector) are drawn from ``seed``.
+
+    Raises
+    ------
+    ConfigError
+        No such checkpoint, or parts that do not fit together.
+    """
+    torch.manual_seed(seed)
+    if config.layers_from:
+        model, processor = cut_layers(config)
+    elif config.model:
+        model, processor = _load_llava(config)
+    else:
+        model, processor = compose(config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    choose_trainable(model, config)
+    return model, processor
+
+
+def choose_trainable(model: LlavaForConditionalGeneration, config: StudentConfig) -> None:
+    """Freeze what is not trained: the vision tower unless asked, the language model for ``projector`` and ``lora``."""
+    model.requires_grad_(config.train == "full")
+    model.model.multi_modal_projector.requires_grad_(True)
+    model.model.vision_tower.requires_grad_(config.train_vision)
+    if config.train == "lora":
+        add_adapters(model, config)
+
+
+def add_adapters(model: LlavaForConditionalGeneration, config: StudentConfig) -> None:
+    """LoRA in place on the language model's projections, by peft; module names stay what they are."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=LORA_TARGETS)
+    inject_adapter_in_model(lora, model)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Fold LoRA weights into the layers they sit on, so that a plain Transformers model is left."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], module.get_base_layer())
+
+
+def _load_llava(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, Any]:
+    try:
+        model = LlavaForConditionalGeneration.from_pretrained(
+            config.model,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            quantization_config=_four_bit(config),
+        )
+        processor = AutoProcessor.from_pretrained(config.model, backend="pil")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"student.model={config.model}: not a LLaVA folder with its processor ({str(error).splitlines()[0]})"
+        ) from error
+    return model, processor
+
+
+def compose(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, Any]:
+    """A language model and a vision tower with a new two-layer GELU projector between them (LLaVA-1.5)."""
+    if not (config.language_model and config.vision_tower):
+        raise ConfigError("student: a composed student needs both language_model and vision_tower")
+    dtype = getattr(torch, config.dtype)
+    language = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype)
+    vision = AutoModel.from_pretrained(config.vision_tower, dtype=dtype)
+    vision = getattr(vision, "vision_model", vision)
+    tokenizer = AutoTokenizer.from_pretrained(config.language_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TAG]})
+    token = tokenizer.convert_tokens_to_ids(IMAGE_TAG)
+    if token >= language.get_input_embeddings().num_embeddings:
+        language.resize_token_embeddings(token + 1)
+    vision_config = AutoConfig.from_pretrained(config.vision_tower)
+    vision_config = getattr(vision_config, "vision_config", vision_config)
+    has_class_token = vision_config.model_type.startswith("clip")
+    llava = LlavaConfig(
+        text_config=language.config,
+        vision_config=vision_config,
+        image_token_index=token,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default" if has_class_token else "full",
+        image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
+    )
+    model = LlavaForConditionalGeneration._from_config(llava, dtype=dtype, attn_implementation=config.attention)
+    model.model.language_model.load_state_dict(language.get_decoder().state_dict())
+    model.get_output_embeddings().load_state_dict(language.get_output_embeddings().state_dict())
+    _load_vision(model.model.vision_tower, vision, config)
+    processor = LlavaProcessor(
+        image_processor=AutoProcessor.from_pretrained(config.vision_tower, backend="pil").image_processor,
+        tokenizer=tokenizer,
+        patch_size=vision_config.patch_size,
+        vision_feature_select_strategy=llava.vision_feature_select_strategy,
+        num_additional_image_tokens=int(has_class_token),
+        image_token=IMAGE_TAG,
+    )
+    return model, processor
+
+
+def _load_vision(tower: nn.Module, vision: nn.Module, config: StudentConfig) -> None:
+    """Copy the tower's weights, whether or not the classes wrap them in ``vision_model``."""
+    target = tower.state_dict()
+    source = {re.sub(r"^vision_model\.", "", k): v for k, v in vision.state_dict().items()}
+    filled = {k: source.get(re.sub(r"^vision_model\.", "", k)) for k in target}
+    missing = [k for k, v in filled.items() if v is None]
+    if missing:
+        raise ConfigError(
+            f"student.vision_tower={config.vision_tower}: no weights for {missing[0]}; expected a CLIP or SigLIP tower"
+        )
+    tower.load_state_dict(filled)
+
+
+def cut_layers(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, Any]:
+    """A student of every n-th layer of a teacher, everything else the teacher's (DistilBERT; LLAVADI section 4.5).
+
+    Half the layers takes 0, 2, 4 …: layer i of the student is layer ⌊i·n/m⌋ of the teacher's n.
+    """
+    if not Path(config.layers_from).exists() and "/" not in config.layers_from:
+        raise ConfigError(f"student.layers_from={config.layers_from}: no such folder")
+    model, processor = _load_llava(
+        StudentConfig(model=config.layers_from, dtype=config.dtype, attention=config.attention)
+    )
+    decoder = model.model.language_model
+    total = len(decoder.layers)
+    wanted = config.layers or total // 2
+    if not 1 <= wanted <= total:
+        raise ConfigError(f"student.layers={config.layers}: the teacher has {total} layers")
+    decoder.layers = nn.ModuleList([decoder.layers[i * total // wanted] for i in range(wanted)])
+    for number, layer in enumerate(decoder.layers):
+        layer.self_attn.layer_idx = number
+    text = model.config.text_config
+    text.num_hidden_layers = wanted
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:wanted]
+    return model, processor
+
+
+def _four_bit(config: StudentConfig) -> Any:
+    if not config.load_in_4bit:
+        return None
+    if config.train == "full":
+        raise ConfigError("student.load_in_4bit: 4-bit weights cannot be trained; set student.train=lora (QLoRA)")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, config.dtype)
+    )

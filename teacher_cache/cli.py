@@ -1,0 +1,189 @@
+"""``teacher-cache``: phase one from the command line. Every command is a few lines over functions of this package."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from teacher_cache.config import CacheConfig, load_config
+from teacher_cache.progress import Style
+from teacher_cache.storage import Storage
+
+app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+
+Config = Annotated[Path, typer.Argument(help="YAML file of the cache, for example pipelines/tiny/cache.yaml")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the file, for example signals.top_k=32")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
+
+
+@app.command()
+def plan(config: Config, sets: Sets = None, as_json: Json = False) -> None:
+    """What the cache will hold and cost, before anything runs; needs no weights."""
+    from teacher_cache.plan import plan_cache
+
+    with _errors():
+        planned = plan_cache(load_config(CacheConfig, config, sets or []))
+    _show(planned.as_rows(), planned, as_json, "plan")
+
+
+@app.command()
+def build(config: Config, sets: Sets = None, as_json: Json = False, workers: int = 1) -> None:
+    """Answer, score and write the whole cache; goes on where an earlier run stopped."""
+    from teacher_cache.score import build_cache
+
+    with _errors():
+        settings = load_config(CacheConfig, config, sets or [])
+        if workers > 1:
+            from teacher_cache.cluster import build_on_ray
+
+            summary = build_on_ray(settings, workers=workers, style=_style(as_json))
+        else:
+            summary = build_cache(settings, style=_style(as_json))
+    rows = [(n.replace("_", " "), _number(v)) for n, v in dataclasses.asdict(summary).items()]
+    _show([*rows, ("bytes per row", f"{summary.bytes_per_row:,.1f}")], summary, as_json, f"cache {settings.output}")
+
+
+@app.command()
+def answer(config: Config, sets: Sets = None, as_json: Json = False) -> None:
+    """Only write the answers (answers/part-*.parquet); ``score`` or ``build`` goes on from them."""
+    from teacher_cache.score import answer_only
+
+    with _errors():
+        answered = answer_only(load_config(CacheConfig, config, sets or []), style=_style(as_json))
+    _show([("shards answered", _number(answered))], {"shards": answered}, as_json, "answers")
+
+
+@app.command()
+def score(config: Config, sets: Sets = None, as_json: Json = False) -> None:
+    """Score the answers that are there and write the shards; refuses when answers are missing."""
+    from teacher_cache.score import build_cache, check_answered
+
+    with _errors():
+        settings = load_config(CacheConfig, config, sets or [])
+        check_answered(settings)
+        summary = build_cache(settings, style=_style(as_json))
+    rows = [(n.replace("_", " "), _number(v)) for n, v in dataclasses.asdict(summary).items()]
+    _show(rows, summary, as_json, f"cache {settings.output}")
+
+
+@app.command()
+def info(cache: str, as_json: Json = False) -> None:
+    """What is in a cache."""
+    from teacher_cache.info import cache_info
+
+    with _errors():
+        rows = cache_info(Storage(cache))
+    _show(rows, dict(rows), as_json, f"cache {cache}")
+
+
+@app.command()
+def verify(
+    cache: str,
+    deep: Annotated[bool, typer.Option(help="also every checksum, every number and the row rule")] = False,
+    rescore: Annotated[int, typer.Option(help="let the teacher score this many samples again (needs --config)")] = 0,
+    repair: Annotated[bool, typer.Option(help="remove the shards at fault, so that build makes them again")] = False,
+    config: Annotated[Path | None, typer.Option(help="the YAML the cache was made with")] = None,
+    sets: Sets = None,
+) -> None:
+    """Check a cache; exits with 1 and names the shard, sample and file at fault when something is wrong."""
+    from teacher_cache.verify import repair_cache, rescore_cache, verify_cache
+
+    with _errors():
+        report = verify_cache(Storage(cache), deep=deep or repair)
+        if rescore and config is None:
+            raise typer.BadParameter("--rescore needs --config, the YAML the cache was made with")
+        for line in report.lines():
+            typer.echo(line)
+        if rescore and config is not None:
+            typer.echo(rescore_cache(load_config(CacheConfig, config, sets or []), rescore))
+        if repair and not report.ok:
+            removed = repair_cache(Storage(cache), report)
+            typer.echo(f"removed {len(removed)} shards; run teacher-cache build with the same configuration")
+            return
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def fidelity(cache: str, samples: int = 256, as_json: Json = False) -> None:
+    """How close the stored signals are to the teacher's exact distribution, by answer type and position."""
+    from teacher_cache.fidelity import cache_fidelity
+
+    with _errors():
+        report = cache_fidelity(Storage(cache), samples)
+    _show(report.as_rows(), report, as_json, f"fidelity of {cache}")
+
+
+@app.command()
+def view(
+    cache: str,
+    output: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("cache.html"),
+    samples: Annotated[int, typer.Option(help="how many samples to show")] = 24,
+    image_folder: Annotated[str, typer.Option(help="where the images lie")] = "",
+    ids: Annotated[list[str] | None, typer.Option("--id", help="show this sample_id (repeatable)")] = None,
+    tokenizer: Annotated[str, typer.Option(help="folder or name of the teacher, for the text of single tokens")] = "",
+    seed: int = 0,
+) -> None:
+    """A self-contained page to look into a cache: no server, no network."""
+    from teacher_cache.view import write_view
+
+    with _errors():
+        written = write_view(cache, output, samples, image_folder, ids or [], tokenizer, seed)
+    typer.echo(f"{written}: open it in any browser")
+
+
+@app.command("export-answers")
+def export_answers(cache: str, output: Annotated[Path, typer.Option(help="the JSON file to write")]) -> None:
+    """The regenerated instruction set as LLaVA JSON, for people who do not use this package."""
+    from teacher_cache.info import exported_answers
+
+    with _errors():
+        lines = exported_answers(Storage(cache))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(lines, ensure_ascii=False, indent=1), encoding="utf-8")
+    typer.echo(f"{output}: {len(lines):,} samples")
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Errors that say what to do are shown as they are; a traceback would bury them."""
+    from teacher_cache.conversations import DataError
+    from teacher_cache.manifest import CacheError
+    from teacher_cache.storage import StorageError
+    from teacher_cache.teacher import TeacherError
+    from teacher_cache.tokenization import TemplateError
+
+    try:
+        yield
+    except (CacheError, DataError, StorageError, TeacherError, TemplateError, ValueError) as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {error}", markup=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        typer.echo("interrupted; committed shards stand, run the same command again to go on", err=True)
+        raise typer.Exit(130) from None
+
+
+def _show(rows: list[tuple[str, ...]], plain: Any, as_json: bool, title: str) -> None:
+    if as_json:
+        plain = dataclasses.asdict(plain) if dataclasses.is_dataclass(plain) else plain  # type: ignore[arg-type]
+        typer.echo(json.dumps(plain, indent=1, default=str))
+        return
+    table = Table(title=title, show_header=False, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _style(as_json: bool) -> Style:
+    return "json" if as_json else "auto"
+
+
+def _number(value: Any) -> str:
+    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

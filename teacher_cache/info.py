@@ -1,0 +1,66 @@
+"""What a cache holds, as a table, and its answers as an instruction set for others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from teacher_cache.conversations import Conversation, Image, to_llava_json
+from teacher_cache.manifest import read_manifest
+from teacher_cache.reader import TeacherCache
+from teacher_cache.storage import Storage
+from teacher_cache.writer import committed_shards
+
+
+def cache_info(storage: Storage) -> list[tuple[str, str]]:
+    """(fact, value) rows; an incomplete cache is described too."""
+    manifest = read_manifest(storage)
+    teacher, counts, signals = manifest.teacher, manifest.counts, manifest.signals
+    done = len(committed_shards(storage, manifest))
+    state = "complete" if manifest.complete else "not complete"
+    rows = [
+        ("state", f"{state}, {done} of {manifest.planned_shards} shards"),
+        ("fingerprint", manifest.fingerprint[:16]),
+        (
+            "teacher",
+            f"{teacher['model']} ({teacher['dtype']}, {teacher['layers']} layers, d {manifest.shape.hidden_size})",
+        ),
+        ("template, images", f"{teacher['template']}, {manifest.shape.image_tokens} tokens an image"),
+        (
+            "data",
+            ", ".join(f["name"] for f in manifest.data["files"]) + f" (regenerate: {manifest.data['regenerate']})",
+        ),
+        ("generation", _generation(manifest.generation)),
+        ("preset", f"{signals['preset']}: top-{signals['top_k']}, hidden {signals['hidden']} ({signals['codec']})"),
+        ("visual signals", signals["visual"]),
+        ("made", f"{manifest.created_at} with {', '.join(f'{k} {v}' for k, v in manifest.made_with.items())}"),
+    ]
+    if not manifest.complete:
+        return rows
+    per_row = counts["bytes"] / max(counts["rows"], 1)
+    return [
+        *rows,
+        ("samples", f"{counts['samples']:,} cached + {counts['skipped']:,} skipped = {manifest.planned_samples:,}"),
+        ("rows (answer tokens)", f"{counts['rows']:,}"),
+        ("distinct images", f"{counts['images']:,}" if counts["images"] else "not stored apart"),
+        ("bytes in shards", f"{counts['bytes']:,} ({per_row:,.1f} a row)"),
+        *(
+            (f"  {s.name}", f"{s.line_bytes:,} bytes a {s.axis}, {s.dtype}")
+            for s in [*manifest.arrays, *manifest.image_arrays]
+        ),
+    ]
+
+
+def exported_answers(storage: Storage) -> list[dict[str, Any]]:
+    """LLaVA JSON lines with the cached answers in the place of the original ones."""
+    with TeacherCache(storage) as cache:
+        records = [cache[i] for i in range(len(cache))]
+    return to_llava_json(
+        Conversation(r.sample_id, r.questions, r.answers, Image(r.image_id, path=r.image_id) if r.image_id else None)
+        for r in records
+    )
+
+
+def _generation(generation: dict[str, Any]) -> str:
+    if generation["temperature"] == 0:
+        return f"greedy, at most {generation['max_new_tokens']} tokens an answer"
+    return f"temperature {generation['temperature']:g}, top_p {generation['top_p']:g}, seed {generation['seed']}"
