@@ -39,6 +39,10 @@ class SparseTarget:
     constant: Tensor
     tail: Tensor | None = None
 
+    def to(self, dtype: torch.dtype) -> SparseTarget:
+        tail = None if self.tail is None else self.tail.to(dtype)
+        return SparseTarget(self.ids, self.probabilities.to(dtype), self.constant.to(dtype), tail)
+
 
 @dataclass(frozen=True)
 class DenseTarget:
@@ -95,8 +99,8 @@ def _soft_target_losses(
     logits: Tensor, teacher: Mapping[str, Target], weights: Mapping[str, float]
 ) -> dict[str, Tensor]:
     """Losses (R,) by name; ``logits`` (R, V) becomes the gradient of their weighted sum. At most one has a tail."""
-    sparse = {name: target for name, target in teacher.items() if isinstance(target, SparseTarget)}
-    dense = {name: target for name, target in teacher.items() if isinstance(target, DenseTarget)}
+    sparse = {name: t.to(logits.dtype) for name, t in teacher.items() if isinstance(t, SparseTarget)}
+    dense = {name: t for name, t in teacher.items() if isinstance(t, DenseTarget)}
     bucketed = next((target for target in sparse.values() if target.tail is not None), None)
     logits.sub_(logits.amax(-1, keepdim=True))
     gathered = {name: logits.gather(-1, target.ids) for name, target in sparse.items()}

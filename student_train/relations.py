@@ -78,6 +78,8 @@ def teacher_gram(images: ImageTargets, space: Space, grid: tuple[int, int] | Non
     states = states if grid is None else pool_grid(states, *grid)
     if space == "hidden":
         return hidden_gram(states)
+    if images.head_square is not None:
+        return logit_gram(states, images.head_square)
     return logit_gram(states, head_square(_head(images, "relation loss on logits, from visual states")))
 
 

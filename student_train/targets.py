@@ -121,7 +121,8 @@ class ImageTargets:
     """The teacher's side of B distinct images of N positions; what the cache does not hold is None.
 
     states (B, N, d) quantised · topk_ids, topk_logprobs (B, N, k) · stats: column → (B, N) · gram_hidden, gram_logits
-    (B, N·(N + 1)/2) float16, upper triangles row by row, each over its entry of gram_scale (B, 2) · head (V, d).
+    (B, N·(N + 1)/2) float16, upper triangles row by row, each over its entry of gram_scale (B, 2) · head (V, d) ·
+    head_square (d, d): ``relations.head_square(head)``, which a run computes once.
     """
 
     tokens: int
@@ -133,6 +134,7 @@ class ImageTargets:
     gram_logits: Tensor | None = None
     gram_scale: Tensor | None = None
     head: Tensor | None = None
+    head_square: Tensor | None = None
 
 
 def row_targets(
@@ -171,6 +173,7 @@ def image_targets(
     scales: Mapping[str, ChannelScales],
     image_tokens: int,
     head: Tensor | None,
+    head_square: Tensor | None = None,
 ) -> ImageTargets:
     """The targets of a batch of distinct images; arrays by the names of ``records.image_arrays``, a line an image."""
     return ImageTargets(
@@ -183,6 +186,7 @@ def image_targets(
         gram_logits=arrays.get("gram_logits"),
         gram_scale=arrays.get("gram_scale"),
         head=head,
+        head_square=head_square,
     )
 
 
