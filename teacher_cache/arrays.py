@@ -18,6 +18,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 from numcodecs.zstd import Zstd
+from safetensors.numpy import load as load_safetensors
 
 from teacher_cache.records import Array
 
@@ -149,6 +150,17 @@ def view(buffer: Any, layout: ArrayLayout) -> npt.NDArray[Any]:
     count = layout.rows * math.prod(layout.shape)
     flat = np.frombuffer(buffer, np.dtype(layout.dtype).newbyteorder("<"), count=count)
     return flat.reshape(layout.rows, *layout.shape)
+
+
+def load_safetensors_array(data: bytes, name: str) -> Array:
+    """One tensor of a safetensors file as numpy; bfloat16, which numpy lacks, as float32."""
+    (length,) = struct.unpack("<Q", data[:8])
+    entry = json.loads(data[8 : 8 + length])[name]
+    if entry["dtype"] != "BF16":
+        return np.asarray(load_safetensors(data)[name])
+    begin, end = entry["data_offsets"]
+    raw = np.frombuffer(data, np.uint16, count=(end - begin) // 2, offset=8 + length + begin)
+    return (raw.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
 
 
 def _json(plain: dict[str, Any]) -> bytes:

@@ -9,11 +9,13 @@ numpy; decoding likewise, so both are written once over the array operations the
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors.numpy import load as load_safetensors
 
 from teacher_cache.records import INT4_BLOCK
 
@@ -126,9 +128,20 @@ def decode_torch(codes: Any, row_scale: Any | None, codec: str, scales: ChannelS
             states = codes.float() * row_scale.float().unsqueeze(-1)
         else:
             nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).float() - 8
-            blocks = nibbles.unflatten(-1, (-1, INT4_BLOCK)) * row_scale.float().unsqueeze(-1)
+            blocks = nibbles.reshape(*nibbles.shape[:-1], -1, INT4_BLOCK) * row_scale.float().unsqueeze(-1)
             states = blocks.flatten(-2)[..., : len(scales.channel_scale)]
         states = states * channel
     if scales.basis is not None:
         states = states @ torch.as_tensor(scales.basis, device=device) + torch.as_tensor(scales.mean, device=device)
     return states
+
+
+def scales_from_bytes(data: bytes) -> dict[str, ChannelScales]:
+    """``scales.safetensors``: ``{array}.channel_scale`` and, with PCA, ``{array}.mean`` and ``{array}.basis``."""
+    fields = {f.name for f in dataclasses.fields(ChannelScales)}
+    out: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
+    for key, value in load_safetensors(data).items():
+        name, _, part = key.rpartition(".")
+        assert part in fields, key
+        out.setdefault(name, {})[part] = value
+    return {name: ChannelScales(**parts) for name, parts in out.items()}

@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from teacher_cache.arrays import ArrayLayout, chunk_rows_for, data_file, group_metadata, shard_bytes, zarr_metadata
+from teacher_cache.checksums import INDEX, METADATA_KEY, read_file_sums, sha256, sums_to_plain
 from teacher_cache.conversations import Skipped
 from teacher_cache.manifest import FORMAT_VERSION, CacheError, Manifest, write_manifest
 from teacher_cache.records import Array, ArraySpec, TeacherRecord, line_counts
 from teacher_cache.storage import Parts, Storage
 
-INDEX = "index.parquet"
 LEDGER = "shards.parquet"
+SAMPLES = "samples.parquet"
 SKIPPED = "skipped.jsonl"
 HEAD = "head.safetensors"
 SCALES = "scales.safetensors"
-BLOCK_BYTES = 1 << 20
-"""Files are checksummed in blocks of this size, so that a reader checks what it touches and no more."""
-_METADATA_KEY = b"teacher_cache"
-
-
-@dataclass(frozen=True)
-class FileSum:
-    """Size and CRC-32C of each block of one file."""
-
-    bytes: int
-    blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -108,13 +96,7 @@ def write_images(
 
 
 def committed_shards(storage: Storage, manifest: Manifest) -> set[int]:
-    """Numbers of the shards that are complete; a foreign one is refused.
-
-    Raises
-    ------
-    CacheError
-        A shard in the folder was made with other settings than the manifest's.
-    """
+    """Numbers of the shards that are complete. Whether they belong to the manifest is :func:`finish`'s question."""
     numbers = {int(name) for name in storage.names("shards") if name.isdigit()}
     if storage.local is None:  # an object store: the mark decides
         numbers = {n for n in numbers if storage.exists(f"{shard_name(n)}/{INDEX}")}
@@ -135,77 +117,49 @@ def finish(storage: Storage, manifest: Manifest) -> Manifest:
             f"{storage.url}: {len(missing)} of {manifest.planned_shards} shards are missing (first: {missing[0]:05d}). "
             "Run teacher-cache build with the same configuration to make them"
         )
-    entries, skipped = [], []
+    entries, skipped, tables = [], [], []
     for number in range(manifest.planned_shards):
-        entry, reasons = _entry(storage, manifest, number)
+        entry, reasons, table = _entry(storage, manifest, number)
         entries.append(entry)
         skipped += reasons
-    cached = sum(e.samples for e in entries)
-    if cached + len(skipped) != manifest.planned_samples:
-        raise CacheError(
-            f"{storage.url}: {cached} cached + {len(skipped)} skipped samples, expected {manifest.planned_samples}. "
-            "Run teacher-cache verify to find the shard at fault"
-        )
-    table = pa.Table.from_pylist([dataclasses.asdict(e) for e in entries], schema=_LEDGER_SCHEMA)
-    storage.write(LEDGER, [_parquet(table)])
+        tables.append(table)
+    ledger = pa.Table.from_pylist([dataclasses.asdict(e) for e in entries], schema=_LEDGER_SCHEMA)
+    storage.write(LEDGER, [_parquet(ledger)])
+    storage.write(SAMPLES, [_parquet(pa.concat_tables(tables))])
     lines = "".join(json.dumps(dataclasses.asdict(s), ensure_ascii=False) + "\n" for s in skipped)
     storage.write(SKIPPED, [lines.encode()])
+    for name in _groups(manifest):
+        storage.write(name, [group_metadata({"teacher_cache_format": FORMAT_VERSION})])
     done = dataclasses.replace(
-        manifest, complete=True, counts=_counts(entries, len(skipped)), files=_side_files(storage)
+        manifest, complete=True, counts=_counts(entries, len(skipped)), files=_side_files(storage, manifest)
     )
     write_manifest(storage, done)
     return done
 
 
-def read_file_sums(index: bytes) -> tuple[dict[str, FileSum], dict[str, Any]]:
-    """Checksums of a folder's files, and the rest of the index's metadata, from the bytes of ``index.parquet``."""
-    metadata = json.loads(pq.read_metadata(io.BytesIO(index)).metadata[_METADATA_KEY])
-    sums = {name: FileSum(s["bytes"], tuple(s["blocks"])) for name, s in metadata.pop("files").items()}
-    return sums, metadata
-
-
-def file_sum(parts: Parts) -> FileSum:
-    """Checksums of a file given in parts."""
-    crcs: list[int] = []
-    open_crc, filled, total = 0, 0, 0
-    for part in parts:
-        rest = memoryview(part)
-        total += len(rest)
-        while len(rest):
-            take = min(BLOCK_BYTES - filled, len(rest))
-            open_crc = google_crc32c.extend(open_crc, bytes(rest[:take]))
-            rest, filled = rest[take:], filled + take
-            if filled == BLOCK_BYTES:
-                crcs.append(open_crc)
-                open_crc, filled = 0, 0
-    if filled:
-        crcs.append(open_crc)
-    return FileSum(total, tuple(crcs))
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _entry(storage: Storage, manifest: Manifest, number: int) -> tuple[ShardEntry, list[Skipped]]:
+def _entry(storage: Storage, manifest: Manifest, number: int) -> tuple[ShardEntry, list[Skipped], pa.Table]:
+    """The shard's line of the ledger, what it left out and its lines of ``samples.parquet``."""
     index = storage.read(f"{shard_name(number)}/{INDEX}")
     sums, metadata = read_file_sums(index)
-    if metadata["fingerprint"] != manifest.fingerprint:
+    _check_fingerprint(storage, manifest, shard_name(number), metadata)
+    table = pq.read_table(io.BytesIO(index), columns=["sample_id", "image_id", "tokens", "rows", "positions"])
+    skipped = [Skipped(**s) for s in metadata["skipped"]]
+    size = manifest.layout["shard_samples"]
+    planned = min(size, manifest.planned_samples - number * size)
+    if table.num_rows + len(skipped) != planned:
         raise CacheError(
-            f"{storage.url}/{shard_name(number)}: made with other settings (fingerprint "
-            f"{metadata['fingerprint'][:12]}, expected {manifest.fingerprint[:12]}). "
-            "Delete that shard and run teacher-cache build again"
+            f"{storage.url}/{shard_name(number)}: {table.num_rows} cached + {len(skipped)} skipped samples, expected "
+            f"{planned}. Delete that shard and run teacher-cache build again"
         )
-    table = pq.read_table(io.BytesIO(index), columns=["tokens", "rows", "positions"])
-    total = {name: int(np.sum(table[name].to_numpy())) for name in table.column_names}
-    size, images, images_digest = sum(s.bytes for s in sums.values()) + len(index), 0, ""
+    total = {name: int(np.sum(table[name].to_numpy())) for name in ("tokens", "rows", "positions")}
+    byte_count, images, images_digest = sum(s.bytes for s in sums.values()) + len(index), 0, ""
     if manifest.image_arrays:
         images_index = storage.read(f"{images_name(number)}/{INDEX}")
-        images_sums, _ = read_file_sums(images_index)
+        images_sums, metadata = read_file_sums(images_index)
+        _check_fingerprint(storage, manifest, images_name(number), metadata)
         images = pq.read_metadata(io.BytesIO(images_index)).num_rows
-        size += sum(s.bytes for s in images_sums.values()) + len(images_index)
+        byte_count += sum(s.bytes for s in images_sums.values()) + len(images_index)
         images_digest = sha256(images_index)
-    skipped = [Skipped(**s) for s in metadata["skipped"]]
     answers = answers_name(number)
     answers_digest = sha256(storage.read(answers)) if storage.exists(answers) else ""
     entry = ShardEntry(
@@ -214,12 +168,29 @@ def _entry(storage: Storage, manifest: Manifest, number: int) -> tuple[ShardEntr
         skipped=len(skipped),
         **total,
         images=images,
-        bytes=size,
+        bytes=byte_count,
         index_sha256=sha256(index),
         images_sha256=images_digest,
         answers_sha256=answers_digest,
     )
-    return entry, skipped
+    return entry, skipped, _sample_lines(table, number)
+
+
+def _sample_lines(table: pa.Table, shard: int) -> pa.Table:
+    columns: dict[str, Any] = {"sample_id": table["sample_id"].cast(pa.string())}
+    columns["shard"] = pa.array(np.full(table.num_rows, shard, np.int32))
+    for name in ("tokens", "rows", "positions"):
+        columns[name] = table[name].cast(pa.int32())
+    columns["has_image"] = pa.array([bool(i) for i in table["image_id"].to_pylist()], pa.bool_())
+    return pa.table(columns)
+
+
+def _check_fingerprint(storage: Storage, manifest: Manifest, name: str, metadata: Mapping[str, Any]) -> None:
+    if metadata["fingerprint"] != manifest.fingerprint:
+        raise CacheError(
+            f"{storage.url}/{name}: made with other settings (fingerprint {metadata['fingerprint'][:12]}, expected "
+            f"{manifest.fingerprint[:12]}). Delete that folder and run teacher-cache build again"
+        )
 
 
 def _counts(entries: Sequence[ShardEntry], skipped: int) -> dict[str, int]:
@@ -227,8 +198,14 @@ def _counts(entries: Sequence[ShardEntry], skipped: int) -> dict[str, int]:
     return {"skipped": skipped, **{n: sum(getattr(e, n) for e in entries) for n in names}}
 
 
-def _side_files(storage: Storage) -> dict[str, str]:
-    return {name: sha256(storage.read(name)) for name in (LEDGER, SKIPPED, HEAD, SCALES) if storage.exists(name)}
+def _side_files(storage: Storage, manifest: Manifest) -> dict[str, str]:
+    names = (LEDGER, SAMPLES, SKIPPED, HEAD, SCALES, *_groups(manifest))
+    return {name: sha256(storage.read(name)) for name in names if storage.exists(name)}
+
+
+def _groups(manifest: Manifest) -> list[str]:
+    """The Zarr groups above those of the shards, so that plain zarr opens the cache as one hierarchy."""
+    return ["zarr.json", "shards/zarr.json", *(["images/zarr.json"] if manifest.image_arrays else [])]
 
 
 _LEDGER_SCHEMA = pa.schema(
@@ -282,13 +259,13 @@ def _index_table(records: Sequence[TeacherRecord], places: Sequence[ImagePlace],
 
 def _index_bytes(table: pa.Table, files: Mapping[str, Parts], manifest: Manifest, extra: dict[str, Any]) -> list[bytes]:
     metadata = {
-        "files": {name: dataclasses.asdict(file_sum(parts)) for name, parts in files.items()},
+        "files": sums_to_plain(files),
         "fingerprint": manifest.fingerprint,
         "format_version": FORMAT_VERSION,
         **extra,
     }
     encoded = json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode()
-    return [_parquet(table.replace_schema_metadata({_METADATA_KEY: encoded}))]
+    return [_parquet(table.replace_schema_metadata({METADATA_KEY: encoded}))]
 
 
 def _parquet(table: pa.Table) -> bytes:

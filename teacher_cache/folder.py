@@ -1,0 +1,206 @@
+"""One committed folder of a cache (a shard's, or its images'), open for reading."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+
+from teacher_cache.arrays import ArrayLayout, data_file, layout_from_metadata, view
+from teacher_cache.checksums import BLOCK_BYTES, INDEX, FileSum, read_file_sums, sha256
+from teacher_cache.manifest import CacheError
+from teacher_cache.records import Array, Axis
+
+REPAIR = "run teacher-cache verify --repair with the cache's configuration"
+COUNTS: dict[Axis, tuple[str, str]] = {
+    "token": ("token_start", "tokens"),
+    "row": ("row_start", "rows"),
+    "position": ("position_start", "positions"),
+}
+_PLACES = ("image_shard", "image_row")
+
+
+class Files(Protocol):
+    """Where the files of a folder come from: the cache itself, or a local copy of a remote one."""
+
+    def path(self, name: str, expected: FileSum) -> Path:
+        """A local file with the content of ``name``, of the expected size."""
+        ...
+
+    def begin(self, name: str, expected: FileSum) -> object:
+        """Start to fetch ``name``, where there is anything to fetch."""
+        ...
+
+    def index(self, name: str) -> bytes:
+        """The bytes of an index; ``FileNotFoundError`` when there is none."""
+        ...
+
+
+class ShardFolder:
+    """The index in memory, the arrays mapped on first use. ``url`` and ``name`` are for messages."""
+
+    def __init__(self, files: Files, name: str, digest: str, checked: bool, url: str) -> None:
+        self._files, self._name, self._checked, self._url = files, name, checked, url
+        self._digest = digest
+        index = self._read_index()
+        self._sums, self.extra = read_file_sums(index)
+        self._arrays: dict[str, MappedArray | ZarrArray] = {}
+        if "position_start" in (columns := pq.read_schema(io.BytesIO(index)).names):
+            columns = ["sample_id", "image_id", *_PLACES, *(c for pair in COUNTS.values() for c in pair)]
+            self._read_lines(pq.read_table(io.BytesIO(index), columns=columns))
+
+    def _read_lines(self, table: pa.Table) -> None:
+        self.sample_ids: pa.Array = table["sample_id"].combine_chunks()
+        self.image_ids: pa.Array = table["image_id"].combine_chunks()
+        names = [*(c for pair in COUNTS.values() for c in pair), *_PLACES]
+        #: (samples, 8) starts and counts of the axes in turn, then the image's shard and line
+        self.numbers: npt.NDArray[np.int64] = np.stack([table[n].to_numpy() for n in names], -1).astype(np.int64)
+
+    @property
+    def texts(self) -> pa.Table:
+        """Questions and answers, read again each time: they are looked at, not trained on."""
+        columns = ["questions", "answers", "original_answers", "source"]
+        return pq.read_table(io.BytesIO(self._read_index()), columns=columns)
+
+    def lines(self, name: str, start: int, count: int) -> Array:
+        """``count`` lines of array ``name``; a view where it is mapped."""
+        array = self._arrays.get(name)
+        if array is None:
+            array = self._arrays[name] = self._open(name)
+        return array.lines(start, count)
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Start to fetch the files of these arrays."""
+        for file, sums in self._sums.items():
+            if file.partition("/")[0] in names:
+                self._files.begin(f"{self._name}/{file}", sums)
+
+    def lengths(self) -> dict[str, int]:
+        """Lines of every array, from its metadata."""
+        names = [n.removesuffix("/zarr.json") for n in self._sums if n.endswith("/zarr.json")]
+        return {name: self._layout(name).rows for name in names}
+
+    def close_vanished(self) -> None:
+        """Let go of mapped files that were deleted, so that their space comes free."""
+        self._arrays = {n: a for n, a in self._arrays.items() if a.path is None or a.path.exists()}
+
+    def _read_index(self) -> bytes:
+        where = f"{self._url}/{self._name}/{INDEX}"
+        try:
+            index = self._files.index(f"{self._name}/{INDEX}")
+        except FileNotFoundError:
+            raise CacheError(f"{self._url}/{self._name}: the folder or its {INDEX} is missing; {REPAIR}") from None
+        if sha256(index) != self._digest:
+            raise CacheError(f"{where}: changed after it was written; {REPAIR}")
+        return index
+
+    def _layout(self, name: str) -> ArrayLayout:
+        where = f"{self._url}/{self._name}/{name}/zarr.json"
+        sums = self._sums.get(f"{name}/zarr.json")
+        if sums is None:
+            raise CacheError(f"{where}: no such array in this folder; {REPAIR}")
+        path = self._checked_path(f"{name}/zarr.json", sums)
+        metadata = path.read_bytes()
+        if self._checked:
+            check_whole(metadata, sums, where)
+        try:
+            return layout_from_metadata(metadata)
+        except ValueError as error:
+            raise CacheError(f"{where}: {error}; {REPAIR}") from error
+
+    def _checked_path(self, file: str, sums: FileSum) -> Path:
+        where = f"{self._url}/{self._name}/{file}"
+        path = self._files.path(f"{self._name}/{file}", sums)
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise CacheError(f"{where}: expected {sums.bytes:,} bytes, found no file; {REPAIR}") from None
+        if size != sums.bytes:
+            raise CacheError(f"{where}: expected {sums.bytes:,} bytes, found {size:,} bytes; {REPAIR}")
+        return path
+
+    def _open(self, name: str) -> MappedArray | ZarrArray:
+        layout = self._layout(name)
+        file = f"{name}/{data_file(layout)}"
+        sums = self._sums.get(file)
+        if sums is None:  # an array without lines has no file
+            return ZarrArray(None, layout)
+        path = self._checked_path(file, sums)
+        where = f"{self._url}/{self._name}/{file}"
+        if layout.compressed or layout.file_bytes != sums.bytes:
+            if self._checked:
+                check_whole(path.read_bytes(), sums, where)
+            return ZarrArray(path, layout)
+        return MappedArray(path, layout, sums if self._checked else None, where)
+
+
+class MappedArray:
+    """An uncompressed array over its mapped file; blocks are checked when first touched."""
+
+    def __init__(self, path: Path, layout: ArrayLayout, sums: FileSum | None, where: str) -> None:
+        self.path: Path | None = path
+        with pa.memory_map(str(path)) as file:  # keeps no file descriptor open, unlike mmap and numpy.memmap
+            self._bytes = np.frombuffer(file.read_buffer(), np.uint8)
+        self._array = view(self._bytes, layout)
+        self._line_bytes, self._sums, self._where = layout.line_bytes, sums, where
+        self._unchecked = bytearray(b"\1" * len(sums.blocks)) if sums is not None else None
+
+    def lines(self, start: int, count: int) -> Array:
+        if self._unchecked is not None:
+            first = start * self._line_bytes // BLOCK_BYTES
+            last = max(first, ((start + count) * self._line_bytes - 1) // BLOCK_BYTES)
+            if 1 in self._unchecked[first : last + 1]:
+                self._check(first, last)
+        return self._array[start : start + count]
+
+    def _check(self, first: int, last: int) -> None:
+        assert self._sums is not None
+        assert self._unchecked is not None
+        for block in range(first, last + 1):
+            if self._unchecked[block]:
+                data = self._bytes[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
+                check_block(data, self._sums.blocks[block], block, self._where)
+                self._unchecked[block] = 0
+        if 1 not in self._unchecked:
+            self._unchecked = None
+
+
+class ZarrArray:
+    """An array that cannot be mapped (compressed, or laid out by another writer), read by zarr."""
+
+    def __init__(self, path: Path | None, layout: ArrayLayout) -> None:
+        self.path = path
+        folder = None if path is None else path.parents[len(layout.shape) + 1]
+        self._array: Any = None if folder is None else zarr.open_array(str(folder), mode="r")
+        self._empty = np.zeros((0, *layout.shape), layout.dtype)
+
+    def lines(self, start: int, count: int) -> Array:
+        if self._array is None:
+            return self._empty
+        return np.asarray(self._array[start : start + count])
+
+
+def check_whole(data: bytes, sums: FileSum, where: str) -> None:
+    """Raises ``CacheError`` at the first block whose checksum does not fit."""
+    if len(data) != sums.bytes:
+        raise CacheError(f"{where}: expected {sums.bytes:,} bytes, found {len(data):,}; {REPAIR}")
+    array = np.frombuffer(data, np.uint8)
+    for block, expected in enumerate(sums.blocks):
+        check_block(array[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES], expected, block, where)
+
+
+def check_block(data: npt.NDArray[np.uint8], expected: int, block: int, where: str) -> None:
+    found = google_crc32c.value(data)
+    if found != expected:
+        raise CacheError(
+            f"{where}: bytes {block * BLOCK_BYTES:,}–{block * BLOCK_BYTES + len(data) - 1:,} were changed after they "
+            f"were written (CRC-32C {found:08x}, expected {expected:08x}); {REPAIR}"
+        )
