@@ -47,8 +47,8 @@ class LossSpec:
     layer: Literal["last", "second_last"] = "last"
     space: Literal["logits", "hidden"] = "logits"
     """For ``relation``: the Gram of the logits (LLaVA-KD's code) or of the final hidden states."""
-    pooling: Literal["none", "mean"] = "none"
-    """Where the student has fewer image positions: ``mean`` pools the teacher's grid, ``none`` refuses."""
+    pool: int = 0
+    """Where the student has fewer image positions: the side its grid has, to which the teacher's is mean-pooled."""
 
     @property
     def label(self) -> str:

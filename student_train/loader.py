@@ -7,8 +7,9 @@ than another repeats a sample with weight zero, because DDP and FSDP need every 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -219,15 +220,35 @@ class _Micros(Sampler[MicroBatch]):
 
 def make_loader(
     dataset: MicroBatches, plan: StepPlan, steps: range, rank: int, ranks: int, workers: int, pin: bool
-) -> DataLoader[Any]:
-    """Micro-batches of ``steps`` in order; ``workers`` processes stay some batches ahead of the training."""
+) -> Iterable[tuple[MicroBatch, StudentBatch]]:
+    """Micro-batches of ``steps`` in order; ``workers`` processes, or one thread, stay ahead of the training."""
+    if not workers:
+        return _threaded(dataset, _Micros(plan, steps, rank, ranks))
     return DataLoader(
         dataset,
         sampler=_Micros(plan, steps, rank, ranks),
         batch_size=None,
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        persistent_workers=False,
+        prefetch_factor=4,
         pin_memory=pin,
-        multiprocessing_context="spawn" if workers else None,
+        multiprocessing_context="spawn",
     )
+
+
+def _threaded(dataset: MicroBatches, micros: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, StudentBatch]]:
+    """One thread stays ``_AHEAD`` micro-batches ahead; its errors surface where the batch is asked for."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batch-loader") as thread:
+        pending: deque[Future[tuple[MicroBatch, StudentBatch]]] = deque()
+        try:
+            for micro in micros:
+                pending.append(thread.submit(dataset.__getitem__, micro))
+                if len(pending) > _AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+_AHEAD = 4

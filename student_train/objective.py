@@ -219,7 +219,7 @@ class DistilledStudent(nn.Module):
             mine = batch.row_sample == sample
             rows = states.attention[sample][batch.row_position[mine]]
             rows = rows[:, start : start + self._image_tokens]
-            relations.pooled_grid(targets.attention.shape[1], rows.shape[1], "none")
+            relations.pooled_grid(targets.attention.shape[1], rows.shape[1], 0)
             value = losses.attention_mse(targets.attention[mine], rows)
             total = total + (value * batch.row_weight[mine]).sum()
         return total
@@ -234,7 +234,7 @@ class DistilledStudent(nn.Module):
         if spec.name == "similarity_mse":
             return self._similarity(spec, batch, states, targets, teacher, student)
         images = self._image_targets(batch, teacher)
-        grid = relations.pooled_grid(teacher.image_tokens, self._image_tokens, spec.pooling)
+        grid = relations.pooled_grid(teacher.image_tokens, self._image_tokens, spec.pool)
         head = self.model.get_output_embeddings().weight
         if spec.name == "relation":
             target = relations.teacher_gram(images, spec.space, grid)
@@ -278,7 +278,7 @@ class DistilledStudent(nn.Module):
         """(I, N, d) the teacher's visual states, pooled where the spec says so, with the student's N."""
         stored = self._image_targets(batch, teacher).states
         assert stored is not None
-        grid = relations.pooled_grid(teacher.image_tokens, self._image_tokens, spec.pooling)
+        grid = relations.pooled_grid(teacher.image_tokens, self._image_tokens, spec.pool)
         states = stored.decode(slice(None))
         return states if grid is None else relations.pool_grid(states, *grid)
 

@@ -27,6 +27,7 @@ from teacher_cache.config import ConfigError, as_plain
 from teacher_cache.manifest import digest, read_manifest
 from teacher_cache.progress import Style, stage
 from teacher_cache.storage import Storage
+from teacher_cache.writer import HEAD
 
 
 @dataclass(frozen=True)
@@ -372,4 +373,4 @@ def _teacher_side(config: FitConfig, source: Source, model: Any, device: torch.d
         names & {"visual_kl", "relation"}
     )
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    return teacher_side(source.cache, vocabulary, device, model.dtype, head and source.cache.has_head)
+    return teacher_side(source.cache, vocabulary, device, model.dtype, head and HEAD in source.cache.manifest.files)

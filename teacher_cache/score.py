@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -110,6 +111,7 @@ def build_cache(
         if own:
             teacher.close()
     done = finish(storage, manifest)
+    _add_cost(storage, clock)
     counts = done.counts
     return BuildSummary(
         samples=counts["samples"],
@@ -121,6 +123,17 @@ def build_cache(
         score_seconds=clock.scoring,
         shards_made=len(numbers),
     )
+
+
+def _add_cost(storage: Storage, clock: _Clock) -> None:
+    """``cost.json``: what the teacher took, over all runs that made the cache. Not content: no checksum, no promise."""
+    cost = json.loads(storage.read(COST)) if storage.exists(COST) else {"answer_seconds": 0.0, "score_seconds": 0.0}
+    cost["answer_seconds"] += clock.answering
+    cost["score_seconds"] += clock.scoring
+    storage.write(COST, [json.dumps(cost).encode()])
+
+
+COST = "cost.json"
 
 
 def answer_only(config: CacheConfig, style: Style = "auto", options: dict[str, Any] | None = None) -> int:

@@ -1,0 +1,274 @@
+"""One cache, many students, one table: an ablation file, its runs in parallel, and what came out with its spread.
+
+A run is done when its ``scores.json`` is there and was made with the same settings, so an ablation that was stopped
+goes on where it was, and a line added to the file adds just its own runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from student_train.config import FitConfig
+from student_train.stages import merge
+from teacher_cache.config import ConfigError, as_plain, build_config
+from teacher_cache.manifest import digest
+from teacher_cache.progress import Style, stage
+
+
+@dataclass(frozen=True)
+class ArmConfig:
+    """One row of the table. ``set`` lies over the file's ``base``; ``{seed}`` and ``{runs}`` in it are filled in.
+
+    ``prepare`` calls ``module:function`` with its other keys before training (to make a cache of a student's answers,
+    say). ``match_cpu``: train as many steps as fit into the CPU seconds that the named arm took, judged by this
+    arm's own ``steps_like`` arm. ``needs``: arms whose runs must be done before.
+    """
+
+    set: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    prepare: dict[str, Any] = field(default_factory=dict)
+    match_cpu: str = ""
+    steps_like: str = ""
+    needs: tuple[str, ...] = ()
+    table: str = ""
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """An ablation file."""
+
+    output: str = ""
+    title: str = ""
+    base: dict[str, Any] = field(default_factory=dict)
+    arms: dict[str, ArmConfig] = field(default_factory=dict)
+    baseline: str = ""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    score: str = ""
+    """``module:function``; called with the model folder and ``score_options``, returns metric → value (and may write
+    predictions.jsonl beside it)."""
+    score_options: dict[str, Any] = field(default_factory=dict)
+    metrics: tuple[str, ...] = ()
+    """Columns of the table; empty: all that the score function returns."""
+    teacher: str = ""
+    """The cache whose cost is shown; found from the first source when empty."""
+    workers: int = 0
+    """Runs at a time: 0 takes the GPUs that there are, or the CPU cores."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    arm: str
+    seed: int
+    folder: Path
+    tree: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-seed{self.seed}"
+
+
+def ablate(config: AblationConfig, style: Style = "auto") -> dict[str, Any]:
+    """Run what is missing and write ``table.json``, ``.csv``, ``.md`` and ``.svg`` into ``config.output``."""
+    from student_train.table import write_table
+
+    runs = plan_runs(config)
+    with stage("ablation", len(runs), "runs", style) as progress:
+        _run_all(config, runs, lambda run: progress.advance(1, last=run.name))
+    return write_table(config, {(r.arm, r.seed): load_result(r.folder) for r in runs})
+
+
+def plan_runs(config: AblationConfig) -> list[RunSpec]:
+    """Every (arm, seed), checked: unknown arms, settings that do not parse, an order that cannot be.
+
+    Raises
+    ------
+    ConfigError
+        before anything is trained.
+    """
+    if not config.output or not config.arms:
+        raise ConfigError("an ablation file needs output and arms")
+    if config.baseline and config.baseline not in config.arms:
+        raise ConfigError(f"baseline: no arm {config.baseline!r}; there are {', '.join(config.arms)}")
+    for name, arm in config.arms.items():
+        for other in _needs(arm):
+            if other not in config.arms:
+                raise ConfigError(f"arms.{name}: needs arm {other!r}, which is not in the file")
+    runs = []
+    for name in _in_order(config):
+        for seed in config.seeds:
+            folder = Path(config.output) / "runs" / f"{name}-seed{seed}"
+            tree = merge(config.base, config.arms[name].set)
+            tree = _filled(tree, seed=seed, runs=str(Path(config.output) / "runs"))
+            tree = merge(tree, {"output": str(folder), "train": {"seed": seed}})
+            build_config(FitConfig, tree, f"arms.{name}")
+            runs.append(RunSpec(name, seed, folder, tree))
+    return runs
+
+
+def load_result(folder: Path) -> dict[str, Any]:
+    """summary.json and scores.json of a finished run."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    return {**summary, "scores": scores["scores"]}
+
+
+def run_one(config: AblationConfig, run: RunSpec) -> None:
+    """Prepare, train and score one student, in this process."""
+    from student_train.trainer import fit
+
+    arm = config.arms[run.arm]
+    if arm.prepare:
+        options = _filled(arm.prepare, seed=run.seed, runs=str(run.folder.parent))
+        _function(options.pop("call"))(**options)
+    fit_config = build_config(FitConfig, run.tree, f"arms.{run.arm}")
+    summary = fit(fit_config, "quiet")
+    options = _filled(config.score_options, seed=run.seed, runs=str(run.folder.parent))
+    scores = _function(config.score)(summary.model, **options) if config.score else {}
+    text = json.dumps({"scores": scores, "settings": _settings(config, run)}, indent=1)
+    temporary = run.folder / ".scores.json.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(run.folder / "scores.json")
+
+
+def _run_all(config: AblationConfig, runs: Sequence[RunSpec], done: Callable[[RunSpec], None]) -> None:
+    """Runs in parallel processes; one starts when those it needs are done. The first failure stops the rest."""
+    workers, gpus = _workers(config)
+    finished = {name: threading.Event() for name in (r.name for r in runs)}
+    failed = threading.Event()
+
+    def work(number: int, run: RunSpec) -> None:
+        try:
+            for other in _needs(config.arms[run.arm]):
+                finished[f"{other}-seed{run.seed}"].wait()
+            if failed.is_set():
+                return
+            run = _matched(config, run)
+            if not _is_done(config, run):
+                _spawn(config, run, gpus[number % len(gpus)] if gpus else None, max((os.cpu_count() or 1) // workers, 1))
+            done(run)
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            finished[run.name].set()
+
+    with ThreadPoolExecutor(workers) as threads:
+        for future in [threads.submit(work, n, run) for n, run in enumerate(runs)]:
+            future.result()
+
+
+def _spawn(config: AblationConfig, run: RunSpec, gpu: int | None, threads: int) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    job = run.folder / "job.json"
+    plain = {"ablation": as_plain(config), "arm": run.arm, "seed": run.seed, "tree": run.tree}
+    job.write_text(json.dumps(plain, indent=1), encoding="utf-8")
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    with (run.folder / "output.txt").open("w", encoding="utf-8") as output:
+        code = subprocess.call(
+            [sys.executable, "-m", "student_train.ablate", str(job)], env=environment, stdout=output, stderr=output
+        )
+    if code:
+        tail = (run.folder / "output.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
+        raise ConfigError(
+            f"{run.name}: the run failed with exit code {code} ({''.join(tail)}). The whole output is in "
+            f"{run.folder / 'output.txt'}; mend it and run the same command again, finished runs stand"
+        )
+
+
+def _is_done(config: AblationConfig, run: RunSpec) -> bool:
+    path = run.folder / "scores.json"
+    if not path.is_file():
+        return False
+    if json.loads(path.read_text(encoding="utf-8"))["settings"] == _settings(config, run):
+        return True
+    raise ConfigError(
+        f"{run.folder}: a finished run of this name has other settings. Delete the folder to run it anew, or give the "
+        "arm another name"
+    )
+
+
+def _matched(config: AblationConfig, run: RunSpec) -> RunSpec:
+    """With ``match_cpu``: the steps that make this arm as long, in CPU seconds, as the named one."""
+    arm = config.arms[run.arm]
+    if not arm.match_cpu:
+        return run
+    folder = run.folder.parent
+    target = load_result(folder / f"{arm.match_cpu}-seed{run.seed}")
+    like = load_result(folder / f"{arm.steps_like}-seed{run.seed}")
+    steps = max(round(like["steps"] * target["cpu_seconds"] / like["cpu_seconds"]), like["steps"])
+    known = run.folder / "steps.json"
+    if known.is_file():  # a resumed run keeps the number it began with
+        steps = json.loads(known.read_text(encoding="utf-8"))["max_steps"]
+    else:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        known.write_text(json.dumps({"max_steps": steps}), encoding="utf-8")
+    return RunSpec(run.arm, run.seed, run.folder, merge(run.tree, {"train": {"max_steps": steps}}))
+
+
+def _settings(config: AblationConfig, run: RunSpec) -> str:
+    return digest([run.tree, config.score, config.score_options, as_plain(config.arms[run.arm])["prepare"]])
+
+
+def _needs(arm: ArmConfig) -> list[str]:
+    return [n for n in (*arm.needs, arm.match_cpu, arm.steps_like) if n]
+
+
+def _in_order(config: AblationConfig) -> list[str]:
+    order: list[str] = []
+    waiting = list(config.arms)
+    while waiting:
+        ready = [n for n in waiting if all(o in order for o in _needs(config.arms[n]))]
+        if not ready:
+            raise ConfigError(f"arms: {', '.join(waiting)} need each other in a circle")
+        order += ready
+        waiting = [n for n in waiting if n not in ready]
+    return order
+
+
+def _workers(config: AblationConfig) -> tuple[int, list[int]]:
+    import torch
+
+    gpus = list(range(torch.cuda.device_count()))
+    return config.workers or len(gpus) or os.cpu_count() or 1, gpus
+
+
+def _filled(tree: Any, **names: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {k: _filled(v, **names) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_filled(v, **names) for v in tree]
+    if isinstance(tree, str):
+        for name, value in names.items():
+            tree = tree.replace(f"{{{name}}}", str(value))
+    return tree
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{name}: no such function ({error}); expected module:function") from error
+    return found
+
+
+def _main(job: str) -> None:
+    plain = json.loads(Path(job).read_text(encoding="utf-8"))
+    config = build_config(AblationConfig, plain["ablation"], job)
+    run_one(config, RunSpec(plain["arm"], plain["seed"], Path(job).parent, plain["tree"]))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,152 @@
+"""``student-train``: phase two from the command line. Every command is a few lines over functions of this package."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from student_train.config import FitConfig
+from teacher_cache.config import load_config
+
+app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+
+Sets = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the file, for example train.seed=1")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
+
+
+@app.command()
+def fit(config: Path, sets: Sets = None, as_json: Json = False) -> None:
+    """Train one student (one stage, or all stages of a file that has ``stages``) and export it."""
+    from student_train.stages import fit_file
+
+    with _errors():
+        summaries = fit_file(config, sets or [], "json" if as_json else "auto")
+    for summary in summaries:
+        _show(dataclasses.asdict(summary), as_json)
+
+
+@app.command()
+def plan(config: Path, sets: Sets = None, as_json: Json = False) -> None:
+    """Steps, memory and time of a run or an ablation, from configurations alone: no weights are needed."""
+    from student_train.plan import plan_file
+
+    with _errors():
+        rows = plan_file(config, sets or [])
+    _show(rows, as_json)
+
+
+@app.command()
+def ablate(config: Path, sets: Sets = None, as_json: Json = False) -> None:
+    """Train every arm and seed of an ablation file that is not done yet, and write its table."""
+    from student_train.ablate import AblationConfig
+    from student_train.ablate import ablate as run
+    from student_train.table import as_text
+
+    with _errors():
+        table = run(load_config(AblationConfig, config, sets or []), "json" if as_json else "auto")
+    typer.echo(json.dumps(table, indent=1) if as_json else as_text(table))
+
+
+@app.command()
+def evaluate(
+    model: Path,
+    data: Annotated[Path, typer.Option(help="questions with known answers, LLaVA JSON")],
+    image_folder: Annotated[Path, typer.Option(help="where its images lie")],
+    template: str = "vicuna_v1",
+    output: Annotated[Path | None, typer.Option(help="predictions, a JSON line each")] = None,
+    cache: Annotated[str, typer.Option(help="held-out teacher cache: agreement with the teacher")] = "",
+    max_new_tokens: int = 64,
+    as_json: Json = False,
+) -> None:
+    """A student's accuracy by question type, yes/no scores, and its agreement with the teacher."""
+    from student_train.evaluate import evaluate_model
+
+    with _errors():
+        facts = evaluate_model(model, data, image_folder, template, output, cache, max_new_tokens)
+    _show(facts, as_json)
+
+
+@app.command()
+def score(
+    benchmark: Annotated[str, typer.Argument(help="pope, textvqa, gqa, science_qa, mme or mmbench")],
+    answers: Annotated[Path, typer.Argument(help="answers in LLaVA's JSONL (question_id, text)")],
+    annotations: Annotated[list[Path], typer.Argument(help="the benchmark's own files, in the order its docs name")],
+    as_json: Json = False,
+) -> None:
+    """An answer file scored as the benchmark's official script does."""
+    from student_train.scores import score_file
+
+    with _errors():
+        facts = score_file(benchmark, answers, annotations)
+    _show(facts, as_json)
+
+
+@app.command()
+def lmms_eval(
+    model: Path,
+    tasks: Annotated[str, typer.Option(help="comma-separated, for example gqa,pope,mme")],
+    output: Path = Path("runs/lmms-eval"),
+    python: Annotated[Path, typer.Option(help="interpreter of the environment that has lmms-eval")] = Path(
+        ".venv-lmms/bin/python"
+    ),
+    include: Annotated[Path | None, typer.Option(help="folder with task files of your own")] = None,
+    device: str = "cuda",
+    offline: bool = False,
+    as_json: Json = False,
+) -> None:
+    """Run lmms-eval on an exported student: the full road to GQA, ScienceQA, TextVQA, POPE, MME, MMBench."""
+    from student_train.lmms import run_lmms_eval
+
+    with _errors():
+        results = run_lmms_eval(
+            model, tasks.split(","), output, python=python, include=include, device=device, offline=offline
+        )
+    _show(results.scores, as_json)
+
+
+@app.command()
+def export(run: Path, output: Path) -> None:
+    """A finished run as a Hugging Face folder with a model card."""
+    from student_train.export import export_run
+
+    with _errors():
+        folder = export_run(run, output)
+    typer.echo(f"{folder}: load it with LlavaForConditionalGeneration.from_pretrained, vLLM or lmms-eval")
+
+
+@app.command()
+def report(runs: list[Path], output: Path = Path("report.html")) -> None:
+    """A page to look at: loss curves, table, quality against cost, where students disagree with the teacher."""
+    from student_train.report import write_report
+
+    with _errors():
+        written = write_report(runs, output)
+    typer.echo(f"{written}: open it in any browser")
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # ConfigError, CacheError, DataError and the losses' own
+        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", str(error))
+        raise typer.Exit(1) from error
+    except OSError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", str(error))
+        raise typer.Exit(1) from error
+
+
+def _show(facts: Any, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1, default=str))
+        return
+    rows = facts.items() if isinstance(facts, dict) else facts
+    for name, value in rows:
+        typer.echo(f"{str(name).replace('_', ' '):<28} {f'{value:,.4g}' if isinstance(value, float) else value}")

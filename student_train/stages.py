@@ -1,0 +1,82 @@
+"""Several stages of training in one file, each with its own data and losses, the checkpoint handed on.
+
+LLaVA's two stages (projector, then everything) and LLaVA-KD's three (distilled pre-training, supervised fine-tuning,
+distilled fine-tuning) are such files. Every stage resumes by itself; a finished one is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from student_train.config import FitConfig
+from student_train.trainer import FitSummary, fit
+from teacher_cache.config import ConfigError, build_config, load_config
+from teacher_cache.progress import Style, note
+
+
+@dataclass(frozen=True)
+class StagesConfig:
+    """``stages``: name → a FitConfig tree over ``base``. Each stage's student is the one before it, its output a
+    folder of that name in ``output``."""
+
+    output: str = ""
+    base: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def fit_file(path: Path, overrides: Sequence[str], style: Style = "auto") -> list[FitSummary]:
+    """Train what the file describes: one stage, or all of ``stages`` in their order."""
+    if not has_stages(path):
+        return [fit(load_config(FitConfig, path, overrides), style)]
+    summaries: list[FitSummary] = []
+    for name, config in stage_configs(load_config(StagesConfig, path, overrides)):
+        note(f"stage {name}: {', '.join(f'{loss.weight:g}·{loss.label}' for loss in config.losses)}", style)
+        done = Path(config.output) / "summary.json"
+        if done.is_file() and (Path(config.output) / "model").is_dir():
+            summaries.append(FitSummary(**json.loads(done.read_text(encoding="utf-8"))))
+            continue
+        summaries.append(fit(config, style))
+    return summaries
+
+
+def has_stages(path: Path) -> bool:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return False  # load_config says what is wrong with the file
+    return isinstance(tree, dict) and "stages" in tree
+
+
+def stage_configs(config: StagesConfig) -> list[tuple[str, FitConfig]]:
+    """(name, settings) of each stage; a later one starts from the model of the one before unless it names another."""
+    if not config.output or not config.stages:
+        raise ConfigError("a file with stages needs output and at least one stage")
+    out: list[tuple[str, FitConfig]] = []
+    previous = ""
+    for name, tree in config.stages.items():
+        merged = merge(config.base, tree)
+        merged["output"] = str(Path(config.output) / name)
+        if previous:
+            student = {k: v for k, v in merged.get("student", {}).items() if k not in _ORIGIN}
+            merged["student"] = {**student, "model": tree.get("student", {}).get("model", previous)}
+        out.append((name, build_config(FitConfig, merged, f"stages.{name}")))
+        previous = str(Path(merged["output"]) / "model")
+    return out
+
+
+_ORIGIN = ("model", "language_model", "vision_tower", "layers_from", "layers")
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key, everything else is replaced."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = merge(out[key], value) if both else value
+    return out

@@ -1,0 +1,168 @@
+"""The table of an ablation: mean ± deviation over seeds, paired differences, as text, CSV, Markdown, JSON, a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from teacher_cache.manifest import CacheError, read_manifest
+from teacher_cache.storage import Storage
+
+if TYPE_CHECKING:
+    from student_train.ablate import AblationConfig
+
+Results = Mapping[tuple[str, int], Mapping[str, Any]]
+COSTS = ("cpu_seconds", "seconds", "peak_megabytes", "steps")
+
+
+def write_table(config: AblationConfig, results: Results) -> dict[str, Any]:
+    """``table.json``, ``table.csv``, ``table.md``, ``table.svg`` in ``config.output``; returns what table.json holds."""
+    table = make_table(config, results)
+    folder = Path(config.output)
+    (folder / "table.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
+    (folder / "table.csv").write_text(as_csv(table), encoding="utf-8")
+    (folder / "table.md").write_text(as_markdown(table), encoding="utf-8")
+    draw(table, folder / "table.svg")
+    return table
+
+
+def make_table(config: AblationConfig, results: Results) -> dict[str, Any]:
+    """Plain data: arms with every seed's metrics and costs, mean, deviation, paired difference to the baseline."""
+    metrics = list(config.metrics) or sorted({m for r in results.values() for m in r["scores"]})
+    baseline = config.baseline or next(iter(config.arms))
+    arms = []
+    for name, arm in config.arms.items():
+        seeds = {seed: results[name, seed] for seed in config.seeds}
+        values = {s: {m: r["scores"].get(m) for m in metrics} for s, r in seeds.items()}
+        base = {s: results[baseline, s]["scores"] for s in config.seeds}
+        arms.append(
+            {
+                "name": name,
+                "note": arm.note,
+                "table": arm.table,
+                "seeds": {str(s): v for s, v in values.items()},
+                "mean": {m: _mean([v[m] for v in values.values()]) for m in metrics},
+                "deviation": {m: _deviation([v[m] for v in values.values()]) for m in metrics},
+                "difference": {m: _difference([(v[m], base[s].get(m)) for s, v in values.items()]) for m in metrics},
+                **{cost: _mean([r[cost] for r in seeds.values()]) for cost in COSTS},
+            }
+        )
+    return {
+        "title": config.title,
+        "metrics": metrics,
+        "baseline": baseline,
+        "seeds": list(config.seeds),
+        "arms": arms,
+        "teacher": teacher_cost(config),
+    }
+
+
+def teacher_cost(config: AblationConfig) -> dict[str, Any]:
+    """What the cache cost once: seconds of answering and scoring (cost.json beside the manifest) and its bytes."""
+    url = config.teacher or next((s.get("cache", "") for s in config.base.get("sources", [])), "")
+    if not url:
+        return {}
+    storage = Storage(url)
+    try:
+        counts = read_manifest(storage).counts
+    except CacheError:
+        return {}
+    cost = json.loads(storage.read("cost.json")) if storage.exists("cost.json") else {}
+    return {"bytes": counts.get("bytes", 0), "rows": counts.get("rows", 0), **cost}
+
+
+def as_text(table: Mapping[str, Any]) -> str:
+    """For the terminal: the Markdown table, columns padded."""
+    rows = [line.strip("|").split("|") for line in as_markdown(table).splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in row] for row in rows if not set("".join(row)) <= set("-: ")]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def as_markdown(table: Mapping[str, Any]) -> str:
+    """mean ± deviation, and in brackets the paired difference to the baseline ± its deviation; * where the mean
+    difference is more than twice that deviation."""
+    metrics = table["metrics"]
+    head = ["arm", *metrics, "CPU s", "MB"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for arm in table["arms"]:
+        cells = [_cell(arm, m, arm["name"] == table["baseline"]) for m in metrics]
+        costs = [f"{arm['cpu_seconds']:.0f}", f"{arm['peak_megabytes']:.0f}"]
+        lines.append(f"| {' | '.join([arm['name'], *cells, *costs])} |")
+    notes = [f"- {arm['name']}: {arm['note']}" for arm in table["arms"] if arm["note"]]
+    seeds = len(table["seeds"])
+    legend = (
+        f"{seeds} seeds, mean ± standard deviation; in brackets the difference to {table['baseline']}, paired by seed, "
+        "± its standard deviation; * where it is more than twice that."
+    )
+    return "\n".join([*lines, "", legend, "", *notes]).rstrip() + "\n"
+
+
+def as_csv(table: Mapping[str, Any]) -> str:
+    """A line per arm and seed."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["arm", "seed", *table["metrics"]])
+    for arm in table["arms"]:
+        for seed, values in arm["seeds"].items():
+            writer.writerow([arm["name"], seed, *(values[m] for m in table["metrics"])])
+    return out.getvalue()
+
+
+def draw(table: Mapping[str, Any], path: Path) -> None:
+    """One panel a metric: mean, deviation and every seed of each arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    metrics, arms = table["metrics"], table["arms"]
+    figure = Figure(figsize=(1.6 + 2.6 * len(metrics), 1.2 + 0.34 * len(arms)), layout="constrained")
+    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    places = list(range(len(arms)))[::-1]
+    for axis, metric in zip(axes, metrics, strict=True):
+        for place, arm in zip(places, arms, strict=True):
+            colour = "#888888" if arm["name"] == table["baseline"] else "#1f6feb"
+            seeds = [v[metric] for v in arm["seeds"].values() if v[metric] is not None]
+            if not seeds:
+                continue
+            axis.errorbar(arm["mean"][metric], place, xerr=arm["deviation"][metric], fmt="o", color=colour, capsize=3)
+            axis.scatter(seeds, [place] * len(seeds), s=8, color=colour, alpha=0.4)
+        axis.set_title(metric, fontsize=9)
+        axis.grid(axis="x", alpha=0.3)
+        axis.tick_params(labelsize=8)
+    axes[0].set_yticks(places, [arm["name"] for arm in arms])
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _cell(arm: Mapping[str, Any], metric: str, is_baseline: bool) -> str:
+    mean, deviation, difference = arm["mean"][metric], arm["deviation"][metric], arm["difference"][metric]
+    if mean is None:
+        return "–"
+    text = f"{mean:.3g} ± {deviation:.2g}"
+    if is_baseline or difference is None:
+        return text
+    mark = "*" if abs(difference[0]) > 2 * difference[1] else ""
+    return f"{text} ({difference[0]:+.2g} ± {difference[1]:.2g}{mark})"
+
+
+def _difference(pairs: Sequence[tuple[float | None, float | None]]) -> tuple[float, float] | None:
+    """(mean, deviation) of the differences paired by seed."""
+    known = [a - b for a, b in pairs if a is not None and b is not None]
+    return (statistics.fmean(known), _deviation(known) or 0.0) if known else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None and not math.isnan(v)]
+    return statistics.fmean(known) if known else None
+
+
+def _deviation(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None and not math.isnan(v)]
+    return statistics.stdev(known) if len(known) > 1 else 0.0 if known else None
