@@ -69,8 +69,7 @@ def encode(states: Any, codec: str, scales: ChannelScales) -> tuple[Any, Any | N
         return states.bfloat16().view(torch.uint16), None
     scaled = states / torch.as_tensor(scales.channel_scale, device=states.device)
     if codec == "int8":
-        step = (scaled.abs().amax(-1) / 127).clamp(min=2**-24).half()
-        step = torch.where(step == 0, torch.full_like(step, 2**-24), step)
+        step = _row_step(scaled, 127)
         codes = (scaled / step.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
         return codes, step
     return _encode_int4(scaled)
@@ -84,10 +83,18 @@ def _encode_int4(scaled: Any) -> tuple[Any, Any]:
     blocks = -(-width // INT4_BLOCK)
     scaled = torch.nn.functional.pad(scaled, (0, blocks * INT4_BLOCK - width))
     grouped = scaled.reshape(*scaled.shape[:-1], blocks, INT4_BLOCK)
-    step = (grouped.abs().amax(-1) / 7).clamp(min=2**-24).half()
-    step = torch.where(step == 0, torch.full_like(step, 2**-24), step)
+    step = _row_step(grouped, 7)
     codes = ((grouped / step.float().unsqueeze(-1)).round().clamp(-7, 7) + 8).to(torch.uint8).flatten(-2)
     return codes[..., 0::2] | (codes[..., 1::2] << 4), step
+
+
+def _row_step(scaled: Any, levels: int) -> Any:
+    """(…) float16 the step of each row, so that its largest entry gets the code ``levels``; never 0, never infinite
+    (an entry ten thousand times what its channel showed in calibration is cut off)."""
+    return (scaled.abs().amax(-1) / levels).clamp(min=_FLOAT16_LEAST, max=_FLOAT16_MOST).half()
+
+
+_FLOAT16_LEAST, _FLOAT16_MOST = 2.0**-24, 65504.0
 
 
 def decode(codes: Any, row_scale: Any | None, codec: str, scales: ChannelScales) -> npt.NDArray[np.float32]:
@@ -101,8 +108,13 @@ def decode(codes: Any, row_scale: Any | None, codec: str, scales: ChannelScales)
         if codec == "int8":
             states = codes.astype(np.float32) * row_scale.astype(np.float32)[..., None]
         else:
-            nibbles = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1).astype(np.float32) - 8
-            blocks = nibbles.reshape(*nibbles.shape[:-1], -1, INT4_BLOCK)
+            nibbles = (
+                np.stack([codes & 15, codes >> 4], -1)
+                .reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+                .astype(np.float32)
+                - 8
+            )
+            blocks = nibbles.reshape(*row_scale.shape, INT4_BLOCK)
             states = (blocks * row_scale.astype(np.float32)[..., None]).reshape(nibbles.shape)
             states = states[..., : len(scales.channel_scale)]
         states = states * scales.channel_scale
@@ -128,7 +140,7 @@ def decode_torch(codes: Any, row_scale: Any | None, codec: str, scales: ChannelS
             states = codes.float() * row_scale.float().unsqueeze(-1)
         else:
             nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).float() - 8
-            blocks = nibbles.reshape(*nibbles.shape[:-1], -1, INT4_BLOCK) * row_scale.float().unsqueeze(-1)
+            blocks = nibbles.reshape(*row_scale.shape, INT4_BLOCK) * row_scale.float().unsqueeze(-1)
             states = blocks.flatten(-2)[..., : len(scales.channel_scale)]
         states = states * channel
     if scales.basis is not None:

@@ -35,8 +35,21 @@ class Storage:
     def __init__(self, url: str | Path, options: Mapping[str, Any] | None = None) -> None:
         self.url = str(url).rstrip("/")
         self._options = dict(options or {})
-        self._fs, self._root = fsspec.core.url_to_fs(self.url, **self._options)
-        self.local: Path | None = Path(self._root) if "file" in _protocols(self._fs) else None
+        self._connect()
+        self.local: Path | None = Path(self._root) if "file" in _protocols(self._open_fs) else None
+
+    def _connect(self) -> None:
+        self._open_fs, self._root = fsspec.core.url_to_fs(self.url, **self._options)
+        self._process = os.getpid()
+
+    @property
+    def _fs(self) -> Any:
+        """The file system, connected anew in a forked worker (its network thread does not survive a fork), and
+        without what it remembers of earlier listings, which another writer may have changed."""
+        if self._process != os.getpid():
+            self._connect()
+        self._open_fs.invalidate_cache()
+        return self._open_fs
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "options": self._options}
@@ -55,7 +68,8 @@ class Storage:
     def read(self, name: str) -> bytes:
         """The whole file; ``FileNotFoundError`` when there is none."""
         if self.local is not None:
-            return (self.local / name).read_bytes()
+            with _explained("read", str(self.local / name)):
+                return (self.local / name).read_bytes()
         return bytes(self._retry("read", name, lambda: self._fs.cat_file(self.path(name))))
 
     def size(self, name: str) -> int:
@@ -68,7 +82,6 @@ class Storage:
         if self.local is not None:
             path = self.local / folder
             return sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-        self._fs.invalidate_cache()
         with contextlib.suppress(FileNotFoundError):
             entries = self._retry("list", folder, lambda: self._fs.ls(self.path(folder), detail=False))
             return sorted({str(e).rstrip("/").rsplit("/", 1)[-1] for e in entries})
@@ -77,7 +90,7 @@ class Storage:
     def write(self, name: str, parts: Parts) -> None:
         """Write one file so that it is either the old one or the new one, never half of it."""
         if self.local is None:
-            data = b"".join(bytes(p) for p in parts)
+            data = b"".join(parts)
             self._retry("write", name, lambda: self._fs.pipe_file(self.path(name), data))
             return
         target = self.local / name
@@ -95,6 +108,8 @@ class Storage:
         """Write ``files`` (relative names) as ``folder``; the folder is there when ``mark``, written last, is."""
         ordered = [*(n for n in files if n != mark), mark]
         if self.local is None:
+            if self.exists(f"{folder}/{mark}"):  # a folder that is redone does not exist meanwhile
+                self._retry("delete", f"{folder}/{mark}", lambda: self._fs.rm_file(self.path(f"{folder}/{mark}")))
             for name in ordered:
                 self.write(f"{folder}/{name}", files[name])
             return
@@ -162,9 +177,17 @@ class Storage:
         for attempt in range(1, _TRIES + 1):
             try:
                 return call()
-            except (FileNotFoundError, PermissionError):
+            except FileNotFoundError:
                 raise
-            except (OSError, TimeoutError) as error:
+            except PermissionError as error:
+                raise StorageError(
+                    errno.EACCES,
+                    f"{self.url}/{name}: no permission to {verb} it ({error}). Check the credentials and the bucket's "
+                    "policy, or set another output; committed shards stand",
+                ) from error
+            except Exception as error:
+                if not _passing(error):
+                    raise
                 if attempt == _TRIES:
                     raise StorageError(
                         f"{self.url}/{name}: could not {verb} it in {_TRIES} tries ({error}). Committed shards stand; "
@@ -173,6 +196,14 @@ class Storage:
                 time.sleep(wait * (1 + random.random()))
                 wait *= 2
         raise AssertionError("unreachable")
+
+
+def _passing(error: Exception) -> bool:
+    """Whether trying again may help: network and service faults, which clients raise under names of their own."""
+    return isinstance(error, (OSError, TimeoutError)) or type(error).__module__.partition(".")[0] in _CLIENTS
+
+
+_CLIENTS = {"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "requests", "urllib3"}
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:
@@ -200,12 +231,14 @@ def _explained(verb: str, where: str) -> Any:
     try:
         yield
     except OSError as error:
-        if isinstance(error, StorageError):
+        if isinstance(error, (StorageError, FileNotFoundError)):
             raise
         advice = {
             errno.ENOSPC: "The disk is full: free space (teacher-cache plan says how much is needed)",
             errno.EDQUOT: "The quota is used up: free space or move the cache",
-            errno.EACCES: "No permission to write here: change it or set another output",
+            errno.EACCES: f"No permission to {verb} here: change it or set another output",
+            errno.EFBIG: "The file size limit of this process is reached: raise it (ulimit -f)",
+            errno.EPERM: f"No permission to {verb} here: change it or set another output",
             errno.EROFS: "The file system is read-only: set another output",
         }.get(error.errno or 0, "")
         raise StorageError(

@@ -4,13 +4,14 @@ import dataclasses
 import multiprocessing
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from store_fixtures import signals, synthetic_cache
+
 from teacher_cache.manifest import CacheError, write_manifest
 from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage
@@ -129,14 +130,12 @@ def test_worker_processes_read_the_same(method, tmp_path):
 
 
 def test_no_file_stays_open_however_many_shards_are_read(tmp_path):
-    import os
-
     made = synthetic_cache(tmp_path / "c", 12, shard_samples=1, skipped=())
     with TeacherCache(made.storage) as cache:
         cache.read([0])
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(list(Path("/proc/self/fd").iterdir()))
         cache.read(list(range(12)))
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_an_unfinished_cache_is_refused(tmp_path):
@@ -239,7 +238,7 @@ def test_a_changed_byte_is_never_returned_as_data(tmp_path, layout):
             unread = ("c/zarr.json", "s/zarr.json", "00/zarr.json", "01/zarr.json", "02/zarr.json", "skipped.jsonl")
             assert str(path).endswith(unread) or "images/00002" in str(path), f"{path}: change at {place} not noticed"
         except CacheError as error:
-            assert str(path.relative_to(tmp_path / "c")) in str(error)
+            assert str(path.relative_to(tmp_path / "c")) in str(error)  # noqa: PT017
         finally:
             path.write_bytes(whole)
 
