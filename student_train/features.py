@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -50,7 +52,7 @@ def compute_features(
     target = folder / f"vision-features-{listed}"
     if target.is_dir():
         return ImageFeatures(target)
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     temporary.mkdir(parents=True, exist_ok=True)
     ids = sorted(distinct)
     out: np.memmap | None = None  # type: ignore[type-arg]
@@ -67,5 +69,8 @@ def compute_features(
     else:
         out.flush()
     (temporary / "features.json").write_text(json.dumps({"image_ids": ids, "digest": digest}), encoding="utf-8")
-    temporary.rename(target)
+    try:
+        temporary.rename(target)
+    except OSError:  # another run of the same ablation was faster; its features are the same
+        shutil.rmtree(temporary)
     return ImageFeatures(target)

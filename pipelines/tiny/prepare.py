@@ -1,0 +1,83 @@
+"""Writes what the tiny pipeline starts from: the world's images and questions, and untrained students."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.tiny.student import write_student
+from pipelines.tiny.world import write_world
+
+TEACHER = Path(__file__).parent / "teacher"
+
+
+def prepare(
+    folder: Path,
+    *,
+    train_images: int,
+    dev_images: int,
+    test_images: int,
+    seed: int,
+    students: int,
+    width: int,
+    layers: int,
+) -> None:
+    """``folder/world``, ``folder/students/{n}`` and ``folder/student``; what is there and fits is left alone.
+
+    Raises
+    ------
+    ValueError
+        The folder holds a world or students of other sizes.
+    """
+    wanted = {
+        "train_images": train_images,
+        "dev_images": dev_images,
+        "test_images": test_images,
+        "seed": seed,
+        "students": students,
+        "width": width,
+        "layers": layers,
+    }
+    mark = folder / "prepared.json"
+    if mark.is_file():
+        found = json.loads(mark.read_text(encoding="utf-8"))
+        if found != wanted:
+            raise ValueError(
+                f"{folder}: prepared with {found}, now {wanted} is asked for. Delete it, or name another folder"
+            )
+        return
+    write_world(folder / "world", train_images=train_images, dev_images=dev_images, test_images=test_images, seed=seed)
+    for number in range(students):
+        write_student(folder / "students" / str(number), teacher=TEACHER, hidden_size=width, layers=layers, seed=number)
+    mark.write_text(json.dumps(wanted), encoding="utf-8")
+
+
+def main(
+    folder: Path = Path("runs/tiny"),
+    train_images: Annotated[int, typer.Option(help="images with training conversations")] = 250,
+    dev_images: int = 150,
+    test_images: int = 300,
+    seed: int = 0,
+    students: Annotated[int, typer.Option(help="students, each from its own seed")] = 3,
+    width: Annotated[int, typer.Option(help="hidden size of the students")] = 64,
+    layers: int = 2,
+) -> None:
+    """Write the tiny world and untrained students."""
+    prepare(
+        folder,
+        train_images=train_images,
+        dev_images=dev_images,
+        test_images=test_images,
+        seed=seed,
+        students=students,
+        width=width,
+        layers=layers,
+    )
+    typer.echo(f"{folder}: world of {train_images}/{dev_images}/{test_images} images, {students} students")
+
+
+if __name__ == "__main__":
+    typer.run(main)
