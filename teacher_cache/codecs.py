@@ -1,4 +1,4 @@
-"""Hidden states in few bytes: float16, bfloat16, int8 and int4 with channel scales, optional principal components.
+"""Hidden states in few bytes: floats as they are, int8 and int4 with channel scales, optional principal components.
 
 int8 is a scale per channel (rms^0.75, fitted once per cache) times a scale per row. One channel of a language
 model's final state can hold 44 % of the energy, so without the channel scale a row's scale is set by that channel
@@ -62,6 +62,8 @@ def encode(states: Any, codec: str, scales: ChannelScales) -> tuple[Any, Any | N
         states = (states - torch.as_tensor(scales.mean, device=states.device)) @ torch.as_tensor(
             scales.basis, device=states.device
         ).T
+    if codec == "float32":
+        return states, None
     if codec == "float16":
         limit = torch.finfo(torch.float16).max
         return states.clamp(-limit, limit).half(), None
@@ -99,7 +101,7 @@ _FLOAT16_LEAST, _FLOAT16_MOST = 2.0**-24, 65504.0
 
 def decode(codes: Any, row_scale: Any | None, codec: str, scales: ChannelScales) -> npt.NDArray[np.float32]:
     """Arrays as they lie in the cache → states (…, d) float32, in numpy."""
-    if codec == "float16":
+    if codec in ("float32", "float16"):
         states = codes.astype(np.float32)
     elif codec == "bfloat16":
         states = (codes.astype(np.uint32) << 16).view(np.float32)
@@ -129,7 +131,7 @@ def decode_torch(codes: Any, row_scale: Any | None, codec: str, scales: ChannelS
     import torch
 
     device = codes.device
-    if codec == "float16":
+    if codec in ("float32", "float16"):
         states = codes.float()
     elif codec == "bfloat16":
         states = codes.view(torch.bfloat16).float()

@@ -85,7 +85,8 @@ class SignalsConfig:
     hidden: Literal["none", "rows", "text"] = "rows"
     second_last: bool = False
     """Also the states before the last layer (LLAVADI, table 1: "last two layers")."""
-    codec: Literal["float16", "bfloat16", "int8", "int4"] = "int8"
+    codec: Literal["float32", "float16", "bfloat16", "int8", "int4"] = "int8"
+    """``float32`` keeps a float32 teacher's states exactly: for tests of offline against online, four bytes a channel."""
     pca: int = 0
     """Keep this many principal components of the hidden states before the codec; 0 keeps all."""
     calibration_samples: int = 64

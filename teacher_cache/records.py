@@ -123,8 +123,8 @@ def hidden_arrays(
 ) -> list[ArraySpec]:
     """The arrays in which the codec keeps states of width d (or of ``signals.pca`` components)."""
     d = signals.pca or shape.hidden_size
-    if signals.codec == "float16":
-        return [ArraySpec(name, axis, "float16", (*lead, d))]
+    if signals.codec in ("float32", "float16"):
+        return [ArraySpec(name, axis, signals.codec, (*lead, d))]
     if signals.codec == "bfloat16":  # Zarr v3 has no bfloat16; the two bytes are stored as they are
         return [ArraySpec(name, axis, "uint16", (*lead, d))]
     if signals.codec == "int8":

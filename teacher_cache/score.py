@@ -405,7 +405,7 @@ def make_extractor(config: CacheConfig, storage: Storage, manifest: Manifest, te
 def calibrate(config: CacheConfig, samples: Samples, teacher: Teacher) -> dict[str, ChannelScales]:
     """Channel scales and principal components from the first samples' original answers, teacher-forced."""
     signals = config.signals
-    if signals.codec in ("float16", "bfloat16") and not signals.pca:
+    if signals.codec in ("float32", "float16", "bfloat16") and not signals.pca:
         return {}
     template = template_by_name(config.teacher.template)
     # More than are needed are looked at, since some cannot be used.
