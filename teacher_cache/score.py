@@ -83,7 +83,9 @@ class BuildSummary:
 
 
 @dataclass
-class _Clock:
+class Clock:
+    """Seconds the teacher took."""
+
     answering: float = 0.0
     scoring: float = 0.0
 
@@ -110,22 +112,26 @@ def build_cache(
     finally:
         if own:
             teacher.close()
-    done = finish(storage, manifest)
+    return finish_build(storage, manifest, clock, time.monotonic() - begin, len(numbers))
+
+
+def finish_build(storage: Storage, manifest: Manifest, clock: Clock, seconds: float, shards_made: int) -> BuildSummary:
+    """Write the ledger and the manifest's last word once every shard is there, and say what was made."""
+    counts = finish(storage, manifest).counts
     _add_cost(storage, clock)
-    counts = done.counts
     return BuildSummary(
         samples=counts["samples"],
         skipped=counts["skipped"],
         rows=counts["rows"],
         bytes=counts["bytes"],
-        seconds=time.monotonic() - begin,
+        seconds=seconds,
         answer_seconds=clock.answering,
         score_seconds=clock.scoring,
-        shards_made=len(numbers),
+        shards_made=shards_made,
     )
 
 
-def _add_cost(storage: Storage, clock: _Clock) -> None:
+def _add_cost(storage: Storage, clock: Clock) -> None:
     """``cost.json``: what the teacher took, over all runs that made the cache. Not content: no checksum, no promise."""
     cost = json.loads(storage.read(COST)) if storage.exists(COST) else {"answer_seconds": 0.0, "score_seconds": 0.0}
     cost["answer_seconds"] += clock.answering
@@ -237,10 +243,10 @@ def build_shards(
     style: Style = "auto",
     *,
     answers_only: bool = False,
-) -> _Clock:
+) -> Clock:
     """Make the shards ``numbers``; writing runs behind the teacher, one shard back, and its errors surface here."""
     numbers = list(numbers)
-    clock, size = _Clock(), config.layout.shard_samples
+    clock, size = Clock(), config.layout.shard_samples
     extractor = make_extractor(config, storage, manifest, teacher)
     places = plan_images(samples, size) if manifest.image_arrays else {}
     total = sum(len(samples[n * size : (n + 1) * size]) for n in numbers)
@@ -313,7 +319,7 @@ def answer_shard(
     teacher: Teacher,
     number: int,
     shard: _ShardInput,
-    clock: _Clock,
+    clock: Clock,
 ) -> list[AnsweredSample]:
     """The shard's answers: those already on disk, or new ones, which are written before anything is scored."""
     begin = time.monotonic()
@@ -351,7 +357,7 @@ def score_shard(
     shard: _ShardInput,
     answered: list[AnsweredSample],
     places: dict[str, ImagePlace],
-    clock: _Clock,
+    clock: Clock,
 ) -> tuple[list[TeacherRecord], list[tuple[str, dict[str, Array] | None]]]:
     """Records of the shard in input order, and the lines of the images that this shard owns."""
     begin = time.monotonic()
@@ -564,7 +570,7 @@ def _commit(
     write_shard(storage, manifest, number, records, [places.get(r.image_id, ImagePlace()) for r in records], skipped)
 
 
-def _advance(progress: Stage, count: int, clock: _Clock) -> None:
+def _advance(progress: Stage, count: int, clock: Clock) -> None:
     busy = clock.answering + clock.scoring
     progress.advance(count, answering=f"{100 * clock.answering / busy:.0f} %" if busy else "-")
 
