@@ -111,10 +111,11 @@ def _generate(
         mask[row, length - len(prompt) :] = 1
     device = student.model.device
     images = [prepare.pixels(c.image, str(image_folder)) for c in conversations if c.image is not None]
+    shown = {"pixel_values": torch.stack(images).to(device, student.model.dtype)} if images else {}
     out = student.model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
-        pixel_values=torch.stack(images).to(device, student.model.dtype) if images else None,
+        **shown,
         max_new_tokens=limit,
         do_sample=False,
         num_beams=1,

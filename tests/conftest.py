@@ -1,0 +1,59 @@
+"""The tiny world and its caches, made once per test process: real images, the real tiny teacher, real Zarr stores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.tiny.prepare import TEACHER
+from pipelines.tiny.world import write_world
+from teacher_cache.config import (
+    CacheConfig,
+    DataConfig,
+    GenerationConfig,
+    LayoutConfig,
+    SignalsConfig,
+    SpeedConfig,
+    TeacherConfig,
+)
+from teacher_cache.score import build_cache
+from teacher_cache.teacher_torch import TorchTeacher
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 training images (60 conversations or so), 8 dev and 8 test images."""
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, train_images=24, dev_images=8, test_images=8, seed=7)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_config(world: Path) -> CacheConfig:
+    """Everything stored, states exact to float16; ``output`` is to be set."""
+    return CacheConfig(
+        data=DataConfig(path=str(world / "train.json"), image_folder=str(world / "images")),
+        teacher=TeacherConfig(model=str(TEACHER), backend="torch", dtype="float32", template="tiny", max_length=256),
+        generation=GenerationConfig(max_new_tokens=32),
+        signals=SignalsConfig(preset="full", top_k=8, hidden="text", visual="states", codec="float16"),
+        layout=LayoutConfig(shard_samples=16),
+        speed=SpeedConfig(device="cpu"),
+    )
+
+
+@pytest.fixture(scope="session")
+def teacher(cache_config: CacheConfig) -> TorchTeacher:
+    return TorchTeacher(cache_config.teacher, cache_config.generation, cache_config.speed, attention=True)
+
+
+@pytest.fixture(scope="session")
+def cache_folder(cache_config: CacheConfig, teacher: TorchTeacher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete cache of the tiny world; read it, never change it."""
+    folder = tmp_path_factory.mktemp("cache") / "cache"
+    build_cache(replace(cache_config, output=str(folder)), teacher=teacher, style="quiet")
+    return folder
