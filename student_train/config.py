@@ -32,8 +32,9 @@ class LossSpec:
 
     ``source`` of a logit loss: ``topk`` (top-k + one tail bucket), ``sampled`` (Random Sampling KD) or ``exact``
     (hidden states × the teacher's head). ``tokens``: answer rows, all text positions, or text and image positions.
-    ``rows``: ``predicting`` is the row rule; ``llavadi`` takes the rows one position late, as LLAVADI's code does
-    (the first answer token is never distilled, the prediction after the end token is).
+    ``rows``: ``predicting`` is the row rule; ``llavadi`` leaves out the first token of every answer, as LLAVADI's code
+    does by comparing one position late. (In exchange it distils what follows the end token, for which a cache has no
+    row.) The average is still over all rows.
     """
 
     name: LossName
@@ -172,6 +173,8 @@ def check_fit_config(config: FitConfig) -> None:
             f"losses: {', '.join(distilled)} need a teacher's signals, but sources[{plain[0]}] has none. "
             "Cache those answers first (data.regenerate=none scores original answers), or keep cross_entropy alone"
         )
+    if any(loss.name == "attention_mse" for loss in config.losses) and config.student.attention != "eager":
+        raise ConfigError("losses: attention_mse needs the attention maps; set student.attention=eager")
     labels = [loss.label for loss in config.losses]
     if len(set(labels)) < len(labels):
         raise ConfigError(f"losses: one term of each name, found {', '.join(labels)}")

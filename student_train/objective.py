@@ -23,7 +23,6 @@ from student_train.head_loss import head_losses
 from student_train.targets import (
     ImageTargets,
     RowTargets,
-    StoredStates,
     decoded,
     image_targets,
     row_targets,
@@ -44,6 +43,8 @@ class TeacherSide:
     head: Tensor | None
     hidden_size: int
     image_tokens: int
+    head_square: Tensor | None = None
+    """WᵀW, for the relation loss on logits from visual states: once a run, not once a micro-batch."""
 
 
 def needed_arrays(specs: Sequence[LossSpec], manifest: Manifest) -> tuple[list[str], list[str]]:
@@ -73,18 +74,21 @@ def needed_arrays(specs: Sequence[LossSpec], manifest: Manifest) -> tuple[list[s
 def check_losses(specs: Sequence[LossSpec], manifest: Manifest, url: str) -> None:
     """Losses that this cache's settings cannot serve, before the first step."""
     for spec in specs:
-        if spec.tokens != "answer" and spec.name in (*LOGIT_LOSSES, *HIDDEN_LOSSES):
+        _check_visual(spec, manifest, url)
+        if spec.tokens != "answer" and spec.name in (*LOGIT_LOSSES, *HIDDEN_LOSSES, "similarity_mse"):
             if manifest.signals["hidden"] != "text":
                 raise CacheError(
                     f"{url}: {spec.name} on {spec.tokens} tokens needs states of all text positions, the cache has "
-                    f"signals.hidden={manifest.signals['hidden']}. Use tokens: answer, or build with signals.hidden=text"
+                    f"signals.hidden={manifest.signals['hidden']}. Use tokens: answer, or build with "
+                    "signals.hidden=text"
                 )
             if spec.name in LOGIT_LOSSES and spec.source != "exact":
                 raise ConfigError(f"losses: {spec.name} on {spec.tokens} tokens is exact only; set source: exact")
             if spec.tokens == "all" and manifest.signals["visual"] != "states":
                 raise CacheError(
                     f"{url}: {spec.name} on all tokens needs visual states, the cache has "
-                    f"signals.visual={manifest.signals['visual']}. Use tokens: text, or build with signals.visual=states"
+                    f"signals.visual={manifest.signals['visual']}. Use tokens: text, or build with "
+                    "signals.visual=states"
                 )
             if spec.tokens == "all" and spec.layer == "second_last":
                 raise ConfigError(
@@ -99,6 +103,18 @@ def check_losses(specs: Sequence[LossSpec], manifest: Manifest, url: str) -> Non
                 f"losses: {spec.name} at temperature {spec.temperature:g} from top-k is exact only on the cache's grid "
                 f"{manifest.signals['temperatures']}. Take one of these, or source: exact"
             )
+
+
+_VISUAL = {"visual_kl": ("states", "topk"), "relation": ("states", "gram"), "similarity_mse": ("states",)}
+
+
+def _check_visual(spec: LossSpec, manifest: Manifest, url: str) -> None:
+    wanted, found = _VISUAL.get(spec.name, ()), manifest.signals["visual"]
+    if wanted and found not in wanted:
+        raise CacheError(
+            f"{url}: {spec.name} needs signals.visual={' or '.join(wanted)}, the cache has {found}. Build one with "
+            "that signal (teacher-cache plan prices it), or leave the loss out"
+        )
 
 
 class DistilledStudent(nn.Module):
@@ -117,6 +133,10 @@ class DistilledStudent(nn.Module):
         self.model = model
         self._specs, self._teachers = tuple(specs), list(teachers)
         self._head_rows, self._image_tokens = head_rows, image_tokens
+        for spec in specs:
+            for teacher in teachers:
+                if teacher is not None and (spec.tokens == "all" or spec.name in (*_VISUAL, "attention_mse")):
+                    relations.pooled_grid(teacher.image_tokens, image_tokens, spec.pool)
         width = model.config.get_text_config().hidden_size
         layers = {spec.layer for spec in specs if spec.name in HIDDEN_LOSSES}
         sizes = {t.hidden_size for t in teachers if t is not None}
@@ -147,13 +167,26 @@ class DistilledStudent(nn.Module):
                 continue
             parts[spec.label] = value.detach()
             total = total + spec.weight * value
-        return total, parts
+        return total + self._reach_all(batch), parts
+
+    def _reach_all(self, batch: StudentBatch) -> Tensor:
+        """Zero, by way of the multimodal projector where the batch has no image.
+
+        DDP and FSDP need every trained module in every backward pass of every rank, and a projector trained alone
+        needs one at all. Its gradient is then zero, not absent, however many ranks there are.
+        """
+        if len(batch.visual_sample):
+            return batch.row_weight.new_zeros(())
+        projector: Any = self.model.model.multi_modal_projector
+        weight = projector.linear_1.weight
+        blank = weight.new_zeros(1, projector.linear_1.in_features)
+        return projector(blank).sum() * 0.0
 
     def _head_terms(self, rows: Tensor, targets: RowTargets, batch: StudentBatch, parts: dict[str, Tensor]) -> Tensor:
         """Cross-entropy and the answer rows' logit losses, in one sweep over chunks of rows."""
         specs = [s for s in self._specs if s.name in ("cross_entropy", *LOGIT_LOSSES) and s.tokens == "answer"]
-        total = rows.sum() * 0.0  # a micro-batch without rows still reaches every parameter
-        if not specs or not len(rows):
+        total = rows.sum() * 0.0
+        if not specs:
             return total
         late = {s.label: s.rows == "llavadi" for s in specs}
         for is_late in sorted(set(late.values())):
@@ -182,7 +215,7 @@ class DistilledStudent(nn.Module):
             if spec.rows == "llavadi":
                 weight = weight * ~first_rows(batch.row_sample, batch.row_position)
             return (measure(stored.decode(slice(None)), projector(picked)) * weight).sum()
-        text = StoredStates(stored.codes, stored.scale, stored.codec, stored.scales)
+        text = replace(stored, lines=None)
         weight = batch.text_token_weight if spec.tokens == "all" else batch.position_weight
         picked = student[batch.text_sample, batch.text_position]
         total = (measure(text.decode(slice(None)), projector(picked)) * weight).sum()
@@ -256,23 +289,31 @@ class DistilledStudent(nn.Module):
         teacher: TeacherSide,
         student: Tensor,
     ) -> Tensor:
+        """Cosines of image positions with answer rows, as in LLAVADI's code, or with all text (``tokens: text``)."""
         images, total = self._image_states(spec, batch, teacher), states.last.sum() * 0.0
         assert targets.hidden is not None
-        text = targets.hidden.decode(slice(None))
+        stored, owner, weight = targets.hidden, batch.row_sample, batch.row_weight
         rows = states.last[batch.row_sample, batch.row_position]
+        if spec.tokens == "text":
+            stored, owner, weight = replace(stored, lines=None), batch.text_sample, batch.position_weight
+            rows = states.last[batch.text_sample, batch.text_position]
+        text = stored.decode(slice(None))
         for image, sample in enumerate(batch.visual_sample):
-            mine = batch.row_sample == sample
+            mine = owner == sample
             value = losses.similarity_mse(images[image], text[mine], student[image], rows[mine])
-            total = total + (value * batch.row_weight[mine]).sum()
+            total = total + (value * weight[mine]).sum()
         return total
 
     def _row_targets(self, batch: StudentBatch, teacher: TeacherSide | None) -> RowTargets:
         if teacher is None:
             return RowTargets(answer_ids=batch.answer_ids)
-        return row_targets(batch.arrays, batch.answer_ids, teacher.signals, teacher.scales, teacher.head, batch.row_index)
+        return row_targets(
+            batch.arrays, batch.answer_ids, teacher.signals, teacher.scales, teacher.head, batch.row_index
+        )
 
     def _image_targets(self, batch: StudentBatch, teacher: TeacherSide) -> ImageTargets:
-        return image_targets(batch.visual, teacher.signals, teacher.scales, teacher.image_tokens, teacher.head)
+        side = (teacher.signals, teacher.scales, teacher.image_tokens, teacher.head, teacher.head_square)
+        return image_targets(batch.visual, *side)
 
     def _image_states(self, spec: LossSpec, batch: StudentBatch, teacher: TeacherSide) -> Tensor:
         """(I, N, d) the teacher's visual states, pooled where the spec says so, with the student's N."""
@@ -335,7 +376,7 @@ def merge_features(llava: Any, input_ids: Tensor, features: Tensor, image_token:
 def teacher_side(
     cache: TeacherCache, vocabulary: int, device: torch.device, dtype: torch.dtype, head: bool
 ) -> TeacherSide:
-    """The head and the scales of a cache on the device; a head padded to another vocabulary is cut to the shared ids."""
+    """Head and scales of a cache on the device; a head padded to another vocabulary is cut to the shared ids."""
     manifest = cache.manifest
     weight = None
     if head:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import resource
@@ -19,13 +20,16 @@ from student_train.checkpoint import latest_checkpoint, load_checkpoint, save_ch
 from student_train.config import LOGIT_LOSSES, FitConfig, TrainConfig, check_fit_config
 from student_train.dataset import CacheSource, Source, check_images, open_source
 from student_train.evaluate import preprocessor_of
+from student_train.export import save_student
 from student_train.features import ImageFeatures, compute_features
 from student_train.loader import MicroBatches, Preprocessor, StepPlan, make_loader
 from student_train.objective import DistilledStudent, TeacherSide, check_losses, needed_arrays, teacher_side
+from student_train.relations import head_square
 from student_train.student import load_student, merge_adapters
 from teacher_cache.config import ConfigError, as_plain
 from teacher_cache.manifest import digest, read_manifest
 from teacher_cache.progress import Style, stage
+from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage
 from teacher_cache.writer import HEAD
 
@@ -73,6 +77,7 @@ class Run:
     dataset: MicroBatches
     folder: Path
     fingerprint: str
+    caches: list[dict[str, Any]]
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
@@ -111,6 +116,7 @@ class Run:
             dataset=MicroBatches(sources, preprocessor, features, train.pixel_cache),
             folder=folder,
             fingerprint=run_fingerprint(config, sources),
+            caches=[_cache_facts(s.cache) for s in sources if isinstance(s, CacheSource)],
         )
 
     def restore(self) -> None:
@@ -183,14 +189,14 @@ class Run:
             model=str(model),
         )
         if self.accelerator.is_main_process:
+            facts = {"config": as_plain(self.config), "caches": self.caches, "steps": self.step}
+            (self.folder / "run.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
             text = json.dumps(as_plain(summary), indent=1)
             (self.folder / "summary.json").write_text(text, encoding="utf-8")
         return summary
 
     def export(self, folder: Path) -> None:
         """The plain student as a Hugging Face folder: no projectors, no optimiser, adapters merged."""
-        from student_train.export import save_student
-
         student = self.accelerator.unwrap_model(self.student)
         if self.config.student.train == "lora":
             merge_adapters(student.model)
@@ -308,6 +314,11 @@ def run_fingerprint(config: FitConfig, sources: list[Source]) -> str:
     return digest([plain, caches])
 
 
+def _cache_facts(cache: TeacherCache) -> dict[str, Any]:
+    """What a model card says of a cache."""
+    return {"teacher": cache.manifest.teacher["model"], "fingerprint": cache.manifest.fingerprint, "samples": len(cache)}
+
+
 def peak_megabytes(device: torch.device) -> float:
     """Peak memory of the run: of the GPU where there is one, else of the process."""
     if device.type == "cuda":
@@ -373,4 +384,7 @@ def _teacher_side(config: FitConfig, source: Source, model: Any, device: torch.d
         names & {"visual_kl", "relation"}
     )
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    return teacher_side(source.cache, vocabulary, device, model.dtype, head and HEAD in source.cache.manifest.files)
+    side = teacher_side(source.cache, vocabulary, device, model.dtype, head and HEAD in source.cache.manifest.files)
+    if side.head is None or side.signals.visual != "states" or "relation" not in names:
+        return side
+    return dataclasses.replace(side, head_square=head_square(side.head))
