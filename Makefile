@@ -38,7 +38,7 @@ world: runs/tiny/prepared.json ## render the tiny world and write untrained stud
 
 demo: world      ## both phases on the tiny world and one table (under 15 minutes on 2 cores)
 	$(V)/teacher-cache build $(TINY)/cache.yaml
-	$(V)/teacher-cache build $(TINY)/cache_dev.yaml
+	$(V)/teacher-cache build $(TINY)/cache_test.yaml
 	$(V)/teacher-cache info runs/tiny/cache
 	$(V)/student-train ablate $(TINY)/demo.yaml
 	$(V)/teacher-cache view runs/tiny/cache --image-folder runs/tiny/world/images --tokenizer $(TINY)/teacher --output runs/demo/cache.html

@@ -17,6 +17,7 @@ from student_train.config import LossSpec, SourceConfig
 from student_train.dataset import CacheSource
 from student_train.loader import Preprocessor
 from student_train.objective import needed_arrays, teacher_side
+from student_train.scores import vqa_accuracy, yes_no_scores
 from student_train.targets import row_loss, row_targets
 from teacher_cache.config import DataConfig
 from teacher_cache.conversations import Conversation, Skipped, read_conversations
@@ -167,6 +168,34 @@ def _compare(targets: Any, logits: torch.Tensor, spec: LossSpec) -> np.ndarray:
     kl = row_loss(spec, targets, logits, rows).sum()
     hit1, hit5 = (top5[:, 0] == best).sum(), (top5 == best.unsqueeze(-1)).any(-1).sum()
     return np.array([float(kl), float(hit1), float(hit5), len(logits)])
+
+
+def evaluate_model(
+    model: Path,
+    data: Path,
+    image_folder: Path,
+    template: str,
+    output: Path | None = None,
+    cache: str = "",
+    max_new_tokens: int = 64,
+) -> dict[str, Any]:
+    """What ``student-train evaluate`` prints: accuracy by ``question_type``, POPE's figures on yes/no questions, and
+    with a held-out ``cache`` the agreement with its teacher. ``data``: one question a sample, with its true answer."""
+    samples = json.loads(Path(data).read_text(encoding="utf-8"))
+    student = Student.load(model)
+    answers = answer_questions(student, data, image_folder, template, max_new_tokens=max_new_tokens)
+    if output is not None:
+        write_predictions(output, samples, answers)
+    references = [s["conversations"][1]["value"] for s in samples]
+    found = vqa_accuracy(answers, references, [s.get("question_type", "all") for s in samples])
+    facts: dict[str, Any] = {"questions": len(samples), "accuracy": found.overall}
+    facts |= {f"accuracy of {name}": value for name, value in found.per_type.items()}
+    closed = [(a, r) for a, r in zip(answers, references, strict=True) if r.lower() in ("yes", "no")]
+    if closed:
+        facts |= yes_no_scores([a for a, _ in closed], [r.lower() for _, r in closed]).as_dict()
+    if cache:
+        facts |= as_facts(agreement(student, SourceConfig(cache=cache, image_folder=str(image_folder))))
+    return facts
 
 
 def write_predictions(path: Path, samples: Sequence[dict[str, Any]], answers: Sequence[str]) -> None:

@@ -316,7 +316,8 @@ def run_fingerprint(config: FitConfig, sources: list[Source]) -> str:
 
 def _cache_facts(cache: TeacherCache) -> dict[str, Any]:
     """What a model card says of a cache."""
-    return {"teacher": cache.manifest.teacher["model"], "fingerprint": cache.manifest.fingerprint, "samples": len(cache)}
+    manifest = cache.manifest
+    return {"teacher": manifest.teacher["model"], "fingerprint": manifest.fingerprint, "samples": len(cache)}
 
 
 def peak_megabytes(device: torch.device) -> float:

@@ -48,7 +48,7 @@ def cache_config(world: Path) -> CacheConfig:
 
 @pytest.fixture(scope="session")
 def teacher(cache_config: CacheConfig) -> TorchTeacher:
-    return TorchTeacher(cache_config.teacher, cache_config.generation, cache_config.speed, attention=True)
+    return TorchTeacher(cache_config.teacher, cache_config.generation, cache_config.speed)
 
 
 @pytest.fixture(scope="session")

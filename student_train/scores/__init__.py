@@ -5,6 +5,7 @@ Every scorer takes files in the format LLaVA's evaluation writes (one JSON objec
 figures are fractions between 0 and 1, MME's points excepted. None of this needs torch.
 """
 
+from student_train.scores.files import score_file
 from student_train.scores.gqa import GqaScores, score_gqa
 from student_train.scores.hallucination import HallucinationScores, hallucination
 from student_train.scores.mmbench import MMBenchScores, score_mmbench, write_mmbench_submission
@@ -26,6 +27,7 @@ __all__ = [
     "VqaAccuracy",
     "YesNoScores",
     "hallucination",
+    "score_file",
     "score_gqa",
     "score_mmbench",
     "score_mme",

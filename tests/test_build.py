@@ -1,0 +1,303 @@
+"""Promises 4 to 6: nothing half-written is read, a wrong cache is refused, everything is accounted for."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PillowImage
+
+from teacher_cache.config import CacheConfig, ConfigError, DataConfig
+from teacher_cache.manifest import CacheError
+from teacher_cache.reader import TeacherCache
+from teacher_cache.score import answer_only, build_cache, check_answered, check_config
+from teacher_cache.storage import StorageError
+from teacher_cache.teacher import TeacherError
+from teacher_cache.teacher_torch import TorchTeacher, load_processor
+
+EXCEPTED = {"cost.json"}  # how long it took; and created_at in the manifest, see contents()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a cache by name; the manifest without the time of its making."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    manifest = json.loads(found["manifest.json"])
+    for name in ("created_at", "digest"):
+        manifest.pop(name)
+    found["manifest.json"] = json.dumps(manifest, sort_keys=True).encode()
+    return {name: data for name, data in found.items() if name not in EXCEPTED}
+
+
+def write_job(config: CacheConfig, path: Path) -> Path:
+    """A program that builds the cache, for a process of its own that can be killed."""
+    settings = json.dumps(json.dumps(asdict(config)))
+    path.write_text(
+        "import sys, json, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from teacher_cache.config import CacheConfig, build_config\n"
+        "from teacher_cache.score import build_cache\n"
+        f"build_cache(build_config(CacheConfig, json.loads({settings}), 'test'), style='quiet')\n"
+    )
+    return path
+
+
+def test_a_run_killed_at_random_moments_gives_the_uninterrupted_cache(
+    cache_config: CacheConfig, cache_folder: Path, tmp_path: Path
+) -> None:
+    """kill -9, three times, each somewhere else; the short form of ``make chaos``."""
+    config = replace(cache_config, output=str(tmp_path / "cache"))
+    job = write_job(config, tmp_path / "job.py")
+    moments, finished = random.Random(3), False
+    for _ in range(3):
+        before = set((tmp_path / "cache" / "shards").glob("0*")) if (tmp_path / "cache").exists() else set()
+        process = subprocess.Popen([sys.executable, str(job)], env=dict(os.environ, OMP_NUM_THREADS="1"))
+        while process.poll() is None and not (tmp_path / "cache" / "manifest.json").exists():
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0.0, 1.0))
+        process.send_signal(signal.SIGKILL)
+        finished = process.wait() == 0
+        assert before <= set((tmp_path / "cache" / "shards").glob("0*"))  # what was committed stays
+        if not finished:
+            with pytest.raises(CacheError, match="not complete"):
+                TeacherCache.open(tmp_path / "cache")
+    subprocess.run([sys.executable, str(job)], check=True)
+    assert contents(tmp_path / "cache") == contents(cache_folder)
+
+
+def test_building_a_complete_cache_again_changes_nothing(
+    cache_config: CacheConfig, cache_folder: Path, teacher: TorchTeacher, tmp_path: Path
+) -> None:
+    shutil.copytree(cache_folder, tmp_path / "cache")
+    summary = build_cache(replace(cache_config, output=str(tmp_path / "cache")), teacher=teacher, style="quiet")
+    assert summary.shards_made == 0
+    assert contents(tmp_path / "cache") == contents(cache_folder)
+
+
+def test_answer_then_score_gives_what_build_gives(
+    cache_config: CacheConfig, cache_folder: Path, teacher: TorchTeacher, tmp_path: Path
+) -> None:
+    config = replace(cache_config, output=str(tmp_path / "cache"))
+    with pytest.raises(CacheError, match="no teacher cache here"):
+        check_answered(config)
+    assert answer_only(config, style="quiet") > 0
+    check_answered(config)
+    with pytest.raises(CacheError, match="not complete"):
+        TeacherCache.open(tmp_path / "cache")
+    build_cache(config, teacher=teacher, style="quiet")
+    assert contents(tmp_path / "cache") == contents(cache_folder)
+    (tmp_path / "cache" / "answers" / "part-00000.parquet").unlink()
+    shutil.rmtree(tmp_path / "cache" / "shards" / "00000")
+    with pytest.raises(CacheError, match=r"1 shards have no answers \(first: answers/part-00000"):
+        check_answered(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"signals": {"top_k": 4}}, "signals.top_k: 8 in the cache, 4 now"),
+        ({"generation": {"max_new_tokens": 9}}, "generation.max_new_tokens: 32 in the cache, 9 now"),
+        ({"data": {"history": "original"}}, "data.history: 'teacher' in the cache, 'original' now"),
+    ],
+)
+def test_other_settings_are_refused_and_named(
+    change: dict, named: str, cache_config: CacheConfig, cache_folder: Path, teacher: TorchTeacher
+) -> None:
+    config = replace(cache_config, output=str(cache_folder))
+    for section, values in change.items():
+        config = replace(config, **{section: replace(getattr(config, section), **values)})
+    with pytest.raises(CacheError) as caught:
+        build_cache(config, teacher=teacher, style="quiet")
+    assert named in str(caught.value)
+
+
+def test_settings_that_only_change_speed_do_not_matter(
+    cache_config: CacheConfig, cache_folder: Path, teacher: TorchTeacher
+) -> None:
+    speed = replace(cache_config.speed, score_batch_tokens=333, answer_batch=3)
+    build_cache(replace(cache_config, output=str(cache_folder), speed=speed), teacher=teacher, style="quiet")
+
+
+def test_cached_plus_skipped_is_input(
+    cache_config: CacheConfig, teacher: TorchTeacher, world: Path, tmp_path: Path
+) -> None:
+    """One of everything that can be wrong, among samples that are right; nothing lost, every reason given."""
+    images = tmp_path / "images"
+    shutil.copytree(world / "images", images)
+    lines = json.loads((world / "train.json").read_text())[:6]
+    good = lines[0]
+    name = good["image"]
+    (images / "cut.png").write_bytes((images / name).read_bytes()[:80])
+    PillowImage.new("1", (9000, 9000)).save(images / "huge.png")
+    human, gpt = good["conversations"][:2]
+    bad = {
+        "missing": {**good, "image": "nowhere.png"},
+        "cut": {**good, "image": "cut.png"},
+        "huge": {**good, "image": "huge.png"},
+        "escape": {**good, "image": "../world.png"},
+        "roles": {**good, "conversations": [human, human]},
+        "twice": {**good, "conversations": [{**human, "value": "<image> <image> what"}, gpt]},
+        "noimage": {"conversations": [human, gpt]},
+        "long": {**good, "conversations": [{**human, "value": "<image>\n" + "what " * 400}, gpt]},
+    }
+    lines += [{**line, "id": key} for key, line in bad.items()]
+    (tmp_path / "d.json").write_text(json.dumps(lines))
+    data = DataConfig(path=str(tmp_path / "d.json"), image_folder=str(images))
+    summary = build_cache(
+        replace(cache_config, output=str(tmp_path / "cache"), data=data), teacher=teacher, style="quiet"
+    )
+    assert (summary.samples, summary.skipped) == (6, 8)
+    listed = [json.loads(line) for line in (tmp_path / "cache" / "skipped.jsonl").read_text().splitlines()]
+    reasons = {s["sample_id"]: s["reason"] for s in listed}
+    assert reasons.keys() == bad.keys()
+    assert "no such file" in reasons["missing"]
+    assert "cannot be decoded" in reasons["cut"]
+    assert "pixels" in reasons["huge"]
+    assert "leaves the image folder" in reasons["escape"]
+    assert "alternate" in reasons["roles"]
+    assert "2 times" in reasons["twice"]
+    assert "no image" in reasons["noimage"]
+    assert "teacher.max_length is 256" in reasons["long"]
+    with TeacherCache.open(tmp_path / "cache") as cache:
+        assert list(cache.sample_ids()) == [line["id"] for line in lines[:6]]
+
+
+@pytest.mark.parametrize("kind", ["one sample", "text only", "empty answer", "longer than the limit after answering"])
+def test_odd_caches(kind: str, cache_config: CacheConfig, teacher: TorchTeacher, world: Path, tmp_path: Path) -> None:
+    human = {"from": "human", "value": "what is the opposite of left"}
+    image = json.loads((world / "train.json").read_text())[0]["image"]
+    lines = {
+        "one sample": [
+            {
+                "id": "a",
+                "image": image,
+                "conversations": [
+                    {"from": "human", "value": "<image>\nhow many objects are there"},
+                    {"from": "gpt", "value": "1"},
+                ],
+            }
+        ],
+        "text only": [{"id": "a", "conversations": [human, {"from": "gpt", "value": "right"}]}],
+        "empty answer": [{"id": "a", "conversations": [human, {"from": "gpt", "value": ""}]}],
+        "longer than the limit after answering": [
+            {"id": "a", "conversations": [human, {"from": "gpt", "value": "right " * 300}]},
+            {"id": "b", "conversations": [human, {"from": "gpt", "value": "right"}]},
+        ],
+    }[kind]
+    (tmp_path / "d.json").write_text(json.dumps(lines))
+    regenerate = "none" if "answer" in kind else "all"
+    data = DataConfig(path=str(tmp_path / "d.json"), image_folder=str(world / "images"), regenerate=regenerate)
+    summary = build_cache(replace(cache_config, output=str(tmp_path / "c"), data=data), teacher=teacher, style="quiet")
+    assert (summary.samples, summary.skipped) == (1, len(lines) - 1)
+    with TeacherCache.open(tmp_path / "c") as cache:
+        record = cache[0]
+        assert len(record.arrays["topk_ids"]) == record.rows > 0
+        if kind == "empty answer":
+            assert record.rows == 1
+            assert record.answers == ("",)
+        if summary.skipped:
+            assert "teacher.max_length is 256" in (tmp_path / "c" / "skipped.jsonl").read_text()
+
+
+def test_not_order_locked(cache_folder: Path) -> None:
+    """Promise 7: any sample by number, any order, any batch; all give the same bytes."""
+    with TeacherCache.open(cache_folder) as cache:
+        order = np.random.default_rng(0).permutation(len(cache))
+        whole = cache.read(order)
+        ends = np.cumsum(whole.counts["row"])
+        for place, index in enumerate(order):
+            rows = slice(ends[place] - whole.counts["row"][place], ends[place])
+            assert (cache[int(index)].arrays["topk_ids"] == whole.arrays["topk_ids"][rows]).all()
+        assert whole.sample_ids == [cache[int(i)].sample_id for i in order]
+
+
+def test_another_tokenizer_is_refused(cache_folder: Path) -> None:
+    with pytest.raises(CacheError, match="made with the tokenizer of teacher"):
+        TeacherCache.open(cache_folder, tokenizer_fingerprint="0" * 64)
+
+
+def test_other_images_are_a_matter_of_the_folder_only(
+    cache_config: CacheConfig, cache_folder: Path, teacher: TorchTeacher
+) -> None:
+    """The image folder may move; the fingerprint does not know where it is."""
+    moved = replace(cache_config, data=replace(cache_config.data, image_folder="elsewhere"), output=str(cache_folder))
+    assert build_cache(moved, teacher=teacher, style="quiet").shards_made == 0
+
+
+def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_afterwards(
+    cache_config: CacheConfig, cache_folder: Path, tmp_path: Path
+) -> None:
+    """RLIMIT_FSIZE makes the kernel refuse to write beyond a size: the same path as a disk that is full."""
+    config = replace(cache_config, output=str(tmp_path / "cache"))
+    job = write_job(config, tmp_path / "job.py")
+    limited = (
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))\n"
+    )
+    (tmp_path / "limited.py").write_text(limited + job.read_text())
+    failed = subprocess.run([sys.executable, str(tmp_path / "limited.py")], capture_output=True, text=True)
+    assert failed.returncode != 0
+    assert "committed shards stand" in failed.stderr
+    subprocess.run([sys.executable, str(job)], check=True)
+    assert contents(tmp_path / "cache") == contents(cache_folder)
+
+
+def test_a_folder_without_permission_is_a_clear_error(
+    cache_config: CacheConfig, teacher: TorchTeacher, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises((StorageError, OSError), match="file"):
+        build_cache(replace(cache_config, output=str(tmp_path / "file" / "cache")), teacher=teacher, style="quiet")
+
+
+def test_a_model_that_is_no_llava_is_refused(cache_config: CacheConfig, tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="no processor can be loaded"):
+        load_processor(replace(cache_config.teacher, model=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "error"),
+    [
+        ("signals", {"temperatures": (2.0,)}, "must contain 1.0"),
+        ("signals", {"sampled": 300}, "at most 255"),
+        ("signals", {"hidden": "none", "second_last": True}, "second_last needs"),
+        ("data", {"path": ""}, "data.path: not set"),
+        ("teacher", {"model": ""}, "teacher.model: not set"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    section: str, values: dict, error: str, cache_config: CacheConfig
+) -> None:
+    config = replace(cache_config, output="x", **{section: replace(getattr(cache_config, section), **values)})
+    with pytest.raises(ConfigError, match=error):
+        check_config(config)
+
+
+def test_sampled_answers_do_not_depend_on_the_batch(cache_config: CacheConfig, world: Path, tmp_path: Path) -> None:
+    """Per-sample seeds: another batch size gives the same answers."""
+    found = []
+    for size in (4, 64):
+        generation = replace(cache_config.generation, temperature=1.0, top_p=0.95, seed=5)
+        config = replace(
+            cache_config,
+            output=str(tmp_path / str(size)),
+            generation=generation,
+            data=replace(cache_config.data, max_samples=12),
+            speed=replace(cache_config.speed, answer_batch=size),
+        )
+        build_cache(config, style="quiet")
+        with TeacherCache.open(tmp_path / str(size)) as cache:
+            found.append([cache[i].answers for i in range(len(cache))])
+    assert found[0] == found[1]
+    torch.manual_seed(0)
