@@ -30,6 +30,8 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, facts:
     if not main:
         return
     target = folder / f"step-{facts['step']:08d}"
+    if target.is_dir():  # the last step's, when a run is finished again
+        return
     temporary = folder / f".{target.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -38,7 +40,6 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, facts:
     save_file(tensors, temporary / "optimizer.safetensors")
     text = json.dumps({**facts, "optimizer": plain, "groups": state["param_groups"]}, sort_keys=True)
     (temporary / "state.json").write_text(text, encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     for old in folder.glob("step-*"):
         if old != target:

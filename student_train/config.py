@@ -77,11 +77,18 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The student: a LLaVA folder, or a language model and a vision tower put together."""
+    """The student: a LLaVA folder, or a language model and a vision tower put together.
+
+    Beside ``model``, ``language_model`` and ``vision_tower`` say what that folder was put together from: a plan reads
+    their configurations while the folder is not there yet.
+    """
 
     model: str = ""
     language_model: str = ""
     vision_tower: str = ""
+    tokenizer: str = ""
+    """A composed student takes the tokenizer of this model, its teacher: ids, and the number of them, are then the
+    teacher's."""
     layers_from: str = ""
     """A teacher whose every n-th layer (and embeddings, norm, head, projector) the student starts from (DistilBERT)."""
     layers: int = 0

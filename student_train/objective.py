@@ -131,6 +131,7 @@ class DistilledStudent(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self._no_split_modules = list(model.model.language_model._no_split_modules or [])  # what FSDP wraps by itself
         self._specs, self._teachers = tuple(specs), list(teachers)
         self._head_rows, self._image_tokens = head_rows, image_tokens
         for spec in specs:
@@ -170,17 +171,22 @@ class DistilledStudent(nn.Module):
         return total + self._reach_all(batch), parts
 
     def _reach_all(self, batch: StudentBatch) -> Tensor:
-        """Zero, by way of the multimodal projector where the batch has no image.
+        """Zero, by way of the multimodal projector (and of a trained tower) where the batch has no image.
 
         DDP and FSDP need every trained module in every backward pass of every rank, and a projector trained alone
         needs one at all. Its gradient is then zero, not absent, however many ranks there are.
         """
         if len(batch.visual_sample):
             return batch.row_weight.new_zeros(())
-        projector: Any = self.model.model.multi_modal_projector
-        weight = projector.linear_1.weight
-        blank = weight.new_zeros(1, projector.linear_1.in_features)
-        return projector(blank).sum() * 0.0
+        llava: Any = self.model.model
+        blank = torch.zeros(
+            1, llava.multi_modal_projector.linear_1.in_features, dtype=self.model.dtype, device=batch.row_weight.device
+        )
+        if any(p.requires_grad for p in llava.vision_tower.parameters()):
+            side = self.model.config.vision_config.image_size
+            pixels = blank.new_zeros(1, 3, side, side)
+            blank = vision_features(llava, pixels)
+        return llava.multi_modal_projector(blank).sum() * 0.0
 
     def _head_terms(self, rows: Tensor, targets: RowTargets, batch: StudentBatch, parts: dict[str, Tensor]) -> Tensor:
         """Cross-entropy and the answer rows' logit losses, in one sweep over chunks of rows."""
@@ -363,6 +369,15 @@ def first_rows(row_sample: Tensor, row_position: Tensor) -> Tensor:
     """(R,) bool: rows of first answer tokens, where a row's position does not follow the one before it."""
     follows = (row_sample[1:] == row_sample[:-1]) & (row_position[1:] == row_position[:-1] + 1)
     return torch.cat([torch.ones_like(row_sample[:1], dtype=torch.bool), ~follows])
+
+
+def vision_features(llava: Any, pixels: Tensor) -> Tensor:
+    """(I, N, d_vision) what the multimodal projector reads: the chosen layer, without the class token if so set."""
+    layer = llava.config.vision_feature_layer
+    out = llava.vision_tower(pixels, output_hidden_states=True)
+    layers = [layer] if isinstance(layer, int) else list(layer)
+    drop = 1 if llava.config.vision_feature_select_strategy == "default" else 0
+    return torch.cat([out.hidden_states[i][:, drop:] for i in layers], -1)
 
 
 def merge_features(llava: Any, input_ids: Tensor, features: Tensor, image_token: int) -> Tensor:

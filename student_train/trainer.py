@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from student_train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -23,7 +24,14 @@ from student_train.evaluate import preprocessor_of
 from student_train.export import save_student
 from student_train.features import ImageFeatures, compute_features
 from student_train.loader import MicroBatches, Preprocessor, StepPlan, make_loader
-from student_train.objective import DistilledStudent, TeacherSide, check_losses, needed_arrays, teacher_side
+from student_train.objective import (
+    DistilledStudent,
+    TeacherSide,
+    check_losses,
+    needed_arrays,
+    teacher_side,
+    vision_features,
+)
 from student_train.relations import head_square
 from student_train.student import load_student, merge_adapters
 from teacher_cache.config import ConfigError, as_plain
@@ -90,7 +98,7 @@ class Run:
         train = config.train
         if train.threads:
             torch.set_num_threads(train.threads)
-        accelerator = Accelerator(log_with=train.tracker or None, project_dir=config.output)
+        accelerator = make_accelerator(config)
         model, processor = load_student(config.student, train.seed)
         sources = _open_sources(config, processor.tokenizer)
         folder = Path(config.output)
@@ -249,8 +257,12 @@ class Run:
         save_checkpoint(self.folder / "checkpoints", self.student, self.optimizer, facts, main)
 
     def _out_of_time(self) -> bool:
+        """The same answer on every rank: one that went on alone would wait for the others for ever."""
         limit = self.config.train.max_seconds
-        return bool(limit) and self.cpu_seconds >= limit
+        if not limit:
+            return False
+        used = torch.tensor(self.cpu_seconds, device=self.accelerator.device)
+        return bool(self.accelerator.reduce(used, "mean") >= limit)
 
     def _waiting(self) -> str:
         return f"{100 * self.waiting / max(self.seconds, 1e-9):.1f} %"
@@ -260,6 +272,23 @@ class Run:
         student = self.accelerator.unwrap_model(self.student)
         if not self.config.student.train_vision:
             student.model.model.vision_tower.eval()
+
+
+def make_accelerator(config: FitConfig) -> Accelerator:
+    """One process, DDP or FSDP, as ``torchrun`` or ``accelerate launch`` started us.
+
+    Parameters that no loss reaches (the end of a trained tower, the output head without a loss on it) must be looked
+    for by DDP; elsewhere there are none, and looking costs a pass over the graph.
+    """
+    head = any(loss.name in ("cross_entropy", *LOGIT_LOSSES) for loss in config.losses)
+    unused = config.student.train_vision or not head
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=unused, gradient_as_bucket_view=True)]
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # unless told so, Accelerate overlooks torchrun on a CPU
+        log_with=config.train.tracker or None,
+        project_dir=config.output,
+        kwargs_handlers=handlers,
+    )
 
 
 def learning_rate_factor(step: int, steps: int, train: TrainConfig) -> float:
@@ -284,8 +313,13 @@ def make_optimizer(student: nn.Module, train: TrainConfig) -> torch.optim.Optimi
     ]
     groups = [g for g in groups if g["params"]]
     if train.optimizer == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
-
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ConfigError(
+                "train.optimizer=adamw_8bit needs bitsandbytes. Install it (pip install bitsandbytes), or set "
+                "train.optimizer=adamw"
+            ) from error
         return AdamW8bit(groups, lr=rate, betas=train.betas, weight_decay=train.weight_decay)
     return torch.optim.AdamW(groups, lr=rate, betas=train.betas, weight_decay=train.weight_decay)
 
@@ -366,15 +400,6 @@ def _features(
         return compute_features(
             Path(config.output).parent, images(), tower, preprocessor.pixels, digest([weights, preprocessor.image_mode])
         )
-
-
-def vision_features(llava: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """(I, N, d_vision) what the multimodal projector reads: the chosen layer, without the class token if so set."""
-    layer = llava.config.vision_feature_layer
-    out = llava.vision_tower(pixels, output_hidden_states=True)
-    layers = [layer] if isinstance(layer, int) else list(layer)
-    drop = 1 if llava.config.vision_feature_select_strategy == "default" else 0
-    return torch.cat([out.hidden_states[i][:, drop:] for i in layers], -1)
 
 
 def _teacher_side(config: FitConfig, source: Source, model: Any, device: torch.device) -> TeacherSide | None:
