@@ -1,0 +1,75 @@
+"""What students cost: quality against seconds, memory and bytes, and the teacher's single run shared among them."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from student_train.report_data import Experiment
+from teacher_cache.charts import Dot, Series, key, line_chart, scatter_chart
+from teacher_cache.page import bytes_text, card, seconds_text
+
+STUDENTS = 32
+"""How far the chart of the shared teacher goes."""
+
+
+def quality_against_cost(experiment: Experiment) -> str:
+    """The first metric against seconds, memory and bytes of the cache."""
+    table = experiment.table
+    if not table["metrics"]:
+        return '<p class="note">No scores in these runs (scores.json), so nothing to set against their cost.</p>'
+    metric = table["metrics"][0]
+    read = {
+        arm: [r.bytes_read / 1e6 for r in experiment.of(arm) if r.bytes_read is not None] for arm in experiment.arms
+    }
+    axes = [
+        ("CPU seconds of a student", {a["name"]: a["cpu_seconds"] for a in table["arms"]}, ""),
+        ("peak memory of a student (MB)", {a["name"]: a["peak_megabytes"] for a in table["arms"]}, ""),
+        (
+            "cache read in one pass (MB)",
+            {arm: statistics.fmean(v) if v else None for arm, v in read.items()},
+            "Arrays that the arm’s losses need; whiskers in all three charts are one standard deviation over seeds.",
+        ),
+    ]
+    drawn = []
+    for label, values, note in axes:
+        dots = [_dot(arm, metric, values[arm["name"]], style) for style, arm in enumerate(table["arms"])]
+        chart = scatter_chart([d for d in dots if d is not None], label, metric)
+        drawn.append(card(f"{metric.replace('_', ' ')} against {label}", chart, note))
+    return f'<div class="grid">{"".join(drawn)}</div>'
+
+
+def teacher_share(experiment: Experiment) -> str:
+    """What a student costs when the teacher's single run is shared by n of them, beside running it in every one."""
+    teacher = experiment.table["teacher"]
+    if "answer_seconds" not in teacher or "score_seconds" not in teacher:
+        return ""
+    answer, score = float(teacher["answer_seconds"]), float(teacher["score_seconds"])
+    seconds = [a["seconds"] for a in experiment.table["arms"] if a["seconds"] is not None]
+    if not seconds:
+        return ""
+    student = statistics.fmean(seconds)
+    known = [run.passes for run in experiment.runs if run.passes]
+    passes = statistics.fmean(known) if known else 1.0
+    counts = range(1, STUDENTS + 1)
+    lines = [
+        Series("teacher once, from the cache", [(n, (answer + score) / n + student) for n in counts], 0),
+        Series("teacher in every run", [(n, answer / n + passes * score + student) for n in counts], 1),
+        Series("student alone", [(n, student) for n in counts], 2),
+    ]
+    top = max(y for line in lines for _, y in line.points)
+    chart = line_chart(lines, "students", "seconds a student", log_x=True, y_range=(0.0, top * 1.05))
+    words = (
+        f"Measured: {seconds_text(answer)} of answering and {seconds_text(score)} of scoring for "
+        f"{bytes_text(teacher.get('bytes', 0))} of cache; a student trains for {seconds_text(student)} on average. "
+        f"A run that keeps the teacher in memory would score its {passes:,.1f} passes over the data again; that line "
+        "is computed from these times, not measured."
+    )
+    inner = f"{key([line.name for line in lines])}{chart}"
+    return f"<h2>What the teacher costs</h2>{card('Seconds a student, teacher included', inner, words)}"
+
+
+def _dot(arm: dict[str, Any], metric: str, x: float | None, style: int) -> Dot | None:
+    if x is None or arm["mean"].get(metric) is None:
+        return None
+    return Dot(arm["name"], x, arm["mean"][metric], arm["deviation"][metric] or 0.0, style)

@@ -1,0 +1,72 @@
+"""Single tokens as text a person can read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from teacher_cache.manifest import CacheError
+from teacher_cache.reader import TeacherCache
+from teacher_cache.tokenization import tokenizer_fingerprint
+
+
+class TokenText:
+    """The text of a token where it stands. Without a tokenizer, its number."""
+
+    def __init__(self, tokenizer: Any = None) -> None:
+        self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids) if tokenizer is not None else frozenset()
+        self._text = lru_cache(maxsize=65_536)(self._decode)
+
+    @classmethod
+    def open(cls, tokenizer: str, cache: TeacherCache) -> TokenText:
+        """The tokenizer at ``tokenizer`` (folder or name), which must be the teacher's.
+
+        Raises
+        ------
+        CacheError
+            It cannot be loaded, or its ids mean other text than the teacher's.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            loaded = AutoTokenizer.from_pretrained(tokenizer)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise CacheError(
+                f"--tokenizer {tokenizer}: cannot be loaded ({reason}). Name the teacher's folder"
+            ) from error
+        if (found := tokenizer_fingerprint(loaded)) != cache.manifest.teacher["tokenizer"]:
+            raise CacheError(
+                f"--tokenizer {tokenizer}: not the tokenizer of {cache.manifest.teacher['model']} (fingerprint "
+                f"{found[:12]}, expected {cache.manifest.teacher['tokenizer'][:12]}); its words would be wrong. "
+                "Name the teacher's folder, or leave the option out to see ids"
+            )
+        return cls(loaded)
+
+    @property
+    def known(self) -> bool:
+        return self._tokenizer is not None
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special
+
+    def __call__(self, token: int, before: int) -> str:
+        """What ``token`` adds to the text when it follows ``before``; its raw piece where it is part of a letter."""
+        return self._text(token, before) if self.known else f"#{token}"
+
+    def words(self, tokens: Sequence[int], before: int) -> list[str]:
+        """The texts of ``tokens`` in a row."""
+        return [self(t, b) for t, b in zip(tokens, [before, *tokens], strict=False)]
+
+    def _decode(self, token: int, before: int) -> str:
+        tokenizer = self._tokenizer
+        piece = tokenizer.convert_ids_to_tokens(token)
+        if piece is None:  # an embedding row without a word: vocabularies are padded
+            return f"#{token}"
+        if token in self._special:
+            return str(piece)
+        both, first = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in ([before, token], [before]))
+        text = both[len(first) :] if both.startswith(first) else ""
+        return text if text and "\ufffd" not in text else str(piece)
