@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,9 +46,12 @@ class Files(Protocol):
 
 
 class ShardFolder:
-    """The index in memory, the arrays mapped on first use. ``url`` and ``name`` are for messages."""
+    """The index in memory, the arrays mapped on first use.
 
-    def __init__(self, files: Files, name: str, digest: str, checked: bool, url: str) -> None:
+    ``digest``: sha256 of the index from the ledger; None where there is no ledger to trust. ``url`` is for messages.
+    """
+
+    def __init__(self, files: Files, name: str, digest: str | None, checked: bool, url: str) -> None:
         self._files, self._name, self._checked, self._url = files, name, checked, url
         self._digest = digest
         index = self._read_index()
@@ -77,6 +81,15 @@ class ShardFolder:
             array = self._arrays[name] = self._open(name)
         return array.lines(start, count)
 
+    def line_bytes(self, name: str) -> int:
+        """Bytes of one line of array ``name``."""
+        return self._layout(name).line_bytes
+
+    def axis(self, name: str) -> str:
+        """What the lines of array ``name`` are: token, row, position or image."""
+        metadata = self._files.path(f"{self._name}/{name}/zarr.json", self._sums[f"{name}/zarr.json"]).read_bytes()
+        return str(json.loads(metadata)["dimension_names"][0])
+
     def begin(self, names: Sequence[str]) -> None:
         """Start to fetch the files of these arrays."""
         for file, sums in self._sums.items():
@@ -88,6 +101,11 @@ class ShardFolder:
         names = [n.removesuffix("/zarr.json") for n in self._sums if n.endswith("/zarr.json")]
         return {name: self._layout(name).rows for name in names}
 
+    @property
+    def sums(self) -> dict[str, FileSum]:
+        """Size and checksums of every file but the index."""
+        return self._sums
+
     def close_vanished(self) -> None:
         """Let go of mapped files that were deleted, so that their space comes free."""
         self._arrays = {n: a for n, a in self._arrays.items() if a.path is None or a.path.exists()}
@@ -98,7 +116,7 @@ class ShardFolder:
             index = self._files.index(f"{self._name}/{INDEX}")
         except FileNotFoundError:
             raise CacheError(f"{self._url}/{self._name}: the folder or its {INDEX} is missing; {REPAIR}") from None
-        if sha256(index) != self._digest:
+        if self._digest is not None and sha256(index) != self._digest:
             raise CacheError(f"{where}: changed after it was written; {REPAIR}")
         return index
 

@@ -24,6 +24,26 @@ _TRANSFERS = 3
 _TEMPORARY = ".tmp-"
 
 
+class LocalFiles:
+    """The files of a local cache, where they lie."""
+
+    def __init__(self, storage: Storage) -> None:
+        assert storage.local is not None
+        self._root, self._storage = storage.local, storage
+
+    def path(self, name: str, expected: FileSum) -> Path:
+        return self._root / name
+
+    def begin(self, name: str, expected: FileSum) -> None:
+        """Nothing to copy."""
+
+    def index(self, name: str) -> bytes:
+        return self._storage.read(name)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 class LocalCopy:
     """``folder`` holds at most ``gigabytes`` of ``storage``'s files (and always the file that was asked for last).
 

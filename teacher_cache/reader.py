@@ -25,12 +25,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from teacher_cache.arrays import load_safetensors_array as load_safetensors_array
-from teacher_cache.checksums import FileSum, sha256
+from teacher_cache.checksums import sha256
 from teacher_cache.codecs import ChannelScales
 from teacher_cache.codecs import scales_from_bytes as scales_from_bytes
 from teacher_cache.folder import COUNTS, REPAIR, Files, ShardFolder
 from teacher_cache.manifest import CacheError, Manifest, read_manifest
-from teacher_cache.prefetch import LocalCopy
+from teacher_cache.prefetch import LocalCopy, LocalFiles
 from teacher_cache.records import Array, ArraySpec, Axis, TeacherRecord
 from teacher_cache.storage import Storage
 from teacher_cache.writer import HEAD, LEDGER, SAMPLES, SCALES, images_name, shard_name
@@ -84,7 +84,7 @@ class TeacherCache:
         self._image_specs: dict[str, ArraySpec] = {spec.name: spec for spec in self.manifest.image_arrays}
         self._folders: OrderedDict[str, ShardFolder] = OrderedDict()
         self._lock = threading.Lock()
-        self._source: _LocalFiles | LocalCopy = self._open_source()
+        self._source: LocalFiles | LocalCopy = self._open_source()
 
     @classmethod
     def open(
@@ -313,10 +313,10 @@ class TeacherCache:
                 self._folders.popitem(last=False)
         return folder
 
-    def _open_source(self) -> _LocalFiles | LocalCopy:
+    def _open_source(self) -> LocalFiles | LocalCopy:
         self._process, self._deletions = os.getpid(), 0
         if self.storage.local is not None:
-            return _LocalFiles(self.storage)
+            return LocalFiles(self.storage)
         _, _, folder, gigabytes = self._arguments
         return LocalCopy(self.storage, folder, gigabytes, self.manifest.files[LEDGER])
 
@@ -340,23 +340,3 @@ class TeacherCache:
         if sha256(data) != self.manifest.files.get(name):
             raise CacheError(f"{self.storage.url}/{name}: changed after it was written; {REPAIR}")
         return data
-
-
-class _LocalFiles:
-    """The files of a local cache, where they lie."""
-
-    def __init__(self, storage: Storage) -> None:
-        assert storage.local is not None
-        self._root, self._storage = storage.local, storage
-
-    def path(self, name: str, expected: FileSum) -> Path:
-        return self._root / name
-
-    def begin(self, name: str, expected: FileSum) -> None:
-        """Nothing to copy."""
-
-    def index(self, name: str) -> bytes:
-        return self._storage.read(name)
-
-    def close(self) -> None:
-        """Nothing is held."""

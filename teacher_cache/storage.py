@@ -77,6 +77,13 @@ class Storage:
             return (self.local / name).stat().st_size
         return int(self._retry("look up", name, lambda: self._fs.info(self.path(name)))["size"])
 
+    def size_or_none(self, name: str) -> int | None:
+        """The size of a file, or None when there is none."""
+        try:
+            return self.size(name)
+        except FileNotFoundError:
+            return None
+
     def names(self, folder: str) -> list[str]:
         """Entries of ``folder`` (last part of the name), sorted; none when it does not exist."""
         if self.local is not None:
@@ -150,6 +157,14 @@ class Storage:
             self._fs.rm_file(self.path(f"{folder}/{mark}"))
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm(self.path(folder), recursive=True)
+
+    def remove_file(self, name: str) -> None:
+        """Delete one file, if it is there."""
+        if self.local is not None:
+            (self.local / name).unlink(missing_ok=True)
+            return
+        with contextlib.suppress(FileNotFoundError):
+            self._retry("delete", name, lambda: self._fs.rm_file(self.path(name)))
 
     def download(self, name: str, target: Path) -> None:
         """Copy a remote file to ``target``, which appears complete or not at all."""

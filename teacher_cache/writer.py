@@ -103,6 +103,26 @@ def committed_shards(storage: Storage, manifest: Manifest) -> set[int]:
     return {n for n in numbers if n < manifest.planned_shards}
 
 
+def refuse_foreign_shards(storage: Storage, manifest: Manifest) -> None:
+    """Shards whose manifest was lost may be gone on with when they were made with this configuration.
+
+    Raises
+    ------
+    CacheError
+        A shard was made with other settings, or cannot be read.
+    """
+    for name in storage.names("shards"):
+        index = f"shards/{name}/{INDEX}"
+        if name.isdigit() and storage.exists(index):
+            try:
+                _, metadata = read_file_sums(storage.read(index))
+            except (OSError, ValueError, KeyError) as error:
+                raise CacheError(
+                    f"{storage.url}/{index}: damaged ({error}). Delete that shard, or choose an empty output"
+                ) from error
+            _check_fingerprint(storage, manifest, f"shards/{name}", metadata)
+
+
 def finish(storage: Storage, manifest: Manifest) -> Manifest:
     """Write ledger, skipped list and the manifest that says ``complete``; every planned shard must be there.
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_fixtures import signals, synthetic_cache
 
 from teacher_cache.arrays import (
     ArrayLayout,
@@ -21,6 +20,7 @@ from teacher_cache.arrays import (
     view,
     zarr_metadata,
 )
+from tests.store_fixtures import signals, synthetic_cache
 
 DTYPES = ["bool", "int8", "uint8", "uint16", "uint32", "int64", "float16", "float32"]
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_fixtures import signals, synthetic_cache
 
 from teacher_cache.codecs import decode, decode_torch, encode, fit_channel_scales, scales_from_bytes
 from teacher_cache.config import SignalsConfig
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import TeacherShape, hidden_arrays
 from teacher_cache.score import scales_to_bytes
+from tests.store_fixtures import signals, synthetic_cache
 
 CODECS = ["float16", "bfloat16", "int8", "int4"]
 

@@ -4,10 +4,10 @@ import dataclasses
 import json
 
 import pytest
-from store_fixtures import SHAPE, signals, synthetic_cache, synthetic_manifest
 
 from teacher_cache.manifest import MANIFEST, CacheError, check_same_content, digest, read_manifest, write_manifest
 from teacher_cache.storage import Storage
+from tests.store_fixtures import SHAPE, signals, synthetic_cache, synthetic_manifest
 
 
 def _manifest(**fields):

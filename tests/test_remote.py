@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from s3_server import S3Server
-from store_fixtures import signals, synthetic_cache
 
 from teacher_cache import storage as storage_module
 from teacher_cache.manifest import CacheError
 from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage, StorageError
 from teacher_cache.writer import committed_shards, finish
+from tests.s3_server import S3Server
+from tests.store_fixtures import signals, synthetic_cache
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_fixtures import IMAGE_TOKEN, SHAPE, signals
 
 from teacher_cache.codecs import ChannelScales
 from teacher_cache.records import image_arrays, record_arrays, stats_names
 from teacher_cache.signals import Extractor, row_signals, sample_ids_and_counts, stable_topk, wanted_states
 from teacher_cache.teacher import SampleStates
+from tests.store_fixtures import IMAGE_TOKEN, SHAPE, signals
 
 GRID = (0.5, 1.0, 2.0)
 

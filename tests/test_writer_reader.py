@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_fixtures import signals, synthetic_cache
 
 from teacher_cache.manifest import CacheError, write_manifest
 from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage
 from teacher_cache.writer import committed_shards, finish
+from tests.store_fixtures import signals, synthetic_cache
 
 
 @pytest.fixture(scope="module", params=["plain", "zstd", "full", "gram"])

@@ -1,0 +1,260 @@
+"""Is this cache what was written, and can it be trusted? Quick, deep, and by asking the teacher again.
+
+Quick: manifest, side files, counts, sizes. Deep: every checksum, every number, the row rule (``invariants.py``).
+``rescore_cache`` (``rescore.py``) lets the teacher score samples again. Each problem names shard, file and sample;
+``repair_cache`` removes just the shards at fault, and building again makes them anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from teacher_cache.checksums import INDEX, bad_block_of_file, sha256
+from teacher_cache.folder import Files, ShardFolder
+from teacher_cache.invariants import sample_of_block, shard_faults
+from teacher_cache.manifest import MANIFEST, CacheError, Manifest, read_manifest, write_manifest
+from teacher_cache.prefetch import LocalCopy, LocalFiles
+from teacher_cache.rescore import rescore_cache as rescore_cache
+from teacher_cache.storage import Storage
+from teacher_cache.writer import HEAD, LEDGER, SCALES, SKIPPED, answers_name, images_name, shard_name
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it was written. ``shard`` is None for a fault of the cache as a whole."""
+
+    what: str
+    file: str = ""
+    shard: int | None = None
+    sample: str = ""
+
+    def __str__(self) -> str:
+        where = ": ".join(part for part in (self.file, f"sample {self.sample}" if self.sample else "") if part)
+        return f"{where}: {self.what}" if where else self.what
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was looked at, and what was wrong."""
+
+    problems: tuple[Problem, ...]
+    shards: int
+    samples: int
+    skipped: int
+    bytes_read: int
+    deep: bool
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    @property
+    def shards_at_fault(self) -> list[int]:
+        return sorted({p.shard for p in self.problems if p.shard is not None})
+
+    def lines(self) -> list[str]:
+        """What a person wants to read: the faults, then one line of sums."""
+        looked = f"{self.shards:,} shards, {self.samples:,} samples + {self.skipped:,} skipped"
+        how = f"every checksum of {self.bytes_read:,} bytes, numbers and row rule" if self.deep else "counts and sizes"
+        if self.ok:
+            return [f"ok: {looked}; checked {how}"]
+        advice = "to repair: teacher-cache verify CACHE --repair, then teacher-cache build CONFIG"
+        return [*map(str, self.problems), f"{len(self.problems)} problems in {looked}; {advice}"]
+
+
+def verify_cache(storage: Storage, *, deep: bool = False) -> VerifyReport:
+    """Check the cache at ``storage``; what is wrong is reported, never raised."""
+    check = _Check(storage, deep)
+    check.run()
+    return VerifyReport(tuple(check.problems), check.shards, check.samples, check.skipped, check.bytes_read, deep)
+
+
+def repair_cache(storage: Storage, report: VerifyReport) -> list[int]:
+    """Remove what ``report`` found at fault, so that ``teacher-cache build`` makes just that again.
+
+    The manifest first says that the cache is not complete. Returns the shards removed. Answers are removed only where
+    their file is damaged: other shards are scored again without being answered again.
+    """
+    if any(p.file == MANIFEST for p in report.problems):
+        storage.remove_file(MANIFEST)  # build writes it again and checks that the shards belong to it
+    else:
+        manifest = read_manifest(storage)
+        write_manifest(storage, dataclasses.replace(manifest, complete=False, files={}, counts={}))
+    for problem in report.problems:
+        if problem.file in (HEAD, SCALES) or problem.file.startswith("answers/"):
+            storage.remove_file(problem.file)
+    for shard in report.shards_at_fault:
+        storage.remove(shard_name(shard), INDEX)
+        storage.remove(images_name(shard), INDEX)
+    return report.shards_at_fault
+
+
+class _Check:
+    """One run of ``verify_cache``; gathers problems as it goes."""
+
+    def __init__(self, storage: Storage, deep: bool) -> None:
+        self.storage, self.deep = storage, deep
+        self.problems: list[Problem] = []
+        self.shards = self.samples = self.skipped = self.bytes_read = 0
+
+    def run(self) -> None:
+        try:
+            manifest = read_manifest(self.storage)
+        except CacheError as error:
+            self.problems.append(Problem(str(error), MANIFEST))
+            return
+        if not manifest.complete:
+            self.problems.append(Problem("the cache is not complete: run teacher-cache build with its configuration"))
+        self._side_files(manifest)
+        ledger = self._ledger(manifest)
+        head = self._head(manifest) if self.deep else None
+        files = _files(self.storage, manifest)
+        try:
+            for number in range(manifest.planned_shards):
+                self._shard(manifest, files, number, ledger, head)
+        finally:
+            files.close()
+        if manifest.complete:
+            self._accounts(manifest)
+
+    def _side_files(self, manifest: Manifest) -> None:
+        for name, expected in manifest.files.items():
+            if not self.deep and name in (HEAD, SCALES):
+                if not self.storage.exists(name):
+                    self.problems.append(Problem("missing", name))
+                continue
+            try:
+                data = self.storage.read(name)
+            except FileNotFoundError:
+                self.problems.append(Problem("missing", name))
+                continue
+            self.bytes_read += len(data)
+            if sha256(data) != expected:
+                self.problems.append(Problem("changed after it was written (sha256 differs)", name))
+
+    def _ledger(self, manifest: Manifest) -> pa.Table | None:
+        """The ledger where it can be trusted."""
+        if any(p.file == LEDGER for p in self.problems) or LEDGER not in manifest.files:
+            return None
+        table = pq.read_table(io.BytesIO(self.storage.read(LEDGER)))
+        if table.num_rows != manifest.planned_shards:
+            self.problems.append(Problem(f"{table.num_rows} shards, expected {manifest.planned_shards}", LEDGER))
+            return None
+        return table
+
+    def _head(self, manifest: Manifest) -> Any:
+        from teacher_cache.arrays import load_safetensors_array
+        from teacher_cache.codecs import scales_from_bytes
+
+        damaged = {p.file for p in self.problems}
+        if HEAD not in manifest.files or damaged & {HEAD, SCALES}:
+            return None
+        scales = scales_from_bytes(self.storage.read(SCALES)) if SCALES in manifest.files else {}
+        return load_safetensors_array(self.storage.read(HEAD), "head"), scales
+
+    def _shard(
+        self, manifest: Manifest, files: LocalFiles | LocalCopy, number: int, ledger: pa.Table | None, head: Any
+    ) -> None:
+        line = ledger.slice(number, 1).to_pylist()[0] if ledger is not None else {}
+        folder = self._folder(files, shard_name(number), number, line.get("index_sha256"), manifest)
+        if manifest.image_arrays:
+            self._folder(files, images_name(number), number, line.get("images_sha256"), manifest)
+        answers = self._answers(number, line.get("answers_sha256"))
+        if folder is None:
+            return
+        self.shards += 1
+        self.samples += len(folder.numbers)
+        self.skipped += len(folder.extra["skipped"])
+        if self.deep and not any(p.shard == number for p in self.problems):
+            for what, array, sample in shard_faults(folder, manifest, head, answers):
+                name = f"{shard_name(number)}/{array}" if array else shard_name(number)
+                self.problems.append(Problem(what, name, number, sample))
+
+    def _folder(
+        self, files: Files, name: str, number: int, digest: str | None, manifest: Manifest
+    ) -> ShardFolder | None:
+        """The folder, if its index can be trusted; sizes and (deep) checksums of its files are checked."""
+        try:
+            folder = ShardFolder(files, name, digest, True, self.storage.url)
+        except (CacheError, OSError, ValueError, KeyError) as error:
+            self.problems.append(Problem(str(error), f"{name}/{INDEX}", number))
+            return None
+        if folder.extra["fingerprint"] != manifest.fingerprint:
+            self.problems.append(Problem("made with other settings (fingerprint differs)", name, number))
+        for file, sums in folder.sums.items():
+            self._file(files, folder, f"{name}/{file}", number)
+            self.bytes_read += sums.bytes if self.deep else 0
+        return folder
+
+    def _file(self, files: Files, folder: ShardFolder, name: str, number: int) -> None:
+        file = name.split("/", 2)[2]
+        expected = folder.sums[file]
+        if not self.deep:
+            found = self.storage.size_or_none(name)
+            if found != expected.bytes:
+                shown = "no file" if found is None else f"{found:,} bytes"
+                self.problems.append(Problem(f"expected {expected.bytes:,} bytes, found {shown}", name, number))
+            return
+        try:
+            path = files.path(name, expected)
+            block = bad_block_of_file(path, expected)
+        except (CacheError, OSError) as error:
+            self.problems.append(Problem(str(error), name, number))
+            return
+        if block is not None:
+            sample = sample_of_block(folder, file, block)
+            what = f"changed after it was written (checksum of the 1 MiB block {block} differs)"
+            self.problems.append(Problem(what, name, number, sample))
+
+    def _answers(self, number: int, digest: str | None) -> bytes | None:
+        """The shard's answers, where they are as they were written."""
+        name = answers_name(number)
+        if digest == "":
+            return None
+        try:
+            data = self.storage.read(name) if self.deep else b""
+        except FileNotFoundError:
+            data = None
+        if data is None or (not self.deep and not self.storage.exists(name)):
+            self.problems.append(Problem("missing", name, number))
+            return None
+        if not self.deep:
+            return None
+        self.bytes_read += len(data)
+        if digest is not None and sha256(data) != digest:
+            self.problems.append(Problem("changed after it was written (sha256 differs)", name, number))
+            return None
+        return data
+
+    def _accounts(self, manifest: Manifest) -> None:
+        """Cached + skipped = input, in the shards, the manifest and the list of the skipped."""
+        if any(p.shard is not None for p in self.problems):
+            return
+        if self.samples + self.skipped != manifest.planned_samples:
+            what = f"{self.samples} cached + {self.skipped} skipped samples, expected {manifest.planned_samples}"
+            self.problems.append(Problem(what))
+        if (self.samples, self.skipped) != (manifest.counts["samples"], manifest.counts["skipped"]):
+            self.problems.append(Problem("the manifest counts other numbers of samples than its shards", MANIFEST))
+        if not any(p.file == SKIPPED for p in self.problems):
+            listed = list(_skipped(self.storage))
+            if len(listed) != self.skipped:
+                self.problems.append(Problem(f"{len(listed)} lines, expected {self.skipped}", SKIPPED))
+
+
+def _skipped(storage: Storage) -> Iterator[Any]:
+    for line in storage.read(SKIPPED).splitlines():
+        yield json.loads(line)
+
+
+def _files(storage: Storage, manifest: Manifest) -> LocalFiles | LocalCopy:
+    if storage.local is not None:
+        return LocalFiles(storage)
+    return LocalCopy(storage, None, 2.0, manifest.fingerprint)
