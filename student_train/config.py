@@ -58,6 +58,20 @@ class LossSpec:
 
 
 @dataclass(frozen=True)
+class ExpectedSize:
+    """What a plan counts with while a source is not there yet; the figures per sample are means."""
+
+    samples: int = 0
+    rows_per_sample: float = 0.0
+    tokens_per_sample: float = 0.0
+    """Question, answer and template; one for the image."""
+    images: int = 0
+    """Distinct ones."""
+    image_share: float = 1.0
+    """Samples with an image."""
+
+
+@dataclass(frozen=True)
 class SourceConfig:
     """Where samples come from: a teacher cache, or plain LLaVA data (cross-entropy only)."""
 
@@ -73,6 +87,9 @@ class SourceConfig:
     share: float = 1.0
     """Part of this source seen in an epoch (0.5: a fresh half every epoch; 2: twice)."""
     max_samples: int = 0
+    made_with: str = ""
+    """The phase-one file that makes ``cache``, and ``expected``: for a plan only, before the cache is there."""
+    expected: ExpectedSize = field(default_factory=ExpectedSize)
 
 
 @dataclass(frozen=True)

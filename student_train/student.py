@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoProcessor,
@@ -101,36 +102,61 @@ def compose(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, Any]:
     language = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype)
     vision = AutoModel.from_pretrained(config.vision_tower, dtype=dtype)
     vision = getattr(vision, "vision_model", vision)
-    tokenizer = AutoTokenizer.from_pretrained(config.language_model)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TAG]})
-    token = tokenizer.convert_tokens_to_ids(IMAGE_TAG)
-    if token >= language.get_input_embeddings().num_embeddings:
-        language.resize_token_embeddings(token + 1)
-    vision_config = AutoConfig.from_pretrained(config.vision_tower)
-    vision_config = getattr(vision_config, "vision_config", vision_config)
-    has_class_token = vision_config.model_type.startswith("clip")
-    llava = LlavaConfig(
-        text_config=language.config,
-        vision_config=vision_config,
-        image_token_index=token,
-        projector_hidden_act="gelu",
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default" if has_class_token else "full",
-        image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
-    )
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.language_model)
+    token = _image_token(tokenizer)
+    size = composed_vocabulary(language.config, _tokenizer_config(config), token)
+    if size > language.get_input_embeddings().num_embeddings:
+        language.resize_token_embeddings(size)
+    llava = composed_config(language.config, AutoConfig.from_pretrained(config.vision_tower), token)
     model = LlavaForConditionalGeneration._from_config(llava, dtype=dtype, attn_implementation=config.attention)
     model.model.language_model.load_state_dict(language.get_decoder().state_dict())
-    model.get_output_embeddings().load_state_dict(language.get_output_embeddings().state_dict())
+    if not llava.tie_word_embeddings:
+        model.get_output_embeddings().load_state_dict(language.get_output_embeddings().state_dict())
     _load_vision(model.model.vision_tower, vision, config)
+    tower = llava.vision_config
     processor = LlavaProcessor(
-        image_processor=AutoProcessor.from_pretrained(config.vision_tower, backend="pil").image_processor,
+        image_processor=AutoImageProcessor.from_pretrained(config.vision_tower, backend="pil"),
         tokenizer=tokenizer,
-        patch_size=vision_config.patch_size,
+        patch_size=tower.patch_size,
         vision_feature_select_strategy=llava.vision_feature_select_strategy,
-        num_additional_image_tokens=int(has_class_token),
+        num_additional_image_tokens=int(tower.model_type.startswith("clip")),
         image_token=IMAGE_TAG,
     )
     return model, processor
+
+
+def composed_config(text: Any, vision: Any, image_token: int) -> LlavaConfig:
+    """LLaVA-1.5's arrangement of a language model and a tower: features of the last layer but one, two-layer GELU."""
+    vision = getattr(vision, "vision_config", vision)
+    has_class_token = vision.model_type.startswith("clip")
+    return LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=image_token,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default" if has_class_token else "full",
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        tie_word_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
+    )
+
+
+def composed_vocabulary(text: Any, tokenizer_model: Any | None, image_token: int) -> int:
+    """Output ids of a composed student: its own, room for the image token, or those of the model whose tokenizer it
+    takes, so that the teacher's head and the student's give logits for the same ids."""
+    taken = tokenizer_model.get_text_config().vocab_size if tokenizer_model is not None else 0
+    return max(int(text.vocab_size), taken, image_token + 1)
+
+
+def _tokenizer_config(config: StudentConfig) -> Any | None:
+    return AutoConfig.from_pretrained(config.tokenizer) if config.tokenizer else None
+
+
+def _image_token(tokenizer: Any) -> int:
+    """The id of ``<image>``, added where the tokenizer has none."""
+    if IMAGE_TAG not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TAG]})
+    return int(tokenizer.convert_tokens_to_ids(IMAGE_TAG))
 
 
 def _load_vision(tower: nn.Module, vision: nn.Module, config: StudentConfig) -> None:

@@ -53,6 +53,7 @@ def answer_conversations(
     seed: int,
     capture: bool,
     max_length: int,
+    source: str = "teacher",
 ) -> list[AnsweredSample]:
     """Answers for each conversation, in order; those that keep their original answers are only tokenised.
 
@@ -60,6 +61,7 @@ def answer_conversations(
     ``history`` says whose earlier answers stand before a later question: the teacher's own or the original ones.
     With ``capture`` a one-pass teacher hands out the states of the whole conversation with its last answer. A
     conversation that outgrows ``max_length`` tokens is answered no further: it has fewer answers than questions.
+    ``source`` is written beside new answers: teacher or student.
     """
     extra = teacher.description.shape.image_tokens - 1
     originals = [
@@ -69,7 +71,7 @@ def answer_conversations(
         for c in conversations
     ]
     samples = [
-        AnsweredSample(c.sample_id, [], [], "teacher")
+        AnsweredSample(c.sample_id, [], [], source)
         if c.regenerate
         else AnsweredSample(c.sample_id, original, ["original"] * len(original), "original")
         for c, original in zip(conversations, originals, strict=True)

@@ -40,6 +40,8 @@ class DataConfig:
     regenerate: Literal["all", "none", "ids"] = "all"
     regenerate_ids: str = ""
     """With ``regenerate: ids``: a text file, one sample_id a line; all other samples keep their answers."""
+    regenerate_share: float = 1.0
+    """Part of the samples that ``regenerate`` picks, chosen by a digest of their ids; the others keep their answers."""
     history: Literal["teacher", "original"] = "teacher"
     """Whose earlier answers stand before a later question of the same conversation."""
     duplicate_ids: Literal["error", "number"] = "error"
@@ -59,6 +61,9 @@ class TeacherConfig:
     """``pad``: to a square with the mean colour, as LLaVA-1.5; ``crop``: the Hugging Face processor's default."""
     max_length: int = 2048
     """Tokens of a whole conversation, image tokens counted; a longer sample is skipped with its length."""
+    answerer: str = ""
+    """A student (folder or hub name, same tokenizer) that writes the new answers in the teacher's place; the teacher
+    scores them. LLAVADI's "data from student"."""
     trust_remote_code: bool = False
     quantization: str = ""
     """A quantisation name that the backend knows (``awq``, ``gptq``, ``bitsandbytes``); empty for none."""
@@ -86,7 +91,7 @@ class SignalsConfig:
     second_last: bool = False
     """Also the states before the last layer (LLAVADI, table 1: "last two layers")."""
     codec: Literal["float32", "float16", "bfloat16", "int8", "int4"] = "int8"
-    """``float32`` keeps a float32 teacher's states exactly: for tests of offline against online, four bytes a channel."""
+    """``float32`` keeps a float32 teacher's states exactly, for tests of offline against online."""
     pca: int = 0
     """Keep this many principal components of the hidden states before the codec; 0 keeps all."""
     calibration_samples: int = 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -177,16 +177,26 @@ def _unique(sample_id: str, seen: dict[str, int], data: DataConfig, path: str, n
     return _unique(f"{sample_id}#{seen[sample_id]}", seen, data, path, number)
 
 
-def _regenerate_rule(data: DataConfig) -> Any:
-    if data.regenerate != "ids":
-        return lambda sample_id: data.regenerate == "all"
+def _regenerate_rule(data: DataConfig) -> Callable[[str], bool]:
+    ids = _regenerate_ids(data) if data.regenerate == "ids" else frozenset()
+    if not 0 <= data.regenerate_share <= 1:
+        raise DataError(f"data.regenerate_share: expected a share between 0 and 1, found {data.regenerate_share:g}")
+    limit = int(data.regenerate_share * 2**32)
+
+    def rule(sample_id: str) -> bool:
+        picked = data.regenerate == "all" or sample_id in ids
+        return picked and int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:4], "little") < limit
+
+    return rule
+
+
+def _regenerate_ids(data: DataConfig) -> frozenset[str]:
     if not data.regenerate_ids:
         raise DataError("data.regenerate is 'ids', but data.regenerate_ids names no file (one sample_id a line)")
     path = Path(data.regenerate_ids)
     if not path.is_file():
         raise DataError(f"data.regenerate_ids: {path}: no such file")
-    ids = frozenset(path.read_text(encoding="utf-8").split("\n")) - {""}
-    return lambda sample_id: sample_id in ids
+    return frozenset(path.read_text(encoding="utf-8").split("\n")) - {""}
 
 
 def to_llava_json(conversations: Iterable[Conversation]) -> list[dict[str, Any]]:

@@ -54,10 +54,14 @@ def square(image: PillowImage.Image, mean: tuple[float, ...], mode: str) -> Pill
 
 
 def image_tokens_of(model_config: Any) -> int:
-    """N: positions one image takes in the language model, from a LLaVA configuration."""
+    """N: positions one image takes in the language model, from a LLaVA configuration.
+
+    CLIP's class token is one more where the strategy is ``full``; SigLIP has none.
+    """
     vision = model_config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
-    return int(patches + (model_config.vision_feature_select_strategy == "full"))
+    class_token = vision.model_type.startswith("clip") and model_config.vision_feature_select_strategy == "full"
+    return int(patches + class_token)
 
 
 def _inside(name: str, folder: Path) -> Path:

@@ -23,6 +23,7 @@ from teacher_cache.checksums import BLOCK_BYTES
 from teacher_cache.config import PRESETS, CacheConfig, SignalsConfig
 from teacher_cache.conversations import Conversation, read_conversations
 from teacher_cache.lengths import Lengths, conversation_lengths, load_tokenizer
+from teacher_cache.model_config import load_model_config
 from teacher_cache.records import ArraySpec, Axis, TeacherShape, image_arrays, record_arrays
 from teacher_cache.storage import Storage
 from teacher_cache.tokenization import template_by_name
@@ -112,14 +113,14 @@ def plan_cache(config: CacheConfig, *, answer_factor: float = 1.0, throughput: T
 
     Raises
     ------
-    DataError, TeacherError
+    DataError, ConfigError
         The data cannot be read, or the teacher's configuration cannot be found.
     """
     samples = read_conversations(config.data)
     size = config.layout.shard_samples
     numbers = [i // size for i, s in enumerate(samples) if isinstance(s, Conversation)]
     conversations = [s for s in samples if isinstance(s, Conversation)]
-    model = _model_config(config)
+    model = load_model_config(config.teacher.model, config.teacher.revision)
     storage = Storage(config.output or ".")
     tokenizer = load_tokenizer(config.teacher.model, config.teacher.revision)
     answered = _answered(storage, -(-len(samples) // size)) if config.output else {}
@@ -287,20 +288,6 @@ _SUM_BYTES, _BLOCK_SUM_BYTES = 175, 26
 _INDEX_BYTES, _IMAGES_INDEX_BYTES, _ANSWERS_BYTES = 2700, 1000, 2600
 _LINE_BYTES, _IMAGE_LINE_BYTES = 9, 14
 """Measured on caches of 8 to 512 samples a shard: what Parquet and the checksums take beside the arrays."""
-
-
-def _model_config(config: CacheConfig) -> Any:
-    from transformers import AutoConfig
-
-    from teacher_cache.teacher import TeacherError
-
-    try:
-        return AutoConfig.from_pretrained(config.teacher.model, revision=config.teacher.revision or None)
-    except (OSError, ValueError) as error:
-        raise TeacherError(
-            f"teacher.model={config.teacher.model}: no configuration found ({str(error).splitlines()[0]}). Give a "
-            "folder with the model's config.json (pipelines/llavadi/models has LLaVA-1.5's); weights are not needed"
-        ) from error
 
 
 def _shape(model: Any) -> TeacherShape:

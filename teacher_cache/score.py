@@ -23,6 +23,7 @@ from safetensors.torch import save as save_safetensors
 
 from teacher_cache import __version__
 from teacher_cache.answer import AnsweredSample, answer_conversations, answer_text, read_answers, write_answers
+from teacher_cache.answerer import answerer_facts, with_answerer
 from teacher_cache.codecs import ChannelScales, fit_channel_scales
 from teacher_cache.config import CacheConfig, ConfigError, as_plain
 from teacher_cache.conversations import Conversation, Skipped, read_conversations
@@ -57,6 +58,7 @@ from teacher_cache.writer import (
     answers_name,
     committed_shards,
     finish,
+    refuse_foreign_shards,
     write_images,
     write_shard,
 )
@@ -169,8 +171,15 @@ def check_answered(config: CacheConfig, options: dict[str, Any] | None = None) -
 
 
 def open_teacher(config: CacheConfig, samples: Samples, style: Style = "auto") -> Teacher:
-    """The teacher of ``config.teacher.backend``; ``auto`` takes vLLM where it is installed and holds the model."""
+    """The teacher of ``config.teacher.backend``; ``auto`` takes vLLM where it is installed and holds the model.
+
+    With ``teacher.answerer`` a student answers in its place.
+    """
     check_config(config)
+    return with_answerer(_open_backend(config, samples, style), config)
+
+
+def _open_backend(config: CacheConfig, samples: Samples, style: Style) -> Teacher:
     if config.teacher.backend != "torch":
         from teacher_cache import teacher_vllm
 
@@ -206,6 +215,7 @@ def prepare(config: CacheConfig, storage: Storage, samples: Samples, teacher: Te
     """Write manifest, head and channel scales, or check that those of an earlier run fit."""
     check_config(config)
     data = as_plain(config.data) | {"files": _data_files(config)}
+    data |= answerer_facts(config)
     data.pop("image_folder")  # where the images lie may change, which ones they are may not
     manifest = new_manifest(config, dataclasses.asdict(teacher.description), data, len(samples))
     manifest = dataclasses.replace(manifest, made_with=_versions())
@@ -214,10 +224,7 @@ def prepare(config: CacheConfig, storage: Storage, samples: Samples, teacher: Te
         check_same_content(old, manifest, storage.url)
         manifest = dataclasses.replace(old, complete=False, counts={}, files={})
     else:
-        if storage.names("shards"):
-            raise CacheError(
-                f"{storage.url}: shards without a manifest; nobody knows what made them. Choose an empty output"
-            )
+        refuse_foreign_shards(storage, manifest)
         write_manifest(storage, manifest)
     if manifest.signals_config.hidden != "none" or manifest.image_arrays:
         if not storage.exists(HEAD):
@@ -342,6 +349,7 @@ def answer_shard(
         seed=config.generation.seed,
         capture=teacher.one_pass and not (config.signals.second_last or config.signals.attention),
         max_length=config.teacher.max_length,
+        source="student" if config.teacher.answerer else "teacher",
     )
     write_answers(storage, manifest, number, answered, teacher.tokenizer)
     clock.answering += time.monotonic() - begin

@@ -1,0 +1,420 @@
+"""Steps, memory and hours of a run before anything is loaded: from configurations and the cache's counts alone.
+
+Models are built on PyTorch's ``meta`` device, so parameters are counted, not estimated, and no weights are needed. What
+is estimated says so: activations, and hours at an assumed throughput. A cache that is not there yet is replaced by what
+its phase-one file (``made_with``) would store for ``expected`` samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import LlavaForConditionalGeneration
+
+from student_train import relations
+from student_train.ablate import AblationConfig, plan_runs
+from student_train.config import (
+    HIDDEN_LOSSES,
+    LOGIT_LOSSES,
+    FitConfig,
+    LossSpec,
+    SourceConfig,
+    StudentConfig,
+    check_fit_config,
+)
+from student_train.losses import HiddenProjector
+from student_train.objective import check_losses, needed_arrays
+from student_train.stages import StagesConfig, stage_configs
+from student_train.student import LORA_TARGETS, choose_trainable, composed_config, composed_vocabulary
+from teacher_cache.config import CacheConfig, ConfigError, build_config, load_config
+from teacher_cache.images import image_tokens_of
+from teacher_cache.manifest import CacheError, Manifest, new_manifest, read_manifest
+from teacher_cache.model_config import load_model_config
+from teacher_cache.storage import Storage
+
+GIB = 2**30
+GPU_FLOPS = 125e12
+"""Of one A100 at 40 % of its 312 bf16 TFLOP/s."""
+SHARDED_OVER = 8
+ACTIVATION_BYTES, CHECKPOINTED_BYTES = 34, 2
+"""Per layer, token and channel, in 16-bit and without attention scores: Korthikanti et al., 2022, sections 4 and 5."""
+FOUR_BIT_BYTES = 0.53
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run. Bytes are those of one GPU holding everything; ``cache_bytes`` is what one run reads of its caches."""
+
+    samples: int
+    steps: int
+    tokens: float
+    """A step's, image positions counted."""
+    parameters: int
+    trained: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    head_bytes: int
+    """The chunk of logits, and the teacher's head where a loss forms exact logits."""
+    cache_bytes: int
+    flops: float
+    width: int
+    layers: int
+    vocabulary: int
+    image_tokens: int
+
+    @property
+    def state_bytes(self) -> int:
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.state_bytes + self.activation_bytes + self.head_bytes
+
+    @property
+    def sharded_bytes(self) -> int:
+        """With weights, gradients and optimiser states sharded over eight GPUs (FSDP)."""
+        return self.state_bytes // SHARDED_OVER + self.activation_bytes + self.head_bytes
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.flops / GPU_FLOPS / 3600
+
+    def rows(self) -> list[tuple[str, Any]]:
+        return [
+            (
+                "student",
+                f"width {self.width:,}, {self.layers} layers, {self.vocabulary:,} ids, "
+                f"{self.image_tokens} image tokens",
+            ),
+            ("parameters", self.parameters),
+            ("  trained", self.trained),
+            ("samples an epoch", self.samples),
+            ("steps", self.steps),
+            ("tokens a step", f"{self.tokens:,.0f}"),
+            ("memory: weights", size(self.weight_bytes)),
+            ("memory: gradients", size(self.gradient_bytes)),
+            ("memory: optimiser states", size(self.optimizer_bytes)),
+            ("memory: activations, estimated", size(self.activation_bytes)),
+            ("memory: logits in chunks, teacher's head", size(self.head_bytes)),
+            (
+                "memory of one GPU",
+                f"{size(self.memory_bytes)}; sharded over {SHARDED_OVER}: {size(self.sharded_bytes)}",
+            ),
+            ("bytes read of the caches", size(self.cache_bytes)),
+            ("GPU hours, estimated", f"{self.gpu_hours:,.1f}"),
+        ]
+
+
+ASSUMPTION = (
+    "assumption",
+    f"{GPU_FLOPS / 1e12:g} TFLOP/s a GPU (an A100 at 40 %); 2, 4 and 2 FLOP a parameter and token forward, backward "
+    "and for checkpointing; no loss, loader or evaluation time",
+)
+
+
+def plan_file(path: Path, overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """What ``student-train plan`` prints: (fact, value) lines of a fit, a stages or an ablation file.
+
+    Raises
+    ------
+    ConfigError, CacheError
+        Settings that contradict each other, losses that the cache cannot serve, a model without configuration.
+    """
+    tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if isinstance(tree, dict) and "arms" in tree:
+        return _ablation_rows(load_config(AblationConfig, path, overrides))
+    if isinstance(tree, dict) and "stages" in tree:
+        return _stage_rows(load_config(StagesConfig, path, overrides))
+    return [*plan_fit(load_config(FitConfig, path, overrides)).rows(), ASSUMPTION]
+
+
+def plan_stages(config: StagesConfig) -> dict[str, RunPlan]:
+    """Each stage by name; a stage whose model is another's output has that one's shape."""
+    known: dict[str, StudentConfig] = {}
+    plans = {}
+    for name, fit in stage_configs(config):
+        plans[name] = plan_fit(fit, known)
+        known[_output_model(fit)] = _origin(fit.student, known)
+    return plans
+
+
+def plan_ablation(config: AblationConfig) -> dict[str, RunPlan]:
+    """Each arm by name (its first seed; the others are the same)."""
+    known: dict[str, StudentConfig] = {}
+    plans = {}
+    for run in plan_runs(config):
+        fit = build_config(FitConfig, run.tree, f"arms.{run.arm}")
+        known[_output_model(fit)] = _origin(fit.student, known)
+        if run.arm not in plans:
+            plans[run.arm] = plan_fit(fit, known)
+    return plans
+
+
+def plan_fit(config: FitConfig, known: Mapping[str, StudentConfig] | None = None) -> RunPlan:
+    """One run; ``known``: what the models that other runs of the same file will write were made from."""
+    check_fit_config(config)
+    student = _origin(config.student, known or {})
+    model = student_on_meta(student)
+    manifests = [source_manifest(s) for s in config.sources]
+    for source, manifest in zip(config.sources, manifests, strict=True):
+        if _distils(source):
+            check_losses(config.losses, manifest, source.cache)
+            _check_fit(config.losses, manifest, image_tokens_of(model.config))
+    projectors = _projector_parameters(config, model, manifests)
+    parameters = sum(p.numel() for p in model.parameters()) + projectors
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) + projectors
+    sample = _Mean.of(config, manifests, image_tokens_of(model.config))
+    steps = config.train.max_steps or max(round(config.train.epochs * sample.steps_per_epoch), 1)
+    text = model.config.get_text_config()
+    samples_seen = min(steps * config.train.global_batch, max(round(config.train.epochs * sample.samples), 1))
+    if config.train.max_steps:
+        samples_seen = steps * config.train.global_batch
+    bytes_each = torch.empty(0, dtype=getattr(torch, config.student.dtype)).element_size()
+    return RunPlan(
+        samples=sample.samples,
+        steps=steps,
+        tokens=sample.tokens * config.train.global_batch,
+        parameters=parameters,
+        trained=trained,
+        weight_bytes=_weight_bytes(model, config.student, bytes_each) + projectors * bytes_each,
+        gradient_bytes=trained * bytes_each,
+        optimizer_bytes=trained * (2 if config.train.optimizer == "adamw_8bit" else 2 * bytes_each),
+        activation_bytes=_activation_bytes(config, text, sample.longest),
+        head_bytes=_head_bytes(config, text, manifests, bytes_each),
+        cache_bytes=int(samples_seen / max(sample.samples, 1) * _epoch_bytes(config, manifests)),
+        flops=_flops(config, model) * sample.tokens * samples_seen,
+        width=text.hidden_size,
+        layers=text.num_hidden_layers,
+        vocabulary=text.vocab_size,
+        image_tokens=image_tokens_of(model.config),
+    )
+
+
+def student_on_meta(config: StudentConfig) -> LlavaForConditionalGeneration:
+    """The student without weights: shapes, and what is trained of it."""
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(student_architecture(config))
+    if model.config.tie_word_embeddings:
+        model.tie_weights()
+    choose_trainable(model, config)
+    return model
+
+
+def student_architecture(config: StudentConfig) -> Any:
+    """The student's LLaVA configuration, by the rules of ``student.load_student``."""
+    if config.layers_from:
+        llava = load_model_config(config.layers_from)
+        text = llava.get_text_config()
+        text.num_hidden_layers = config.layers or text.num_hidden_layers // 2
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[: text.num_hidden_layers]
+        return llava
+    if not config.language_model or (config.model and (Path(config.model) / "config.json").is_file()):
+        return load_model_config(config.model)
+    text, vision = load_model_config(config.language_model), load_model_config(config.vision_tower)
+    taken = load_model_config(config.tokenizer) if config.tokenizer else None
+    token = taken.image_token_id if taken is not None else text.vocab_size
+    if taken is None and text.vocab_size > 100_000:  # Qwen's tables are padded beyond the tokenizer: there is room
+        token = text.vocab_size - 1
+    text.vocab_size = composed_vocabulary(text, taken, token)
+    return composed_config(text, vision, token)
+
+
+def source_manifest(source: SourceConfig) -> Manifest:
+    """The cache's manifest; or, where there is none yet, the one that ``made_with`` will write, with expected counts.
+
+    Raises
+    ------
+    ConfigError
+        neither is there.
+    """
+    if source.cache:
+        try:
+            return read_manifest(Storage(source.cache))
+        except (CacheError, OSError):
+            pass  # not made yet: read_manifest's other complaints come back when it is opened for training
+    expected = source.expected
+    if not expected.samples:
+        raise ConfigError(
+            f"{source.cache or source.data}: not there yet, and sources[…].expected says nothing of its size. Make it, "
+            "or give expected: {samples, rows_per_sample, tokens_per_sample, images} (and made_with: for a cache)"
+        )
+    phase_one = load_config(CacheConfig, source.made_with or None)
+    shape = {"hidden_size": 1, "vocabulary": 1, "image_tokens": 0}
+    if source.made_with:
+        teacher = load_model_config(phase_one.teacher.model, phase_one.teacher.revision)
+        text = teacher.get_text_config()
+        shape = {
+            "hidden_size": text.hidden_size,
+            "vocabulary": text.vocab_size,
+            "image_tokens": image_tokens_of(teacher),
+        }
+    counts = {
+        "samples": expected.samples,
+        "rows": round(expected.samples * expected.rows_per_sample),
+        "tokens": round(expected.samples * expected.tokens_per_sample),
+        "positions": round(expected.samples * (expected.tokens_per_sample - 1 - expected.image_share)),
+        "images": expected.images,
+        "with_image": round(expected.samples * expected.image_share),
+    }
+    manifest = new_manifest(phase_one, {"shape": shape}, {}, expected.samples)
+    return dataclasses.replace(manifest, counts=counts)
+
+
+def size(count: int) -> str:
+    return f"{count / GIB:,.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:,.2f} MiB"
+
+
+def _ablation_rows(config: AblationConfig) -> list[tuple[str, Any]]:
+    plans, seeds = plan_ablation(config), len(config.seeds)
+    rows: list[tuple[str, Any]] = [("runs", f"{len(plans) * seeds}: {len(plans)} arms × {seeds} seeds")]
+    for name, plan in plans.items():
+        arm = config.arms[name]
+        prepared = f", {arm.prepare['call']} before it (not in the hours)" if arm.prepare else ""
+        rows.append(
+            (
+                f"{arm.table}: {name}" if arm.table else name,
+                f"{seeds} × {plan.steps:,} steps, {plan.trained:,} trained, {size(plan.memory_bytes)} a GPU "
+                f"({size(plan.sharded_bytes)} sharded), reads {size(plan.cache_bytes)}, "
+                f"{plan.gpu_hours:,.1f} GPU hours{prepared}",
+            )
+        )
+    rows.append(("steps, all", sum(p.steps for p in plans.values()) * seeds))
+    rows.append(("most memory of one GPU", size(max(p.memory_bytes for p in plans.values()))))
+    rows.append(("GPU hours, all", f"{sum(p.gpu_hours for p in plans.values()) * seeds:,.1f}"))
+    return [*rows, ASSUMPTION]
+
+
+def _stage_rows(config: StagesConfig) -> list[tuple[str, Any]]:
+    plans = plan_stages(config)
+    rows = [(f"{stage}: {name.strip()}", value) for stage, plan in plans.items() for name, value in plan.rows()]
+    return [*rows, ("GPU hours, all", f"{sum(p.gpu_hours for p in plans.values()):,.1f}"), ASSUMPTION]
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """Of one epoch over all sources: samples, steps, mean tokens of a sample, and the longest to expect."""
+
+    samples: int
+    steps_per_epoch: int
+    tokens: float
+    longest: float
+
+    @classmethod
+    def of(cls, config: FitConfig, manifests: Sequence[Manifest], image_tokens: int) -> _Mean:
+        samples, tokens, longest = 0, 0.0, 0.0
+        for source, manifest in zip(config.sources, manifests, strict=True):
+            counts = manifest.counts
+            seen = int(source.share * min(source.max_samples or counts["samples"], counts["samples"]))
+            images = counts.get("with_image", counts["tokens"] - counts["samples"] - counts["positions"])
+            mean = (counts["tokens"] + images * (image_tokens - 1)) / max(counts["samples"], 1)
+            samples, tokens = samples + seen, tokens + seen * mean
+            longest = max(longest, mean, float(manifest.teacher.get("max_length", 0)) if source.cache else 0.0)
+        return cls(samples, -(-samples // config.train.global_batch), tokens / max(samples, 1), longest)
+
+
+def _distils(source: SourceConfig) -> bool:
+    return bool(source.cache) and source.answers == "cached"
+
+
+def _check_fit(specs: Sequence[LossSpec], manifest: Manifest, image_tokens: int) -> None:
+    for spec in specs:
+        if spec.tokens == "all" or spec.name in ("visual_kl", "relation", "similarity_mse", "attention_mse"):
+            relations.pooled_grid(manifest.shape.image_tokens, image_tokens, spec.pool)
+
+
+def _projector_parameters(config: FitConfig, model: Any, manifests: Sequence[Manifest]) -> int:
+    layers = {loss.layer for loss in config.losses if loss.name in HIDDEN_LOSSES}
+    if not layers:
+        return 0
+    with torch.device("meta"):
+        projector = HiddenProjector(model.config.get_text_config().hidden_size, manifests[0].shape.hidden_size)
+    return len(layers) * sum(p.numel() for p in projector.parameters())
+
+
+def _weight_bytes(model: Any, config: StudentConfig, bytes_each: int) -> int:
+    total = sum(p.numel() for p in model.parameters())
+    if not config.load_in_4bit:
+        return total * bytes_each
+    packed = sum(
+        p.numel() for n, p in model.named_parameters() if re.match(LORA_TARGETS + r"(\.base_layer)?\.weight", n)
+    )
+    return int(packed * FOUR_BIT_BYTES) + (total - packed) * bytes_each
+
+
+def _activation_bytes(config: FitConfig, text: Any, longest: float) -> int:
+    tokens = config.train.micro_batch * longest
+    if not config.student.gradient_checkpointing:
+        return int(ACTIVATION_BYTES * text.num_hidden_layers * tokens * text.hidden_size)
+    return int((CHECKPOINTED_BYTES * text.num_hidden_layers + ACTIVATION_BYTES) * tokens * text.hidden_size)
+
+
+def _head_bytes(config: FitConfig, text: Any, manifests: Sequence[Manifest], bytes_each: int) -> int:
+    """Three float32 buffers of a chunk's logits (student, gradient, teacher), and the heads of the exact losses."""
+    chunk = 3 * 4 * config.train.head_rows * text.vocab_size
+    exact = any(
+        (loss.name in LOGIT_LOSSES and loss.source == "exact") or loss.name in ("visual_kl", "relation")
+        for loss in config.losses
+    )
+    heads = sum(m.shape.vocabulary * m.shape.hidden_size for m in manifests) if exact else 0
+    return int(chunk + heads * bytes_each)
+
+
+def _epoch_bytes(config: FitConfig, manifests: Sequence[Manifest]) -> float:
+    """Bytes of the arrays that the losses need, of the samples that an epoch sees; an image's once for each sample."""
+    total = 0.0
+    for source, manifest in zip(config.sources, manifests, strict=True):
+        if not _distils(source):
+            continue
+        counts = manifest.counts
+        lines = {
+            "token": counts["tokens"],
+            "row": counts["rows"],
+            "position": counts["positions"],
+            "image": counts.get("with_image", counts["tokens"] - counts["samples"] - counts["positions"]),
+        }
+        names, visual = needed_arrays(config.losses, manifest)
+        wanted = {"input_ids", "loss_mask", *names, *visual}
+        found = sum(
+            s.line_bytes * lines[s.axis] for s in (*manifest.arrays, *manifest.image_arrays) if s.name in wanted
+        )
+        seen = (
+            source.share * min(source.max_samples or counts["samples"], counts["samples"]) / max(counts["samples"], 1)
+        )
+        total += found * seen
+    return total
+
+
+def _flops(config: FitConfig, model: Any) -> float:
+    """A token's: 2 a weight forward, 2 backward through it, 2 for the gradient of a trained one, 2 for checkpointing.
+
+    The vision tower reads about as many positions as the language model does image tokens; it is counted likewise.
+    """
+    language = sum(p.numel() for n, p in model.named_parameters() if "vision_tower" not in n)
+    tower = sum(p.numel() for n, p in model.named_parameters() if "vision_tower" in n)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    again = 2 if config.student.gradient_checkpointing else 0
+    cached = config.student.vision_features == "cache"
+    return (4 + again) * language + 2 * trained + (0 if cached else 2) * tower
+
+
+def _origin(student: StudentConfig, known: Mapping[str, StudentConfig]) -> StudentConfig:
+    """``student`` with the parts of the run that will write its model, where that is not there yet."""
+    source = known.get(student.model)
+    if source is None or (Path(student.model) / "config.json").is_file():
+        return student
+    parts = ("model", "language_model", "vision_tower", "tokenizer", "layers_from", "layers")
+    return dataclasses.replace(student, **{name: getattr(source, name) for name in parts})
+
+
+def _output_model(fit: FitConfig) -> str:
+    return str(Path(fit.output) / "model")

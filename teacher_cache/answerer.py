@@ -1,0 +1,93 @@
+"""A student that answers in the teacher's place, and the teacher that scores what it said.
+
+The pair is a :class:`~teacher_cache.teacher.Teacher` itself, so nothing else of phase one knows about it. On-policy
+data of this kind is what GKD (Agarwal et al., 2024) trains on; here it is made between two runs, not inside one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from teacher_cache.config import CacheConfig
+from teacher_cache.teacher import (
+    Answer,
+    AnswerRequest,
+    SampleStates,
+    ScoreRequest,
+    Teacher,
+    TeacherDescription,
+    TeacherError,
+    Wanted,
+)
+
+
+@dataclass(frozen=True)
+class AnsweringStudent:
+    """``answer`` is the student's, everything else the teacher's."""
+
+    teacher: Teacher
+    student: Teacher
+    one_pass: bool = False
+
+    @property
+    def description(self) -> TeacherDescription:
+        return self.teacher.description
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.teacher.tokenizer
+
+    def answer(self, requests: Sequence[AnswerRequest]) -> list[Answer]:
+        return self.student.answer(requests)
+
+    def score(self, requests: Sequence[ScoreRequest], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
+        return self.teacher.score(requests, wanted)
+
+    def head(self) -> torch.Tensor:
+        return self.teacher.head()
+
+    def close(self) -> None:
+        self.student.close()
+        self.teacher.close()
+
+
+def with_answerer(teacher: Teacher, config: CacheConfig) -> Teacher:
+    """``teacher`` as it is, or behind the student that ``teacher.answerer`` names. The student runs with torch.
+
+    Raises
+    ------
+    TeacherError
+        The student has another tokenizer: its ids would mean other words to the teacher.
+    """
+    if not config.teacher.answerer:
+        return teacher
+    from teacher_cache.teacher_torch import TorchTeacher
+
+    own = dataclasses.replace(config.teacher, model=config.teacher.answerer, revision="", answerer="")
+    student = TorchTeacher(own, config.generation, config.speed)
+    if student.description.tokenizer != teacher.description.tokenizer:
+        student.close()
+        raise TeacherError(
+            f"teacher.answerer={config.teacher.answerer}: its tokenizer is not the teacher's, so the teacher cannot "
+            "score the ids it produces. Use a student that was trained with the teacher's tokenizer"
+        )
+    return AnsweringStudent(teacher, student)
+
+
+def answerer_facts(config: CacheConfig) -> dict[str, str]:
+    """Who answers, for the manifest: nothing, or the student's name and the digest of its checkpoint."""
+    name = config.teacher.answerer
+    if not name:
+        return {}
+    from transformers import AutoConfig
+
+    from teacher_cache.teacher_torch import checkpoint_digest
+
+    shown = Path(name).name if Path(name).is_dir() else name
+    return {"answerer": shown, "answerer_weights": checkpoint_digest(name, AutoConfig.from_pretrained(name))}

@@ -1,0 +1,43 @@
+"""A model's configuration without its weights: from its folder, from those shipped beside the pipelines, or the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from teacher_cache.config import ConfigError
+
+
+def load_model_config(name: str, revision: str = "") -> Any:
+    """The Transformers configuration of ``name``, a folder or a hub name.
+
+    A hub name is looked up by its last part among the shipped ``pipelines/models/*/config.json`` first, so that plans
+    need no network.
+
+    Raises
+    ------
+    ConfigError
+        where neither has it; says where to put one.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        shipped = shipped_models() / folder.name
+        if (shipped / "config.json").is_file():
+            return AutoConfig.from_pretrained(shipped)
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision or None)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{name}: no configuration found ({str(error).splitlines()[0]}). Give a folder with the model's "
+            f"config.json, or put it into {shipped_models()}/{folder.name}/; weights are not needed"
+        ) from error
+
+
+def shipped_models() -> Path:
+    """``pipelines/models``: found as data, nothing of it is imported."""
+    spec = importlib.util.find_spec("pipelines")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    return Path(places[0] if places else "pipelines") / "models"
