@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.optim import Optimizer
 
 from teacher_cache.manifest import CacheError
@@ -44,6 +49,11 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, facts:
     for old in folder.glob("step-*"):
         if old != target:
             shutil.rmtree(old)
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All weights, frozen ones too, on the CPU of rank 0 (nothing on the others); every rank must call it."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
-from student_train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from student_train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, whole_weights
 from student_train.config import LOGIT_LOSSES, FitConfig, TrainConfig, check_fit_config
 from student_train.dataset import CacheSource, Source, check_images, open_source
 from student_train.evaluate import preprocessor_of
@@ -179,8 +179,7 @@ class Run:
         """Checkpoint, export and summary."""
         self._checkpoint()
         model = self.folder / "model"
-        if self.accelerator.is_main_process:
-            self.export(model)
+        self.export(model)
         self.accelerator.wait_for_everyone()
         if self.config.train.tracker:
             self.accelerator.end_training()
@@ -204,11 +203,21 @@ class Run:
         return summary
 
     def export(self, folder: Path) -> None:
-        """The plain student as a Hugging Face folder: no projectors, no optimiser, adapters merged."""
-        student = self.accelerator.unwrap_model(self.student)
+        """The plain student as a Hugging Face folder: no projectors, no optimiser, adapters merged.
+
+        Every rank must call it; the main process writes.
+        """
+        model = self.accelerator.unwrap_model(self.student).model
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            weights = whole_weights(self.student)  # collected from all ranks, on the main process only
+            if self.accelerator.is_main_process:
+                model, _ = load_student(self.config.student, self.config.train.seed)
+                model.load_state_dict({n.removeprefix("model."): w for n, w in weights.items() if n[:6] == "model."})
+        if not self.accelerator.is_main_process:
+            return
         if self.config.student.train == "lora":
-            merge_adapters(student.model)
-        save_student(student.model, self.processor, folder)
+            merge_adapters(model)
+        save_student(model, self.processor, folder)
 
     def _backward(self, batch: Any, source: int, last: bool, sums: dict[str, torch.Tensor]) -> None:
         accelerator = self.accelerator
@@ -342,8 +351,8 @@ def run_fingerprint(config: FitConfig, sources: list[Source]) -> str:
     for name in ("gradient_checkpointing", "vision_features"):
         plain["student"].pop(name)
     for source in plain["sources"]:
-        source.pop("image_folder")
-        source.pop("cache")
+        for name in ("image_folder", "cache", "made_with", "expected"):
+            source.pop(name)
     caches = [s.cache.manifest.fingerprint if isinstance(s, CacheSource) else len(s) for s in sources]
     return digest([plain, caches])
 
