@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from transformers import AutoConfig
 
 from teacher_cache import vllm_session
 from teacher_cache.config import CacheConfig, TeacherConfig
-from teacher_cache.conversations import Conversation, Skipped
+from teacher_cache.conversations import IMAGE_TAG, Conversation, Skipped
 from teacher_cache.images import square
 from teacher_cache.teacher import (
     Answer,
@@ -146,6 +147,8 @@ class VllmTeacher:
         self._norm = final_norm(self._folder).to(self._device, torch.float32)
         self._head = output_head(self._folder).to(self._device, self._dtype)
         self._session: VllmSession | None = None
+        self.last_cached_tokens = 0
+        """Of the last prompt that was answered, how many tokens came out of the prefix cache."""
 
     def __enter__(self) -> VllmTeacher:
         return self
@@ -173,6 +176,18 @@ class VllmTeacher:
         if self._session is not None:
             self._session.close()
             self._session = None
+
+    def engine_pids(self) -> list[int]:
+        """Process ids of the running engine, none while there is none."""
+        return [p.pid for p in self._session.processes()] if self._session is not None else []
+
+    def events(self) -> dict[str, int]:
+        """See :meth:`VllmSession.events`."""
+        return self._session.events() if self._session is not None else {}
+
+    def scratch_files(self) -> list[Path]:
+        """The connector's files that nobody has read yet."""
+        return self._session.scratch_files() if self._session is not None else []
 
     def answer(self, requests: Sequence[AnswerRequest]) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(requests)
@@ -205,6 +220,7 @@ class VllmTeacher:
         mode: Mode = "capture" if self._captures else "plain"
         for job, outcome in self._run(mode, jobs, follow if then is not None else None):
             hidden = self._checked(job, outcome)[0] if job.capture else None
+            self.last_cached_tokens = outcome.cached_tokens
             given[job.place] = Answer(outcome.token_ids, outcome.finish_reason, hidden)
             yield job.place, given[job.place]
 
@@ -270,9 +286,8 @@ class VllmTeacher:
         return self._session
 
     def _arguments(self) -> dict[str, Any]:
-        """Arguments of ``vllm.LLM`` that do not depend on the mode; those left at 0 keep vLLM's default."""
+        """Arguments of ``vllm.LLM`` that do not depend on the mode; None keeps vLLM's default."""
         teacher, speed, options = self._config.teacher, self._config.speed, self._options
-        cpu = vllm_session.on_cpu()
         arguments = {
             "model": str(self._folder),
             "dtype": teacher.dtype,
@@ -282,15 +297,30 @@ class VllmTeacher:
             "gpu_memory_utilization": speed.gpu_memory_share,
             "max_model_len": self._limit + LENGTH_MARGIN,
             "max_num_seqs": options.max_sequences,
+            "max_num_batched_tokens": options.prefill_tokens or None,
             "limit_mm_per_prompt": {"image": 1},
             "generation_config": "vllm",  # the folder's own sampling defaults are not ours
-            "enforce_eager": cpu,
-            "max_num_batched_tokens": options.prefill_tokens,
-            "num_gpu_blocks_override": options.cache_blocks,
-            "block_size": options.block_tokens or (32 if cpu else 0),
-            "kv_cache_memory_bytes": options.cache_bytes or (self._cpu_cache_bytes() if cpu else 0),
+            "num_gpu_blocks_override": options.cache_blocks or None,
+            "block_size": options.block_tokens or None,
+            "kv_cache_memory_bytes": options.cache_bytes or None,
         }
-        return {name: value for name, value in arguments.items() if value not in (0, None)}
+        if vllm_session.on_cpu():
+            arguments |= self._cpu_arguments()
+        return {name: value for name, value in arguments.items() if value is not None}
+
+    def _cpu_arguments(self) -> dict[str, Any]:
+        options = self._options
+        arguments: dict[str, Any] = {
+            "enforce_eager": True,
+            "block_size": options.block_tokens or 32,
+            "kv_cache_memory_bytes": options.cache_bytes or self._cpu_cache_bytes(),
+        }
+        if self._config.generation.temperature > 0:
+            # vLLM rewinds a request's random generator after a chunk of its prompt, which a CPU generator cannot do
+            # ("CPU Generator does not use offset"): then prompts go in whole.
+            arguments["enable_chunked_prefill"] = False
+            arguments["max_num_batched_tokens"] = max(self._limit + LENGTH_MARGIN, options.prefill_tokens, 4096)
+        return arguments
 
     def _sampling(self) -> dict[str, Any]:
         """What all requests share. Only the template's end token ends an answer."""
@@ -300,6 +330,7 @@ class VllmTeacher:
             "top_p": generation.top_p if generation.temperature > 0 else 1.0,
             "ignore_eos": True,
             "stop_token_ids": [self._description.end_token],
+            "bad_words": [IMAGE_TAG],  # an answer with a placeholder in it could never be read again
             "detokenize": False,
         }
 
@@ -426,7 +457,7 @@ def check_context(needed: Mapping[str, int], limit: int) -> None:
     )
 
 
-def _check_weight_names(config: TeacherConfig, folder: Any) -> None:
+def _check_weight_names(config: TeacherConfig, folder: Path) -> None:
     if unknown := unknown_vision_names(folder):
         raise TeacherError(
             f"teacher.model={config.model}: vLLM does not know {len(unknown)} of its weight names (first: "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,7 +45,25 @@ def last_error(said: str) -> str:
     lines = [re.sub(r"^(\([^)]*\)\s*)?(ERROR|WARNING|INFO)[^\]]*\]\s*", "", line).strip() for line in said.splitlines()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     causes = [line for line in named if "Engine core initialization failed" not in line]
-    return (causes or named or [line for line in lines if line] or ["nothing"])[-1][:500]
+    return (causes or named or ["nothing"])[-1][:500]
+
+
+_GUARD = "import os, sys; sys.stdin.read() or [os.kill(int(pid), 9) for pid in sys.argv[1:] if os.path.exists('/proc/' + pid)]"
+
+
+def kill_when_orphaned(pids: Sequence[int]) -> subprocess.Popen[str]:
+    """Start a small process that kills ``pids`` if this process dies without calling :func:`dismiss`.
+
+    vLLM's EngineCore outlives a driver that was killed with signal 9, and keeps the device's memory: the run that
+    resumes would find none. The guard waits for the end of a pipe that only this process holds open.
+    """
+    command = [sys.executable, "-S", "-c", _GUARD, *map(str, pids)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def dismiss(guard: subprocess.Popen[str]) -> None:
+    """The processes have ended as they should: the guard goes without killing anything."""
+    guard.communicate("done")
 
 
 @contextmanager

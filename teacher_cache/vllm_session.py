@@ -12,9 +12,11 @@ from __future__ import annotations
 import gc
 import importlib.util
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +26,14 @@ import torch
 from PIL import Image as PillowImage
 
 from teacher_cache.teacher import TeacherError
-from teacher_cache.vllm_processes import environment, last_error, output_to, start_error
+from teacher_cache.vllm_processes import (
+    dismiss,
+    environment,
+    kill_when_orphaned,
+    last_error,
+    output_to,
+    start_error,
+)
 from teacher_cache.weights import first_line
 
 LENGTH_MARGIN = 2
@@ -34,7 +43,7 @@ Where any sequence of a step stands within one token of the limit, vLLM skips th
 (``_input_fits_in_drafter``), and with it the states of every sequence in it.
 """
 
-_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 # On a CPU: no torch.compile of small helpers (15 to 35 s in the first batch), no pinning of threads to busy cores.
 _CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
@@ -62,6 +71,8 @@ class VllmOptions:
     cache_bytes: int = 0
     checked_ids: int = 4
     """Of the engine's most likely ids, how many have their logits compared with ours, in every captured row."""
+    count_events: bool = False
+    """Let the engine count what :meth:`VllmSession.events` reports."""
     scratch: str = ""
     """Where the connector's files lie for a moment (a few MB a running request); "": the temporary directory."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -97,6 +108,8 @@ class Outcome:
     read_ids: npt.NDArray[np.int64] | None = None
     top_ids: npt.NDArray[np.int64] | None = None
     top_logits: npt.NDArray[np.float32] | None = None
+    cached_tokens: int = 0
+    """Prompt tokens that came out of the prefix cache."""
 
 
 class VllmSession:
@@ -135,6 +148,8 @@ class VllmSession:
             said = self._said()
             self._scratch.cleanup()
             raise start_error(str(arguments["model"]), error, said) from error
+        self._guard = kill_when_orphaned(self._family())
+        self._wake_when_dead()
 
     def generate(
         self, jobs: Sequence[Job], then: Callable[[Job, Outcome], Job | None] | None = None
@@ -173,6 +188,13 @@ class VllmSession:
                 self._unread -= 1
                 yield job, Outcome((), "length", output.outputs.data[:, None], read)
 
+    def _family(self) -> list[int]:
+        """Process ids of the engine and of its workers."""
+        import psutil  # comes with vLLM
+
+        engines = [process.pid for process in self.processes()]
+        return engines + [child.pid for pid in engines for child in psutil.Process(pid).children(recursive=True)]
+
     @property
     def idle(self) -> bool:
         """Whether every job that was begun has been read to its end."""
@@ -183,6 +205,7 @@ class VllmSession:
         self._llm.llm_engine.engine_core.shutdown(timeout=2)
         for process in processes:
             process.join(timeout=30)
+        dismiss(self._guard)
         del self._llm
         gc.collect()
         self._scratch.cleanup()
@@ -191,6 +214,11 @@ class VllmSession:
         """The engine's own processes (``multiprocessing.Process``); each may have workers below it."""
         manager = getattr(self._llm.llm_engine.engine_core.resources, "engine_manager", None)
         return list(manager.processes) if manager is not None else []
+
+    def events(self) -> dict[str, int]:
+        """How often a running request gave up its blocks, and prompt tokens that were cached; see ``count_events``."""
+        names = {"vllm:num_preemptions": "preemptions", "vllm:prefix_cache_hits": "cached prompt tokens"}
+        return {names[m.name]: int(m.value) for m in self._llm.get_metrics() if m.name in names}
 
     def scratch_files(self) -> list[Path]:
         """What lies in the scratch folder now, the log aside."""
@@ -232,7 +260,8 @@ class VllmSession:
     def _read(self, job: Job, output: Any) -> Outcome:
         """The outcome of a finished request; its connector's files are read and deleted."""
         said = output.outputs[0]
-        outcome = Outcome(tuple(int(i) for i in said.token_ids), str(said.finish_reason))
+        cached = int(output.num_cached_tokens or 0)
+        outcome = Outcome(tuple(int(i) for i in said.token_ids), str(said.finish_reason), cached_tokens=cached)
         if not (job.capture and self.mode == "capture"):
             return outcome
         from vllm.distributed.kv_transfer.kv_connector.v1 import example_hidden_states_connector as connector
@@ -247,18 +276,40 @@ class VllmSession:
         read = held["token_ids"].numpy().astype(np.int64)
         return replace(outcome, states=held["hidden_states"], read_ids=read, top_ids=ids, top_logits=logits)
 
+    def _wake_when_dead(self) -> None:
+        """Let :meth:`_step` hear of a killed process: vLLM 0.32's synchronous client notices it, closes its socket, and
+        leaves whoever waits for the next output waiting for ever."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        sentinels = [process.sentinel for process in self.processes()]
+        outputs = getattr(self._llm.llm_engine.engine_core, "outputs_queue", None)
+        if not sentinels or outputs is None:
+            return
+
+        def wait() -> None:
+            connection.wait(sentinels)
+            outputs.put_nowait(EngineDeadError())
+
+        threading.Thread(target=wait, name="vllm-engine-watch", daemon=True).start()
+
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """Turn the death of an engine process into :class:`EngineCrashed`."""
+        from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
             yield
         except EngineDeadError as error:
             raise self._crash("a process of the vLLM engine died") from error
+        except (VLLMValidationError, ValueError) as error:
+            raise TeacherError(f"vLLM refuses the request: {first_line(error)}") from error
 
     def _crash(self, what: str) -> EngineCrashed:
-        codes = ", ".join(str(p.exitcode) for p in self.processes()) or "unknown"
+        processes = self.processes()
+        for process in processes:
+            process.join(timeout=5)  # its exit code comes a moment after its end
+        codes = ", ".join(str(p.exitcode) for p in processes if p.exitcode is not None) or "unknown"
         return EngineCrashed(
             f"{what} (exit code {codes}; its last words: {last_error(self._said())}). "
             "Exit code -9 is most often the system's out-of-memory killer: lower speed.gpu_memory_share or "
@@ -318,6 +369,7 @@ def _mode_arguments(mode: Mode, options: VllmOptions, layers: Sequence[int], scr
         "max_logprobs": max(options.checked_ids, 1),
         "enable_prefix_caching": True,
         "scheduling_policy": "priority",
+        "disable_log_stats": not options.count_events,
     }
     if mode == "plain":
         return generating

@@ -1,0 +1,377 @@
+"""The vLLM teacher on vLLM's real CPU build, with the torch teacher as the oracle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PillowImage
+
+from teacher_cache.answer import AnsweredSample, answer_conversations
+from teacher_cache.config import CacheConfig
+from teacher_cache.conversations import Conversation
+from teacher_cache.images import load_image
+from teacher_cache.signals import row_signals, stable_topk
+from teacher_cache.teacher import (
+    Answer,
+    AnswerRequest,
+    SampleStates,
+    ScoreRequest,
+    Teacher,
+    TeacherError,
+    Wanted,
+    pick,
+    row_positions,
+)
+from teacher_cache.teacher_torch import TorchTeacher
+from teacher_cache.teacher_vllm import VllmTeacher, check_context, choose
+from teacher_cache.tokenization import Prompt, TokenizedSample, assemble, template_by_name, tokenize_prompt
+from teacher_cache.vllm_session import EngineCrashed, VllmOptions
+from teacher_cache.weights import rename_vision_weights, tensor_files
+from tests.vllm.conftest import TEACHER, make_config
+
+TOLERANCE = 1e-4
+WANTED = Wanted(text=True, visual=True)
+TEMPERATURES = (0.5, 1.0, 2.0)
+
+
+@dataclass
+class Answered:
+    """Conversations a teacher has answered, ready to be scored."""
+
+    samples: list[AnsweredSample]
+    tokenized: list[TokenizedSample]
+    images: list[PillowImage.Image | None]
+    prompts: list[Prompt]
+
+
+def answer_all(teacher: Teacher, config: CacheConfig, conversations: Sequence[Conversation], capture: bool) -> Answered:
+    template = template_by_name(config.teacher.template)
+    prompts = [tokenize_prompt(c, template, teacher.tokenizer) for c in conversations]
+    images = [load_image(c.image, config.data.image_folder) if c.image is not None else None for c in conversations]
+    samples = answer_conversations(
+        teacher,
+        conversations,
+        prompts,
+        images,
+        template,
+        history="teacher",
+        seed=0,
+        capture=capture,
+        max_length=config.teacher.max_length,
+    )
+    tokenized = [assemble(p, s.answers) for p, s in zip(prompts, samples, strict=True)]
+    return Answered(samples, tokenized, images, prompts)
+
+
+def captured_states(teacher: Teacher, answered: Answered) -> list[SampleStates]:
+    description = teacher.description
+    states = []
+    for sample, tokenized in zip(answered.samples, answered.tokenized, strict=True):
+        assert sample.hidden is not None
+        positions = row_positions(tokenized, description.image_token, description.shape.image_tokens)
+        assert len(sample.hidden) == positions.length - 1, "every position but the last token's"
+        states.append(pick(positions, WANTED, sample.hidden))
+    return states
+
+
+def scored_states(teacher: Teacher, answered: Answered, wanted: Wanted = WANTED) -> list[SampleStates]:
+    requests = [ScoreRequest(t, i) for t, i in zip(answered.tokenized, answered.images, strict=True)]
+    states: dict[int, SampleStates] = {}
+    for places, batch in teacher.score(requests, wanted):
+        states.update(zip(places, batch, strict=True))
+    return [states[place] for place in range(len(requests))]
+
+
+def assert_same_states(ours: Sequence[SampleStates], oracle: Sequence[SampleStates], head: torch.Tensor) -> None:
+    """States at rows, text and image positions, and what is formed from the rows, within ``TOLERANCE``."""
+    for mine, theirs in zip(ours, oracle, strict=True):
+        for name in ("rows", "text", "visual", "rows_second_last", "text_second_last"):
+            left, right = getattr(mine, name), getattr(theirs, name)
+            assert (left is None) == (right is None), name
+            if left is not None:
+                torch.testing.assert_close(left, right, atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    mine = torch.cat([s.rows for s in ours]) @ head.T
+    theirs = torch.cat([s.rows for s in oracle]) @ head.T
+    values, ids = stable_topk(theirs, 8)
+    torch.testing.assert_close(mine.gather(1, ids), values, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(mine.topk(8).values, values, atol=TOLERANCE, rtol=0)
+    stats, expected = (row_signals(logits, 0, TEMPERATURES)["stats"] for logits in (mine, theirs))
+    torch.testing.assert_close(stats, expected, atol=TOLERANCE, rtol=0)
+
+
+def first_difference(one: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> tuple[int, int]:
+    """(turn, place) of the first id in which two lists of answers differ."""
+    for turn, (left, right) in enumerate(zip(one, other, strict=True)):
+        for place, (a, b) in enumerate(zip(left, right, strict=False)):
+            if a != b:
+                return turn, place
+    raise AssertionError("one answer is the other's beginning: they ended differently")
+
+
+@pytest.fixture(scope="module")
+def one_pass(vllm_teacher: VllmTeacher, config: CacheConfig, conversations: list[Conversation]) -> Answered:
+    return answer_all(vllm_teacher, config, conversations, capture=True)
+
+
+def test_greedy_answers_equal_those_of_torch(
+    one_pass: Answered, torch_teacher: TorchTeacher, config: CacheConfig, conversations: list[Conversation]
+) -> None:
+    oracle = answer_all(torch_teacher, config, conversations, capture=False)
+    pairs = list(zip(one_pass.samples, oracle.samples, strict=True))
+    different = [i for i, (a, b) in enumerate(pairs) if a.answers != b.answers]
+    assert len(different) <= 0.005 * len(conversations), f"{len(different)} of {len(conversations)} differ"
+    for i in different:  # two candidates that are equal but for rounding
+        turn, place = first_difference(pairs[i][0].answers, pairs[i][1].answers)
+        chosen = [pairs[i][side].answers[turn][place] for side in (0, 1)]
+        row = sum(map(len, pairs[i][1].answers[:turn])) + place
+        request = ScoreRequest(oracle.tokenized[i], oracle.images[i])
+        ((_, (states,)),) = torch_teacher.score([request], Wanted())
+        logits = states.rows[row] @ torch_teacher.head().T
+        assert abs(float(logits[chosen[0]] - logits[chosen[1]])) <= TOLERANCE
+    same = [(a, b) for a, b in pairs if a.answers == b.answers]
+    assert all(a.finish_reasons == b.finish_reasons for a, b in same)
+
+
+def test_one_pass_states_equal_those_of_a_torch_scoring_pass(
+    one_pass: Answered, vllm_teacher: VllmTeacher, torch_teacher: TorchTeacher
+) -> None:
+    oracle = scored_states(torch_teacher, one_pass)
+    assert_same_states(captured_states(vllm_teacher, one_pass), oracle, torch_teacher.head())
+    assert any(s.visual is not None for s in oracle)
+    assert any(s.visual is None for s in oracle)
+
+
+def test_scoring_alone_gives_the_states_of_the_one_pass(one_pass: Answered, vllm_teacher: VllmTeacher) -> None:
+    first = replace_all(one_pass, 60)
+    assert_same_states(scored_states(vllm_teacher, first), captured_states(vllm_teacher, first), vllm_teacher.head())
+
+
+def replace_all(answered: Answered, count: int) -> Answered:
+    return Answered(
+        answered.samples[:count], answered.tokenized[:count], answered.images[:count], answered.prompts[:count]
+    )
+
+
+def test_a_later_turn_reads_image_and_earlier_turns_from_the_prefix_cache(
+    vllm_teacher: VllmTeacher, config: CacheConfig, conversations: list[Conversation]
+) -> None:
+    """Asked twice, the same prompt is all hits but its last block; states and answer stay the same."""
+    request = longest_request(vllm_teacher, config, conversations)
+    vllm_teacher.answer([request])
+    (again,) = vllm_teacher.answer([request])
+    assert vllm_teacher.last_cached_tokens >= 32
+    fresh = replace(request, image=PillowImage.new("RGB", (32, 32), "white"))
+    (other,) = vllm_teacher.answer([fresh])
+    assert again.hidden is not None
+    assert other.hidden is not None
+    shared = min(len(again.hidden), len(other.hidden))
+    assert not torch.allclose(again.hidden[:shared], other.hidden[:shared], atol=1e-2), (
+        "another image is another prefix"
+    )
+
+
+def longest_request(teacher: VllmTeacher, config: CacheConfig, conversations: list[Conversation]) -> AnswerRequest:
+    conversation = next(c for c in conversations if c.image is not None and len(c.questions) == 4)
+    prompt = tokenize_prompt(conversation, template_by_name("tiny"), teacher.tokenizer)
+    ids = prompt.before(3, [(5, 2)] * 3)
+    assert conversation.image is not None
+    image = load_image(conversation.image, config.data.image_folder)
+    return AnswerRequest(conversation.sample_id, 3, ids, image, 0, capture=True)
+
+
+def test_conversations_that_go_on_at_once_give_the_same_answers(
+    one_pass: Answered, vllm_teacher: VllmTeacher, conversations: list[Conversation]
+) -> None:
+    """``answers(then=…)``: no conversation waits for another, and later turns find their prefix in the cache."""
+    places = [i for i, c in enumerate(conversations[:120]) if len(c.questions) > 1]
+    said: dict[str, list[tuple[int, ...]]] = {conversations[i].sample_id: [] for i in places}
+    by_id = {conversations[i].sample_id: i for i in places}
+
+    def request(i: int, turn: int) -> AnswerRequest:
+        name = conversations[i].sample_id
+        last = turn + 1 == len(conversations[i].questions)
+        ids = one_pass.prompts[i].before(turn, said[name])
+        return AnswerRequest(name, turn, ids, one_pass.images[i], 0, capture=last)
+
+    def then(asked: AnswerRequest, answer: Answer) -> AnswerRequest | None:
+        said[asked.sample_id].append(answer.token_ids)
+        i = by_id[asked.sample_id]
+        return request(i, asked.turn + 1) if asked.turn + 1 < len(conversations[i].questions) else None
+
+    for _ in vllm_teacher.answers([request(i, 0) for i in places], then):
+        pass
+    assert [said[conversations[i].sample_id] for i in places] == [one_pass.samples[i].answers for i in places]
+
+
+def test_connector_files_do_not_stay(vllm_teacher: VllmTeacher, one_pass: Answered) -> None:
+    assert vllm_teacher.scratch_files() == []
+
+
+def test_a_wrong_output_head_is_caught(
+    vllm_teacher: VllmTeacher, config: CacheConfig, conversations: list[Conversation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = longest_request(vllm_teacher, config, conversations)
+    monkeypatch.setattr(vllm_teacher, "_norm", vllm_teacher._norm * 1.01)
+    with pytest.raises(
+        TeacherError, match=r"answer row 0 of \d+: the captured state does not give the engine's logits"
+    ):
+        vllm_teacher.answer([request])
+
+
+def test_a_request_that_does_not_fit_is_named(vllm_teacher: VllmTeacher) -> None:
+    request = AnswerRequest("long-1", 0, (1,) * 500, None, 0)
+    with pytest.raises(TeacherError, match=r"long-1, turn 0 \(\d+ over\).*teacher.max_length"):
+        vllm_teacher.answer([request])
+
+
+def test_hostile_scheduling_changes_nothing(
+    config: CacheConfig, hard_conversations: list[Conversation], torch_teacher: TorchTeacher
+) -> None:
+    """Chunked prefill, too few cache blocks (preemption), prefix-cache hits, two captured layers, then kill -9."""
+    hostile = VllmOptions(max_sequences=32, prefill_tokens=64, cache_blocks=20, block_tokens=32, count_events=True)
+    twice = replace(config, signals=replace(config.signals, second_last=True))
+    wanted = replace(WANTED, second_last=True)
+    oracle = answer_all(torch_teacher, twice, hard_conversations, capture=False)
+    expected = scored_states(torch_teacher, oracle, wanted)
+    with VllmTeacher(twice, hard_conversations, hostile) as teacher:
+        answered = answer_all(teacher, twice, hard_conversations, capture=True)
+        events = teacher.events()
+        assert [s.answers for s in answered.samples] == [s.answers for s in oracle.samples]
+        without = [replace(s, rows_second_last=None, text_second_last=None) for s in expected]
+        assert_same_states(captured_states(teacher, answered), without, teacher.head())
+        assert_same_states(scored_states(teacher, answered, wanted), expected, teacher.head())
+        assert events["preemptions"] > 0
+        assert events["cached prompt tokens"] > 0
+        die_and_go_on(teacher, oracle)
+
+
+def die_and_go_on(teacher: VllmTeacher, oracle: Answered) -> None:
+    """An EngineCore killed in the middle of a batch is an ``EngineCrashed``; the same teacher then goes on."""
+    requests = [
+        AnswerRequest(prompt.sample_id, 0, prompt.before(0, []), image, 0, capture=True)
+        for prompt, image in zip(oracle.prompts, oracle.images, strict=True)
+    ]
+    seen = 0
+    with pytest.raises(EngineCrashed, match=r"exit code -9.*Run the same command again"):  # noqa: PT012
+        for _ in teacher.answers(requests):
+            seen += 1
+            if seen == 3:
+                os.kill(teacher.engine_pids()[0], signal.SIGKILL)
+    assert 3 <= seen < len(requests)
+    assert teacher.engine_pids() == []
+    answers = teacher.answer(requests)
+    assert [a.token_ids for a in answers] == [s.answers[0] for s in oracle.samples]
+
+
+def test_a_model_class_without_inner_states_answers_then_scores(
+    config: CacheConfig, conversations: list[Conversation], one_pass: Answered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teacher_cache.vllm_session.can_capture", lambda architecture: False)
+    some = conversations[:64]
+    assert not choose(config).one_pass
+    with VllmTeacher(config, some, VllmOptions(cache_bytes=256 << 20)) as teacher:
+        assert not teacher.one_pass
+        answered = answer_all(teacher, config, some, capture=False)
+        assert [s.answers for s in answered.samples] == [s.answers for s in one_pass.samples[:64]]
+        states = scored_states(teacher, answered)
+        assert_same_states(states, captured_states(teacher, replace_all(one_pass, 64)), teacher.head())
+
+
+def test_no_memory_for_the_cache_says_what_to_set(config: CacheConfig, conversations: list[Conversation]) -> None:
+    with (
+        VllmTeacher(config, conversations, VllmOptions(cache_bytes=1 << 16)) as teacher,
+        pytest.raises(TeacherError, match=r"no memory for the KV cache.*speed.gpu_memory_share.*vLLM says: ValueError"),
+    ):
+        teacher.answer([AnswerRequest("a", 0, (1, 5, 6), None, 0)])
+
+
+def copy_of_teacher(folder: Path) -> Path:
+    return Path(shutil.copytree(TEACHER, folder / "teacher"))
+
+
+def test_unknown_architecture_is_refused_and_auto_takes_torch(world: Path, tmp_path: Path) -> None:
+    folder = copy_of_teacher(tmp_path)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "architectures": ["NobodyForConditionalGeneration"]}))
+    config = make_config(world, tmp_path / "cache", teacher={"model": str(folder), "backend": "vllm"})
+    with pytest.raises(TeacherError, match=r"does not know the architecture Nobody\w+.*teacher.backend=torch"):
+        choose(config)
+    automatic = make_config(world, tmp_path / "cache", teacher={"model": str(folder)})
+    assert not choose(automatic).use_vllm
+    assert "NobodyForConditionalGeneration" in choose(automatic).reason
+
+
+def test_missing_processor_is_refused(world: Path, tmp_path: Path) -> None:
+    folder = copy_of_teacher(tmp_path)
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(TeacherError, match="processor"):
+        VllmTeacher(make_config(world, tmp_path / "cache", teacher={"model": str(folder)}), [])
+
+
+def test_weight_names_of_transformers_5_are_refused_and_can_be_renamed(world: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = copy_of_teacher(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    old = {name.replace("vision_tower.vision_model.", "vision_tower."): value for name, value in weights.items()}
+    save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
+    config = make_config(world, tmp_path / "cache", teacher={"model": str(folder)})
+    with pytest.raises(TeacherError, match=r"vLLM does not know \d+ of its weight names.*rename_vision_weights"):
+        VllmTeacher(config, [])
+    changed = rename_vision_weights(folder)
+    assert changed == sum("vision_tower" in name for name in weights)
+    assert rename_vision_weights(folder) == 0
+    again = load_file(folder / "model.safetensors")
+    assert sorted(tensor_files(folder)) == sorted(weights)
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    VllmTeacher(config, [])
+
+
+def test_a_context_too_short_names_the_samples(world: Path, tmp_path: Path, conversations: list[Conversation]) -> None:
+    config = make_config(world, tmp_path, teacher={"max_length": 4096}, generation={"max_new_tokens": 400})
+    with pytest.raises(
+        TeacherError, match=r"context too short: \d+ samples.*\(\d+ over\).*teacher.max_length to at most"
+    ):
+        VllmTeacher(config, conversations)
+    check_context({"a": 10}, 10)
+
+
+def test_attention_maps_are_refused(world: Path, tmp_path: Path) -> None:
+    config = make_config(world, tmp_path, teacher={"backend": "vllm"}, signals={"attention": True})
+    with pytest.raises(TeacherError, match=r"signals.attention.*teacher.backend=torch"):
+        choose(config)
+
+
+def test_sampled_answers_depend_on_their_seed_alone(
+    config: CacheConfig, conversations: list[Conversation], one_pass: Answered
+) -> None:
+    hot = replace(config, generation=replace(config.generation, temperature=2.0, top_p=0.95))
+    some = range(40)
+
+    def ask(teacher: VllmTeacher, places: Sequence[int], shift: int) -> dict[int, tuple[int, ...]]:
+        requests = [
+            AnswerRequest(
+                conversations[i].sample_id, 0, one_pass.prompts[i].before(0, []), one_pass.images[i], i + shift
+            )
+            for i in places
+        ]
+        return dict(zip(places, (a.token_ids for a in teacher.answer(requests)), strict=True))
+
+    with VllmTeacher(hot, conversations, VllmOptions(cache_bytes=256 << 20)) as teacher:
+        together = ask(teacher, some, 0)
+        alone = ask(teacher, [7, 3, 21], 0)
+        other = ask(teacher, some, 1000)
+    assert {i: together[i] for i in alone} == alone
+    assert sum(together[i] != other[i] for i in some) > 10
+    image = teacher.description.image_token
+    assert not any(image in ids for ids in [*together.values(), *other.values()])
+    assert np.mean([together[i] != one_pass.samples[i].answers[0] for i in some]) > 0.3
