@@ -63,6 +63,8 @@ def results_table(table: dict[str, Any]) -> str:
 def loss_curves(experiment: Experiment) -> str:
     """A chart per part of the loss: the mean over seeds, single seeds thin behind it."""
     parts = dict.fromkeys(part for run in experiment.runs for part in run.curves)
+    if set(parts) == {"cross_entropy", "loss"}:  # one term: its sum would be the same chart again
+        del parts["loss"]
     names = sorted(parts, key=lambda part: (part == "loss", part != "cross_entropy", part))
     drawn = []
     for part in names:

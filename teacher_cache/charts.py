@@ -1,6 +1,6 @@
 """Small charts as SVG text: no library, no script, colours from the page's style, so they follow light and dark.
 
-Each is drawn 360 units wide, about the width of a phone, so that its letters keep their size there.
+Each is drawn 330 units wide, about the width of a phone, so that its letters keep their size there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from teacher_cache.page import escape
 
-WIDTH, HEIGHT = 360, 210
+WIDTH, HEIGHT = 330, 200
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 COLOURS = 8

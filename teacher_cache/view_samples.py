@@ -16,7 +16,9 @@ from teacher_cache.token_text import TokenText
 from teacher_cache.view_overview import Texts, answer_slices, sample_texts
 
 SHOWN_IDS = 10
-"""Alternatives shown of a token; the rest is one bar, so a page of a top-128 cache stays small."""
+LEAST_SHARE = 0.00005
+"""Alternatives shown of a token, and the least probability of one; the rest is a single bar. Most tokens are nearly
+certain, so this keeps the page of a top-128 cache small and its panel short."""
 CLASSES = ((0.95, ""), (0.8, "c1"), (0.5, "c2"), (0.2, "c3"), (0.0, "c4"))
 _NAMES = {"": "95 % and more", "c1": "80–95 %", "c2": "50–80 %", "c3": "20–50 %", "c4": "below 20 %"}
 _SIMILAR = 0.4
@@ -60,11 +62,10 @@ def legend() -> str:
 
 def sample_article(cache: TeacherCache, index: int, image_folder: str, words: TokenText) -> str:
     """The sample as HTML."""
+    top = ["topk_ids", "topk_logprobs"] if cache.manifest.signals["top_k"] else []
+    batch = cache.read([index], ["input_ids", "loss_mask", "stats", *top])
     shard = cache.shard_of(index)
     texts = sample_texts(cache, shard, [index - int(cache.shard_starts[shard])])[0]
-    names = ["input_ids", "loss_mask", "stats"]
-    top = ["topk_ids", "topk_logprobs"] if cache.manifest.signals["top_k"] else []
-    batch = cache.read([index], names + top)
     tokens = _tokens(batch.arrays, cache.manifest.stats_names.index("entropy"), words)
     slices = answer_slices(batch.arrays["loss_mask"])
     turns = "".join(_turn(texts, turn, tokens[part], f"rows-{index}-{turn}", words) for turn, part in enumerate(slices))
@@ -172,9 +173,10 @@ def _row(token: _Token, words: TokenText) -> str:
 
 
 def _alternatives(token: _Token, words: TokenText) -> Iterator[str]:
-    shown = list(zip(token.ids[:SHOWN_IDS].tolist(), token.probabilities[:SHOWN_IDS].tolist(), strict=True))
+    kept = zip(token.ids[:SHOWN_IDS].tolist(), token.probabilities[:SHOWN_IDS].tolist(), strict=True)
+    shown = [(i, share) for i, share in kept if share >= LEAST_SHARE]
     if token.probability is not None and token.token not in (i for i, _ in shown):
-        shown = [*shown[:-1], (token.token, token.probability)]
+        shown = [*shown[: SHOWN_IDS - 1], (token.token, token.probability)]
     for i, share in shown:
         css = ' class="chosen"' if i == token.token else ""
         text = escape(_visible(words(i, token.before)))

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
-from store_fixtures import signals, synthetic_cache
+from tests.store_fixtures import signals, synthetic_cache
 
-from pipelines.chromium import NoChromiumError, open_browser
+from pipelines.chromium import NoChromiumError, find_chromium, open_browser
 from pipelines.tiny.prepare import TEACHER
 from student_train.ablate import AblationConfig, ArmConfig
 from student_train.report import write_report
@@ -31,11 +31,13 @@ from teacher_cache.reader import TeacherCache
 from teacher_cache.score import build_cache
 from teacher_cache.view import write_view
 from teacher_cache.view_overview import answer_slices, answer_type
-from teacher_cache.view_samples import percent
+from teacher_cache.view_samples import LEAST_SHARE, percent
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 SAMPLE = "train-000001-caption"
 Opened = Callable[..., Page]
+PATIENCE_MILLISECONDS = 30_000
+expect.set_options(timeout=PATIENCE_MILLISECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def open_page(browser: Browser) -> Iterator[Opened]:
         )
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(PATIENCE_MILLISECONDS)
         page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else trouble.append(r.url))
         page.on("console", lambda m: trouble.append(m.text))
         page.on("pageerror", lambda e: trouble.append(str(e)))
@@ -134,6 +136,12 @@ def report_page(ablation: Path) -> Path:
     return write_report(ablation, ablation / "report.html")
 
 
+def test_a_missing_browser_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NoChromiumError, match=r"Install one: sh pipelines/install_chromium\.sh"):
+        find_chromium()
+
+
 # --- the view ---------------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +170,8 @@ def test_panel_shows_the_cached_probabilities(open_page: Opened, view_page: Path
     for row in (0, 3):
         page.locator(".sample").first.locator(".tokens .t").nth(row).hover()
         shown = page.locator("#inspector li:not(.rest) b").all_inner_texts()
-        assert shown == [percent(p) for p in np.exp(arrays["topk_logprobs"][row].astype(np.float64))]
+        probabilities = np.exp(arrays["topk_logprobs"][row].astype(np.float64))
+        assert shown == [percent(p) for p in probabilities if p >= LEAST_SHARE]
     page.get_by_role("heading", name="Overview").hover()
     expect(page.locator("#inspector")).to_be_hidden()
 
