@@ -22,7 +22,7 @@ from student_train.config import FitConfig
 from student_train.stages import merge
 from teacher_cache.config import ConfigError, as_plain, build_config
 from teacher_cache.manifest import digest
-from teacher_cache.progress import Style, stage
+from teacher_cache.progress import Style, silence_libraries, stage
 
 
 @dataclass(frozen=True)
@@ -267,6 +267,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _main(job: str) -> None:
+    silence_libraries()
     plain = json.loads(Path(job).read_text(encoding="utf-8"))
     config = build_config(AblationConfig, plain["ablation"], job)
     run_one(config, RunSpec(plain["arm"], plain["seed"], Path(job).parent, plain["tree"]))

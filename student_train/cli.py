@@ -14,6 +14,7 @@ from rich.console import Console
 
 from student_train.config import FitConfig
 from teacher_cache.config import load_config
+from teacher_cache.progress import silence_libraries
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
@@ -133,6 +134,7 @@ def report(runs: list[Path], output: Path = Path("report.html")) -> None:
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
+    silence_libraries()
     try:
         yield
     except ValueError as error:  # ConfigError, CacheError, DataError and the losses' own

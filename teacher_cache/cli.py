@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from teacher_cache.config import CacheConfig, load_config
-from teacher_cache.progress import Style
+from teacher_cache.progress import Style, silence_libraries
 from teacher_cache.storage import Storage
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -160,6 +160,7 @@ def _errors() -> Iterator[None]:
     from teacher_cache.teacher import TeacherError
     from teacher_cache.tokenization import TemplateError
 
+    silence_libraries()
     try:
         yield
     except (CacheError, DataError, StorageError, TeacherError, TemplateError, ValueError) as error:

@@ -46,6 +46,13 @@ def note(text: str, style: Style = "auto") -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def silence_libraries() -> None:
+    """Transformers shows a bar for every file it loads or writes; ours say more."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 class _Lines:
     def __init__(self, name: str, total: int, unit: str, style: str) -> None:
         self._name, self._total, self._unit, self._style = name, total, unit, style

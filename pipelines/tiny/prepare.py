@@ -10,6 +10,7 @@ import typer
 
 from pipelines.tiny.student import write_student
 from pipelines.tiny.world import write_world
+from teacher_cache.progress import silence_libraries
 
 TEACHER = Path(__file__).parent / "teacher"
 
@@ -66,6 +67,7 @@ def main(
     layers: int = 2,
 ) -> None:
     """Write the tiny world and untrained students."""
+    silence_libraries()
     prepare(
         folder,
         train_images=train_images,
