@@ -154,7 +154,9 @@ def _run_all(config: AblationConfig, runs: Sequence[RunSpec], done: Callable[[Ru
                 return
             run = _matched(config, run)
             if not _is_done(config, run):
-                _spawn(config, run, gpus[number % len(gpus)] if gpus else None, max((os.cpu_count() or 1) // workers, 1))
+                _spawn(
+                    config, run, gpus[number % len(gpus)] if gpus else None, max((os.cpu_count() or 1) // workers, 1)
+                )
             done(run)
         except BaseException:
             failed.set()

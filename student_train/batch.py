@@ -8,7 +8,7 @@ is the one before it (``row_position``). Nothing is shifted anywhere else.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,10 @@ from teacher_cache.records import Array
 
 @dataclass(frozen=True)
 class StudentBatch:
-    """One micro-batch: B samples, S positions, R rows, P text positions, I images, N image tokens of the student.
+    """One micro-batch: B lines of S positions, R rows, P text positions, I images, N image tokens of the student.
 
+    A line holds one sample, or several where they are packed: then ``position_ids`` begin anew with each of them, and
+    no sample attends to another (Transformers makes the block-diagonal mask from them, where no other mask is given).
     ``row_weight`` (R,), ``position_weight`` (P,) and ``image_weight`` (I,) are what each row, text position and image
     counts in the global batch's loss, all divisions included: the loss is a plain weighted sum.
     """
@@ -32,7 +34,7 @@ class StudentBatch:
     attention_mask: Tensor  # (B, S) int64
     pixel_values: Tensor | None  # (I, 3, H, W)
     image_features: Tensor | None  # (I, N, d_vision): cached features of a frozen tower
-    row_sample: Tensor  # (R,) which sample
+    row_sample: Tensor  # (R,) which line
     row_position: Tensor  # (R,) the student's position that predicts the answer token
     answer_ids: Tensor  # (R,)
     row_index: Tensor  # (R,) into teacher signals stored for all text positions
@@ -47,26 +49,23 @@ class StudentBatch:
     image_token_weight: Tensor  # (I,) likewise, of each of an image's positions
     arrays: dict[str, Tensor]  # the teacher's signals, as stored
     visual: dict[str, Tensor]  # per image with signals, as stored
+    position_ids: Tensor | None = None  # (B, S) int64, of packed lines only
 
     def to(self, device: torch.device) -> StudentBatch:
-        def move(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
-            if isinstance(value, dict):
-                return {k: move(v) for k, v in value.items()}
-            return value
-
-        return StudentBatch(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> StudentBatch:
-        def pin(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.pin_memory()
-            if isinstance(value, dict):
-                return {k: pin(v) for k, v in value.items()}
-            return value
+        return self.map(lambda tensor: tensor.pin_memory())
 
-        return StudentBatch(**{f.name: pin(getattr(self, f.name)) for f in dataclasses.fields(self)})
+    def map(self, change: Callable[[Tensor], Tensor]) -> StudentBatch:
+        """The same batch with every tensor changed."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: change(tensor) for name, tensor in value.items()}
+            return None if value is None else change(value)
+
+        return StudentBatch(**{f.name: changed(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
 
 @dataclass(frozen=True)
@@ -89,20 +88,24 @@ def collate(
     pad: int,
     pixel_values: Tensor | None = None,
     image_features: Tensor | None = None,
+    pack: bool = False,
 ) -> StudentBatch:
-    """Right-padded tensors; ``image_tokens`` is the student's N."""
+    """Right-padded tensors; ``image_tokens`` is the student's N. ``pack`` fills lines with several samples."""
     lengths = [len(ids) + int((ids == image_token).sum()) * (image_tokens - 1) for ids in raw.input_ids]
-    input_ids = torch.full((len(lengths), max(lengths)), pad, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
+    lines = pack_lines(lengths) if pack else [(line, 0) for line in range(len(lengths))]
+    input_ids = torch.full((1 + lines[-1][0], max(lengths)), pad, dtype=torch.int64)
+    attention_mask, position_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
     places: dict[str, list[Any]] = {name: [] for name in _PLACES}
-    for b, (ids, mask, weight) in enumerate(zip(raw.input_ids, raw.loss_mask, weights, strict=True)):
+    samples = zip(lines, lengths, raw.input_ids, raw.loss_mask, weights, strict=True)
+    for (b, offset), length, ids, mask, weight in samples:
         is_image = ids == image_token
         width = np.where(is_image, image_tokens, 1)
-        start = np.cumsum(width) - width
-        input_ids[b, : lengths[b]] = torch.from_numpy(np.repeat(ids, width))
-        attention_mask[b, : lengths[b]] = 1
+        start = offset + np.cumsum(width) - width
+        input_ids[b, offset : offset + length] = torch.from_numpy(np.repeat(ids, width))
+        attention_mask[b, offset : offset + length] = 1
+        position_ids[b, offset : offset + length] = torch.arange(length)
         text = start[~is_image]
-        text = text[text < lengths[b] - 1]
+        text = text[text < offset + length - 1]
         places["row_sample"].append(np.full(int(mask.sum()), b))
         places["row_position"].append(start[mask] - 1)
         places["answer_ids"].append(ids[mask])
@@ -123,8 +126,23 @@ def collate(
         row_index=torch.from_numpy(raw.row_index),
         arrays={name: _tensor(name, a) for name, a in raw.arrays.items()},
         visual={name: _tensor(name, a) for name, a in raw.visual.items()},
+        position_ids=position_ids if pack else None,
         **{name: torch.from_numpy(np.concatenate(parts)) for name, parts in places.items()},
     )
+
+
+def pack_lines(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """(line, first position) of each sample: lines as long as the longest sample, filled in order.
+
+    In order, since images reach the model in the order of its lines.
+    """
+    places, line, filled = [], 0, 0
+    for length in lengths:
+        if filled and filled + length > max(lengths):
+            line, filled = line + 1, 0
+        places.append((line, filled))
+        filled += length
+    return places
 
 
 def _tensor(name: str, array: Array) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from student_train.config import FitConfig
 from teacher_cache.config import load_config
 from teacher_cache.progress import silence_libraries
 

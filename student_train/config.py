@@ -148,6 +148,8 @@ class TrainConfig:
     seed: int = 0
     shuffle: Literal["auto", "full", "shards"] = "auto"
     group: Literal["none", "length", "modality"] = "none"
+    pack: bool = False
+    """Fill the lines of a micro-batch with several short samples, which do not see each other, instead of padding."""
     head_rows: int = 1024
     """Rows whose (rows × vocabulary) logits exist at once."""
     workers: int = 0
@@ -199,6 +201,8 @@ def check_fit_config(config: FitConfig) -> None:
         )
     if any(loss.name == "attention_mse" for loss in config.losses) and config.student.attention != "eager":
         raise ConfigError("losses: attention_mse needs the attention maps; set student.attention=eager")
+    if config.train.pack and any(loss.name in ("attention_mse", "similarity_mse") for loss in config.losses):
+        raise ConfigError("train.pack: attention_mse and similarity_mse look at whole lines; set train.pack=false")
     labels = [loss.label for loss in config.losses]
     if len(set(labels)) < len(labels):
         raise ConfigError(f"losses: one term of each name, found {', '.join(labels)}")

@@ -174,8 +174,10 @@ class MicroBatches(Dataset[StudentBatch]):
         preprocessor: Preprocessor,
         features: ImageFeatures | None,
         pixel_cache: int,
+        pack: bool = False,
     ) -> None:
         self._sources, self._preprocessor, self._features = list(sources), preprocessor, features
+        self._pack = pack
         self._limit = pixel_cache
         self._pixels: OrderedDict[str, torch.Tensor] = OrderedDict()
 
@@ -196,6 +198,7 @@ class MicroBatches(Dataset[StudentBatch]):
             pad=self._preprocessor.pad,
             pixel_values=pixel_values,
             image_features=image_features,
+            pack=self._pack,
         )
         return micro, batch
 
@@ -223,7 +226,7 @@ def make_loader(
 ) -> Iterable[tuple[MicroBatch, StudentBatch]]:
     """Micro-batches of ``steps`` in order; ``workers`` processes, or one thread, stay ahead of the training."""
     if not workers:
-        return _threaded(dataset, _Micros(plan, steps, rank, ranks))
+        return _threaded(dataset, _Micros(plan, steps, rank, ranks), pin)
     return DataLoader(
         dataset,
         sampler=_Micros(plan, steps, rank, ranks),
@@ -235,13 +238,52 @@ def make_loader(
     )
 
 
-def _threaded(dataset: MicroBatches, micros: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, StudentBatch]]:
+def on_device(
+    batches: Iterable[tuple[MicroBatch, StudentBatch]], device: torch.device
+) -> Iterator[tuple[MicroBatch, StudentBatch]]:
+    """The same batches on ``device``. On a GPU the next one is copied, by a stream of its own, during each step."""
+    if device.type != "cuda":
+        for micro, batch in batches:
+            yield micro, batch.to(device)
+        return
+    copies = torch.cuda.Stream(device)
+    ahead: tuple[MicroBatch, StudentBatch, torch.cuda.Event] | None = None
+    for micro, batch in batches:
+        with torch.cuda.stream(copies):
+            following = micro, batch.to(device), copies.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead)
+        ahead = following
+    if ahead is not None:
+        yield _arrived(*ahead)
+
+
+def _arrived(micro: MicroBatch, batch: StudentBatch, copied: torch.cuda.Event) -> tuple[MicroBatch, StudentBatch]:
+    """The batch for the current stream: it waits for the copy, and the memory is not given away before it is done."""
+    stream = torch.cuda.current_stream()
+    stream.wait_event(copied)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.record_stream(stream)
+        return tensor
+
+    return micro, batch.map(keep)
+
+
+def _threaded(
+    dataset: MicroBatches, micros: Iterable[MicroBatch], pin: bool
+) -> Iterator[tuple[MicroBatch, StudentBatch]]:
     """One thread stays ``_AHEAD`` micro-batches ahead; its errors surface where the batch is asked for."""
+
+    def made(micro: MicroBatch) -> tuple[MicroBatch, StudentBatch]:
+        _, batch = dataset[micro]
+        return micro, batch.pin_memory() if pin else batch
+
     with ThreadPoolExecutor(1, thread_name_prefix="batch-loader") as thread:
         pending: deque[Future[tuple[MicroBatch, StudentBatch]]] = deque()
         try:
             for micro in micros:
-                pending.append(thread.submit(dataset.__getitem__, micro))
+                pending.append(thread.submit(made, micro))
                 if len(pending) > _AHEAD:
                     yield pending.popleft().result()
             while pending:

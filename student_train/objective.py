@@ -339,7 +339,8 @@ class DistilledStudent(nn.Module):
         attention = any(s.name == "attention_mse" for s in self._specs)
         llava: Any = self.model.model
         options = {
-            "attention_mask": batch.attention_mask,
+            "attention_mask": batch.attention_mask if batch.position_ids is None else None,
+            "position_ids": batch.position_ids,
             "output_hidden_states": second,
             "output_attentions": attention,
             "use_cache": False,

@@ -129,10 +129,9 @@ def plan_file(path: Path, overrides: Sequence[str]) -> list[tuple[str, Any]]:
     ConfigError, CacheError
         Settings that contradict each other, losses that the cache cannot serve, a model without configuration.
     """
-    tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if isinstance(tree, dict) and "arms" in tree:
+    if "arms" in _sections(path):
         return _ablation_rows(load_config(AblationConfig, path, overrides))
-    if isinstance(tree, dict) and "stages" in tree:
+    if "stages" in _sections(path):
         return _stage_rows(load_config(StagesConfig, path, overrides))
     return [*plan_fit(load_config(FitConfig, path, overrides)).rows(), ASSUMPTION]
 
@@ -272,6 +271,14 @@ def source_manifest(source: SourceConfig) -> Manifest:
 
 def size(count: int) -> str:
     return f"{count / GIB:,.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:,.2f} MiB"
+
+
+def _sections(path: Path) -> set[str]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return set()  # load_config says what is wrong with the file
+    return set(tree) if isinstance(tree, dict) else set()
 
 
 def _ablation_rows(config: AblationConfig) -> list[tuple[str, Any]]:

@@ -23,7 +23,7 @@ from student_train.dataset import CacheSource, Source, check_images, open_source
 from student_train.evaluate import preprocessor_of
 from student_train.export import save_student
 from student_train.features import ImageFeatures, compute_features
-from student_train.loader import MicroBatches, Preprocessor, StepPlan, make_loader
+from student_train.loader import MicroBatches, Preprocessor, StepPlan, make_loader, on_device
 from student_train.objective import (
     DistilledStudent,
     TeacherSide,
@@ -121,7 +121,7 @@ class Run:
             processor=processor,
             optimizer=optimizer,
             plan=plan,
-            dataset=MicroBatches(sources, preprocessor, features, train.pixel_cache),
+            dataset=MicroBatches(sources, preprocessor, features, train.pixel_cache, train.pack),
             folder=folder,
             fingerprint=run_fingerprint(config, sources),
             caches=[_cache_facts(s.cache) for s in sources if isinstance(s, CacheSource)],
@@ -155,9 +155,11 @@ class Run:
         begin, cpu_begin, mark = time.monotonic(), time.process_time(), time.monotonic()
         sums: dict[str, torch.Tensor] = {}
         with log, stage("training", len(steps), "steps", style if accelerator.is_main_process else "quiet") as shown:
-            for micro, batch in loader:
+            for micro, batch in on_device(loader, accelerator.device):
                 self.waiting += time.monotonic() - mark
-                self._backward(batch.to(accelerator.device), micro.source, micro.last, sums)
+                if not sums:  # what a model draws (dropout) is a function of the step, so that resuming is exact
+                    torch.manual_seed((train.seed << 40) + (accelerator.process_index << 28) + micro.step)
+                self._backward(batch, micro.source, micro.last, sums)
                 if micro.last:
                     self._update(plan.steps)
                     self.samples += len(plan.global_batch(micro.step))
@@ -339,6 +341,7 @@ def run_fingerprint(config: FitConfig, sources: list[Source]) -> str:
     plain.pop("output")
     for name in (
         "micro_batch",
+        "pack",
         "head_rows",
         "workers",
         "pixel_cache",

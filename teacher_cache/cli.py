@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -171,7 +171,7 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _show(rows: list[tuple[str, ...]], plain: Any, as_json: bool, title: str) -> None:
+def _show(rows: Sequence[tuple[str, ...]], plain: Any, as_json: bool, title: str) -> None:
     if as_json:
         plain = dataclasses.asdict(plain) if dataclasses.is_dataclass(plain) else plain  # type: ignore[arg-type]
         typer.echo(json.dumps(plain, indent=1, default=str))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from teacher_cache.checksums import BLOCK_BYTES
-from teacher_cache.codecs import decode
+from teacher_cache.codecs import ChannelScales, decode
 from teacher_cache.folder import COUNTS, ShardFolder
 from teacher_cache.manifest import Manifest
 from teacher_cache.records import Array, ArraySpec, rows_among_positions
@@ -225,7 +225,12 @@ def _row_states(folder: ShardFolder, manifest: Manifest, scales: Any, line: int)
     start, count = int(numbers[column]), int(numbers[column + 1])
     codes = folder.lines("hidden", start, count)
     scale = folder.lines("hidden_scale", start, count) if signals["codec"] in ("int8", "int4") else None
-    states = decode(codes, scale, signals["codec"], scales.get("hidden", _NO_SCALES))
+    states = decode(
+        codes,
+        scale,
+        signals["codec"],
+        scales.get("hidden") or ChannelScales(np.ones(manifest.shape.hidden_size, np.float32)),
+    )
     if signals["hidden"] == "rows":
         return states
     tokens, mask = (folder.lines(n, int(numbers[0]), int(numbers[1])) for n in ("input_ids", "loss_mask"))
@@ -236,11 +241,3 @@ def _logprobs(states: npt.NDArray[np.float32], head: Array) -> npt.NDArray[np.fl
     logits = (states @ head.astype(np.float32).T).astype(np.float64)
     top = logits.max(-1, keepdims=True)
     return np.asarray(logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True)))
-
-
-class _None:
-    basis = None
-    mean = None
-
-
-_NO_SCALES: Any = _None()

@@ -261,6 +261,10 @@ class TeacherCache:
         """What the codec needs beside the rows, by array name (``hidden``, ``hidden_second_last``, ``visual``)."""
         return scales_from_bytes(self._side_file(SCALES)) if SCALES in self.manifest.files else {}
 
+    def scales_of(self, name: str) -> ChannelScales:
+        """The scales of array ``name``; ones where its codec needs none."""
+        return self.scales.get(name) or ChannelScales(np.ones(self.manifest.shape.hidden_size, np.float32))
+
     @property
     def is_remote(self) -> bool:
         """Whether shards are copied before they are read, so that a shard-block order and prefetch pay off."""

@@ -39,6 +39,8 @@ class Template:
     end: str
     separator: str = ""
     bos: bool = True
+    questions: bool = True
+    """False: the image alone stands before the answer, as in LLaVA's ``preprocess_plain``."""
 
 
 _VICUNA_SYSTEM = (
@@ -50,8 +52,10 @@ TEMPLATES: dict[str, Template] = {
     "vicuna_v1": Template("vicuna_v1", _VICUNA_SYSTEM, "USER: ", " ASSISTANT:", " ", "</s>"),
     # vicuna_v1 without the system prompt: what the tiny world trains with.
     "tiny": Template("tiny", "", "USER: ", " ASSISTANT:", " ", "</s>"),
-    # LLaVA's pre-training: the image, then the caption.
-    "plain": Template("plain", "", "", "\n", "", "</s>"),
+    # LLaVA's pre-training: the image, then the caption. The line break stands between them, not behind them as there,
+    # so that a text position predicts the first word; the end token ends the caption.
+    "plain": Template("plain", "", "", "", "", "</s>", questions=False),
+    "plain_chatml": Template("plain_chatml", "", "", "", "", "<|im_end|>", bos=False, questions=False),
     # Qwen1.5/Qwen2.5 and other ChatML models; no bos token.
     "chatml": Template(
         "chatml",
@@ -143,7 +147,7 @@ def tokenize_prompt(conversation: Conversation, template: Template, tokenizer: A
     segments = []
     for turn, question in enumerate(conversation.questions):
         tag = f"{IMAGE_TAG}\n" if conversation.image is not None and turn == 0 else ""
-        text = template.user + tag + question + template.assistant
+        text = template.user + tag + (question if template.questions else "") + template.assistant
         if turn == 0:
             bos = (int(tokenizer.bos_token_id),) if template.bos else ()
             segments.append((*bos, *_ids(tokenizer, template.first + text)))

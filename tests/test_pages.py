@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
-from tests.store_fixtures import signals, synthetic_cache
 
 from pipelines.chromium import NoChromiumError, find_chromium, open_browser
 from pipelines.tiny.prepare import TEACHER
@@ -32,6 +31,7 @@ from teacher_cache.score import build_cache
 from teacher_cache.view import write_view
 from teacher_cache.view_overview import answer_slices, answer_type
 from teacher_cache.view_samples import LEAST_SHARE, percent
+from tests.store_fixtures import signals, synthetic_cache
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 SAMPLE = "train-000001-caption"

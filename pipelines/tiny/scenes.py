@@ -34,7 +34,7 @@ Glyphs = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it is, and how it happens to be drawn (`glyph` is an (8, 8) pen mask for digits)."""
+    """One object: what it is, and how it happens to be drawn. Digits have a `glyph`, an (8, 8) mask in 0..1."""
 
     position: str
     kind: str
@@ -45,6 +45,7 @@ class Thing:
     slant: float
     angle: float
     shift: tuple[float, float]
+    pen: float
     glyph: np.ndarray | None
 
 
@@ -93,6 +94,7 @@ def _draw_thing(rng: np.random.Generator, glyphs: Glyphs, position: str, kind: s
         slant=float(rng.uniform(-0.25, 0.25)),
         angle=float(np.deg2rad(rng.uniform(-12, 12))),
         shift=(float(rng.uniform(-1, 1)), float(rng.uniform(-1, 1))),
+        pen=float(rng.uniform(0.9, 2.2)),
         glyph=glyphs[kind][rng.integers(len(glyphs[kind]))] if kind in DIGITS else None,
     )
 
@@ -132,8 +134,8 @@ def _coverage(things: Sequence[Thing]) -> np.ndarray:
         coverage[chosen] = (0.5 - distance * radius[chosen]).clip(0, 1)
     written = [index for index, thing in enumerate(things) if thing.glyph is not None]
     if written:
-        masks = np.stack([thing.glyph for thing in things if thing.glyph is not None])
-        coverage[written] = (1.4 * _sample_bilinear(masks, u[written], v[written])).clip(0, 1)
+        masks = np.stack([thing.pen * thing.glyph for thing in things if thing.glyph is not None])
+        coverage[written] = _sample_bilinear(masks, u[written], v[written]).clip(0, 1)
     return coverage
 
 
