@@ -174,9 +174,7 @@ def _spawn(config: AblationConfig, run: RunSpec, gpu: int | None, threads: int) 
     job = run.folder / "job.json"
     plain = {"ablation": as_plain(config), "arm": run.arm, "seed": run.seed, "tree": run.tree}
     job.write_text(json.dumps(plain, indent=1), encoding="utf-8")
-    # glibc raises its mmap threshold as it goes, and batches of many sizes then fragment the heap: 944 MB after 600
-    # steps of a run that needs 564. A fixed threshold keeps peak memory a property of the run.
-    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MALLOC_MMAP_THRESHOLD_="131072")
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     with (run.folder / "output.txt").open("w", encoding="utf-8") as output:

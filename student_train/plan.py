@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from teacher_cache.config import CacheConfig, ConfigError, build_config, load_co
 from teacher_cache.images import image_tokens_of
 from teacher_cache.manifest import CacheError, Manifest, new_manifest, read_manifest
 from teacher_cache.model_config import load_model_config
+from teacher_cache.records import TeacherShape
 from teacher_cache.storage import Storage
 
 GIB = 2**30
@@ -66,6 +68,8 @@ class RunPlan:
     """The chunk of logits, and the teacher's head where a loss forms exact logits."""
     cache_bytes: int
     flops: float
+    teacher_flops: float
+    """What an online teacher's forward passes would add to this run; from a cache they cost nothing."""
     width: int
     layers: int
     vocabulary: int
@@ -87,6 +91,10 @@ class RunPlan:
     @property
     def gpu_hours(self) -> float:
         return self.flops / GPU_FLOPS / 3600
+
+    @property
+    def online_hours(self) -> float:
+        return self.teacher_flops / GPU_FLOPS / 3600
 
     def rows(self) -> list[tuple[str, Any]]:
         return [
@@ -111,6 +119,7 @@ class RunPlan:
             ),
             ("bytes read of the caches", size(self.cache_bytes)),
             ("GPU hours, estimated", f"{self.gpu_hours:,.1f}"),
+            ("  an online teacher would add", f"{self.online_hours:,.1f}"),
         ]
 
 
@@ -191,6 +200,7 @@ def plan_fit(config: FitConfig, known: Mapping[str, StudentConfig] | None = None
         head_bytes=_head_bytes(config, text, manifests, bytes_each),
         cache_bytes=int(samples_seen / max(sample.samples, 1) * _epoch_bytes(config, manifests)),
         flops=_flops(config, model) * sample.tokens * samples_seen,
+        teacher_flops=_scoring_flops(config, manifests) * samples_seen / max(sample.samples, 1),
         width=text.hidden_size,
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
@@ -248,15 +258,12 @@ def source_manifest(source: SourceConfig) -> Manifest:
             "or give expected: {samples, rows_per_sample, tokens_per_sample, images} (and made_with: for a cache)"
         )
     phase_one = load_config(CacheConfig, source.made_with or None)
-    shape = {"hidden_size": 1, "vocabulary": 1, "image_tokens": 0}
+    facts: dict[str, Any] = {"shape": {"hidden_size": 1, "vocabulary": 1, "image_tokens": 0}}
     if source.made_with:
         teacher = load_model_config(phase_one.teacher.model, phase_one.teacher.revision)
         text = teacher.get_text_config()
-        shape = {
-            "hidden_size": text.hidden_size,
-            "vocabulary": text.vocab_size,
-            "image_tokens": image_tokens_of(teacher),
-        }
+        shape = TeacherShape(text.hidden_size, text.vocab_size, image_tokens_of(teacher))
+        facts = {"shape": dataclasses.asdict(shape), "model": phase_one.teacher.model}
     counts = {
         "samples": expected.samples,
         "rows": round(expected.samples * expected.rows_per_sample),
@@ -265,7 +272,7 @@ def source_manifest(source: SourceConfig) -> Manifest:
         "images": expected.images,
         "with_image": round(expected.samples * expected.image_share),
     }
-    manifest = new_manifest(phase_one, {"shape": shape}, {}, expected.samples)
+    manifest = new_manifest(phase_one, facts, {}, expected.samples)
     return dataclasses.replace(manifest, counts=counts)
 
 
@@ -298,6 +305,7 @@ def _ablation_rows(config: AblationConfig) -> list[tuple[str, Any]]:
     rows.append(("steps, all", sum(p.steps for p in plans.values()) * seeds))
     rows.append(("most memory of one GPU", size(max(p.memory_bytes for p in plans.values()))))
     rows.append(("GPU hours, all", f"{sum(p.gpu_hours for p in plans.values()) * seeds:,.1f}"))
+    rows.append(("  an online teacher would add", f"{sum(p.online_hours for p in plans.values()) * seeds:,.1f}"))
     return [*rows, ASSUMPTION]
 
 
@@ -412,6 +420,30 @@ def _flops(config: FitConfig, model: Any) -> float:
     again = 2 if config.student.gradient_checkpointing else 0
     cached = config.student.vision_features == "cache"
     return (4 + again) * language + 2 * trained + (0 if cached else 2) * tower
+
+
+def _scoring_flops(config: FitConfig, manifests: Sequence[Manifest]) -> float:
+    """Of the teacher's forward pass over an epoch of the sources that are distilled: 2 a weight and token."""
+    total = 0.0
+    if all(loss.name == "cross_entropy" for loss in config.losses):
+        return total
+    for source, manifest in zip(config.sources, manifests, strict=True):
+        if _distils(source):
+            counts, tokens = manifest.counts, manifest.counts["tokens"]
+            images = counts.get("with_image", tokens - counts["samples"] - counts["positions"])
+            tokens += images * (manifest.shape.image_tokens - 1)
+            total += source.share * 2 * _teacher_parameters(str(manifest.teacher.get("model", ""))) * tokens
+    return total
+
+
+@lru_cache
+def _teacher_parameters(name: str) -> int:
+    """0 for a teacher whose configuration is not at hand: a cache does not need it."""
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in LlavaForConditionalGeneration(load_model_config(name)).parameters())
+    except ConfigError:
+        return 0
 
 
 def _origin(student: StudentConfig, known: Mapping[str, StudentConfig]) -> StudentConfig:

@@ -1,4 +1,4 @@
-"""The table of an ablation: mean ± deviation over seeds, paired differences, as text, CSV, Markdown, JSON, a picture."""
+"""The table of an ablation: mean ± deviation over seeds, paired differences; text, CSV, Markdown, JSON, picture."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COSTS = ("cpu_seconds", "seconds", "peak_megabytes", "steps")
 
 
 def write_table(config: AblationConfig, results: Results) -> dict[str, Any]:
-    """``table.json``, ``table.csv``, ``table.md``, ``table.svg`` in ``config.output``; returns what table.json holds."""
+    """``table.json``, ``table.csv``, ``table.md``, ``table.svg`` in ``config.output``; returns what the first holds."""
     table = make_table(config, results)
     folder = Path(config.output)
     (folder / "table.json").write_text(json.dumps(table, indent=1), encoding="utf-8")

@@ -48,7 +48,14 @@ def last_error(said: str) -> str:
     return (causes or named or ["nothing"])[-1][:500]
 
 
-_GUARD = "import os, sys; sys.stdin.read() or [os.kill(int(pid), 9) for pid in sys.argv[1:] if os.path.exists('/proc/' + pid)]"
+_GUARD = """
+import os, sys
+for pid in () if sys.stdin.read() else sys.argv[1:]:
+    try:
+        os.kill(int(pid), 9)
+    except ProcessLookupError:
+        pass
+"""
 
 
 def kill_when_orphaned(pids: Sequence[int]) -> subprocess.Popen[str]:

@@ -10,6 +10,7 @@ are the residual stream *before* the final norm.
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.util
 import tempfile
 import threading
@@ -190,8 +191,7 @@ class VllmSession:
 
     def _family(self) -> list[int]:
         """Process ids of the engine and of its workers."""
-        import psutil  # comes with vLLM
-
+        psutil = importlib.import_module("psutil")  # comes with vLLM
         engines = [process.pid for process in self.processes()]
         return engines + [child.pid for pid in engines for child in psutil.Process(pid).children(recursive=True)]
 

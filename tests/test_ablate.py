@@ -20,7 +20,10 @@ def ablation(output: Path, **over: Any) -> AblationConfig:
     tree: dict[str, Any] = {
         "output": str(output),
         "base": {"sources": [{"cache": "c"}], "student": {"model": "s/{seed}"}, "train": {"max_steps": 2}},
-        "arms": {"a": {}, "b": {"set": {"losses": [{"name": "cross_entropy"}, {"name": "forward_kl"}]}, "needs": ["a"]}},
+        "arms": {
+            "a": {},
+            "b": {"set": {"losses": [{"name": "cross_entropy"}, {"name": "forward_kl"}]}, "needs": ["a"]},
+        },
         "baseline": "a",
         "seeds": [0, 1],
     }

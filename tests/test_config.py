@@ -52,5 +52,5 @@ def test_overrides_are_checked_like_the_file(tmp_path: Path) -> None:
         load_config(CacheConfig, None, ["signals.top_k"])
     with pytest.raises(ConfigError, match="no such configuration file"):
         load_config(CacheConfig, tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="unknown key signals.tpo_k"):
+    with pytest.raises(ConfigError, match=r"unknown key signals\.tpo_k"):
         load_config(CacheConfig, None, ["signals.tpo_k=3"])

@@ -13,7 +13,14 @@ import pytest
 from PIL import Image as PillowImage
 
 from teacher_cache.config import DataConfig
-from teacher_cache.conversations import Conversation, DataError, Skipped, parse_sample, read_conversations, to_llava_json
+from teacher_cache.conversations import (
+    Conversation,
+    DataError,
+    Skipped,
+    parse_sample,
+    read_conversations,
+    to_llava_json,
+)
 from teacher_cache.images import MAX_PIXELS, ImageError, load_image
 
 
@@ -103,7 +110,10 @@ def test_jsonl_and_parquet_give_what_json_gives(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(lines), tmp_path / "d.parquet")
     found = [read_conversations(DataConfig(path=str(tmp_path / f"d.{e}"))) for e in ("json", "jsonl", "parquet")]
     assert found[0] == found[1] == found[2]
-    assert to_llava_json(s for s in found[0] if isinstance(s, Conversation))[0]["conversations"][0]["value"] == "<image>\nq"
+    assert (
+        to_llava_json(s for s in found[0] if isinstance(s, Conversation))[0]["conversations"][0]["value"]
+        == "<image>\nq"
+    )
 
 
 def test_parquet_with_image_bytes(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from teacher_cache.codecs import decode
 from teacher_cache.config import CacheConfig
-from teacher_cache.images import load_image, square
 from teacher_cache.conversations import Image
+from teacher_cache.images import load_image, square
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import line_counts, rows_among_positions
 from teacher_cache.score import build_cache
@@ -28,7 +28,9 @@ IMAGE = 99
 def dense(teacher: TorchTeacher, record, folder: Path) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     """Logits and final states of one unpadded forward pass, and the ids the model read: no code of ours but images."""
     model, n = teacher._model, teacher.description.shape.image_tokens
-    ids = [i for t in record.arrays["input_ids"].tolist() for i in [t] * (n if t == teacher.description.image_token else 1)]
+    ids = [
+        i for t in record.arrays["input_ids"].tolist() for i in [t] * (n if t == teacher.description.image_token else 1)
+    ]
     inputs = {"input_ids": torch.tensor([ids])}
     if record.image_id:
         image = square(load_image(Image(record.image_id, record.image_id), folder), (0.5, 0.5, 0.5), "pad")
@@ -55,7 +57,9 @@ def test_rows_equal_a_dense_forward_pass_at_the_predicting_position(
             assert (stored[:, 0] >= wanted.max(-1).values - 1e-2).all()
             lse = record.arrays["stats"][:, list(cache.manifest.stats_names).index("lse@1")]
             np.testing.assert_allclose(lse, torch.logsumexp(logits[places - 1], -1), atol=1e-3)
-            rows = rows_among_positions(record.arrays["input_ids"], record.arrays["loss_mask"], cache.manifest.image_token)
+            rows = rows_among_positions(
+                record.arrays["input_ids"], record.arrays["loss_mask"], cache.manifest.image_token
+            )
             kept = record.arrays["hidden"][rows].astype(np.float32)
             np.testing.assert_allclose(kept, states[places - 1].numpy(), atol=5e-3)
 
@@ -103,7 +107,9 @@ def test_every_codec_rebuilds_the_states(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5)), min_size=1, max_size=5), st.booleans(), st.integers(1, 9))
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5)), min_size=1, max_size=5), st.booleans(), st.integers(1, 9)
+)
 def test_row_positions_equal_a_plain_loop(turns: list[tuple[int, int]], has_image: bool, image_tokens: int) -> None:
     ids: list[int] = []
     mask: list[bool] = []
@@ -125,7 +131,9 @@ def test_row_positions_equal_a_plain_loop(turns: list[tuple[int, int]], has_imag
     assert (found.text[rows_among_positions(sample.input_ids, sample.loss_mask, IMAGE)] == found.rows).all()
 
 
-def test_padding_and_batch_do_not_change_a_samples_states(teacher: TorchTeacher, cache_folder: Path, world: Path) -> None:
+def test_padding_and_batch_do_not_change_a_samples_states(
+    teacher: TorchTeacher, cache_folder: Path, world: Path
+) -> None:
     with TeacherCache.open(cache_folder) as cache:
         records = [cache[i] for i in range(12)]
     requests = [
@@ -135,14 +143,18 @@ def test_padding_and_batch_do_not_change_a_samples_states(teacher: TorchTeacher,
         )
         for r in records
     ]
-    together = {i: s for places, states in teacher.score(requests, Wanted()) for i, s in zip(places, states, strict=True)}
+    together = {
+        i: s for places, states in teacher.score(requests, Wanted()) for i, s in zip(places, states, strict=True)
+    }
     assert sorted(together) == list(range(12))
     for i, request in enumerate(requests):
         [(_, [alone])] = list(teacher.score([request], Wanted()))
         torch.testing.assert_close(together[i].rows, alone.rows, atol=1e-4, rtol=1e-4)
 
 
-def test_visual_states_do_not_depend_on_the_conversation(cache_folder: Path, teacher: TorchTeacher, world: Path) -> None:
+def test_visual_states_do_not_depend_on_the_conversation(
+    cache_folder: Path, teacher: TorchTeacher, world: Path
+) -> None:
     with TeacherCache.open(cache_folder) as cache:
         batch = cache.read(range(len(cache)))
         stored = {}

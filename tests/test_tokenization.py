@@ -18,7 +18,13 @@ from teacher_cache.tokenization import (
     tokenizer_fingerprint,
 )
 
-TEXT = ["what is this thing", "a red bicycle near the wall", "is it large", "yes, it is", "USER: ASSISTANT: system"] * 20
+TEXT = [
+    "what is this thing",
+    "a red bicycle near the wall",
+    "is it large",
+    "yes, it is",
+    "USER: ASSISTANT: system",
+] * 20
 
 
 def byte_level(special: list[str]) -> PreTrainedTokenizerFast:
@@ -35,7 +41,9 @@ def metaspace(special: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace()
-    tokenizer.train_from_iterator(TEXT, trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>"))
+    tokenizer.train_from_iterator(
+        TEXT, trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>")
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -77,7 +85,12 @@ def test_vicuna_v1_is_llavas_string() -> None:
     """conv_vicuna_v1 of LLaVA: system + seps " " and "</s>"."""
     template = template_by_name("vicuna_v1")
     assert template.first.endswith("answers to the user's questions. ")
-    assert (template.user, template.assistant, template.answer_space, template.end) == ("USER: ", " ASSISTANT:", " ", "</s>")
+    assert (template.user, template.assistant, template.answer_space, template.end) == (
+        "USER: ",
+        " ASSISTANT:",
+        " ",
+        "</s>",
+    )
 
 
 def test_an_answer_cut_off_is_closed_before_the_next_question_but_not_supervised() -> None:

@@ -58,7 +58,7 @@ def prepare(
 
 def main(
     folder: Path = Path("runs/tiny"),
-    train_images: Annotated[int, typer.Option(help="images with training conversations")] = 250,
+    train_images: Annotated[int, typer.Option(help="images with training conversations")] = 300,
     dev_images: int = 150,
     test_images: int = 300,
     seed: int = 0,
