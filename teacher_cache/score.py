@@ -10,24 +10,24 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as PillowImage
 from safetensors.torch import save as save_safetensors
 
 from teacher_cache import __version__
 from teacher_cache.answer import AnsweredSample, answer_conversations, answer_text, read_answers, write_answers
 from teacher_cache.answerer import answerer_facts, with_answerer
-from teacher_cache.codecs import ChannelScales, fit_channel_scales
+from teacher_cache.calibration import calibrate, scales_to_bytes
+from teacher_cache.codecs import ChannelScales
 from teacher_cache.config import CacheConfig, ConfigError, as_plain
 from teacher_cache.conversations import Conversation, Skipped, read_conversations
-from teacher_cache.images import ImageError, load_image
+from teacher_cache.inputs import Samples, ShardInput, unfit_sample
 from teacher_cache.manifest import (
     CacheError,
     Manifest,
@@ -43,14 +43,11 @@ from teacher_cache.signals import Extractor, wanted_states
 from teacher_cache.storage import Storage
 from teacher_cache.teacher import SampleStates, ScoreRequest, Teacher, pick, row_positions
 from teacher_cache.tokenization import (
-    Prompt,
-    Template,
     TokenizedSample,
     assemble,
     template_by_name,
-    tokenize_answer,
-    tokenize_prompt,
 )
+from teacher_cache.visual import owned_images, plan_images
 from teacher_cache.writer import (
     HEAD,
     SCALES,
@@ -62,8 +59,6 @@ from teacher_cache.writer import (
     write_images,
     write_shard,
 )
-
-Samples = Sequence[Conversation | Skipped]
 
 
 @dataclass(frozen=True)
@@ -264,7 +259,7 @@ def build_shards(
         pending: Future[None] | None = None
         for number in numbers:
             chosen = samples[number * size : (number + 1) * size]
-            shard = _ShardInput.load(config, teacher, chosen)
+            shard = ShardInput.load(config, teacher, chosen)
             answered = answer_shard(config, storage, manifest, teacher, number, shard, clock)
             if not answers_only:
                 records, images = score_shard(
@@ -279,53 +274,13 @@ def build_shards(
     return clock
 
 
-@dataclass
-class _ShardInput:
-    """One shard's usable conversations with their prompts and images, and the samples left out with the reason."""
-
-    conversations: list[Conversation]
-    prompts: list[Prompt]
-    images: list[PillowImage.Image | None]
-    skipped: list[Skipped]
-    left_out: list[Conversation] = field(default_factory=list)
-    """Conversations that were read but cannot be cached; their images may serve other shards."""
-
-    @classmethod
-    def load(cls, config: CacheConfig, teacher: Teacher, chosen: Samples) -> _ShardInput:
-        shard = cls([], [], [], [])
-        template = template_by_name(config.teacher.template)
-        with ThreadPoolExecutor(config.speed.loader_threads) as threads:
-            images = list(threads.map(lambda c: _image_or_reason(c, config.data.image_folder), chosen))
-        for sample, image in zip(chosen, images, strict=True):
-            if isinstance(sample, Skipped) or isinstance(image, Skipped):
-                shard.skipped.append(sample if isinstance(sample, Skipped) else image)  # type: ignore[arg-type]
-                continue
-            prompt = tokenize_prompt(sample, template, teacher.tokenizer)
-            shard.conversations.append(sample)
-            shard.prompts.append(prompt)
-            shard.images.append(image)
-        shard.skip(lambda i: _unfit_prompt(config, teacher, shard.prompts[i]))
-        return shard
-
-    def skip(self, reason_of: Any) -> list[int]:
-        """Move samples with a reason to ``skipped``; returns the kept places."""
-        reasons = [reason_of(i) for i in range(len(self.conversations))]
-        self.skipped += [Skipped(c.sample_id, r) for c, r in zip(self.conversations, reasons, strict=True) if r]
-        self.left_out += [c for c, r in zip(self.conversations, reasons, strict=True) if r]
-        kept = [i for i, reason in enumerate(reasons) if not reason]
-        self.conversations = [self.conversations[i] for i in kept]
-        self.prompts = [self.prompts[i] for i in kept]
-        self.images = [self.images[i] for i in kept]
-        return kept
-
-
 def answer_shard(
     config: CacheConfig,
     storage: Storage,
     manifest: Manifest,
     teacher: Teacher,
     number: int,
-    shard: _ShardInput,
+    shard: ShardInput,
     clock: Clock,
 ) -> list[AnsweredSample]:
     """The shard's answers: those already on disk, or new ones, which are written before anything is scored."""
@@ -362,7 +317,7 @@ def score_shard(
     teacher: Teacher,
     extractor: Extractor,
     number: int,
-    shard: _ShardInput,
+    shard: ShardInput,
     answered: list[AnsweredSample],
     places: dict[str, ImagePlace],
     clock: Clock,
@@ -379,7 +334,7 @@ def score_shard(
     )
     answered = [answered[i] for i in kept]
     tokenized = [assemble(p, a.answers) for p, a in zip(shard.prompts, answered, strict=True)]
-    kept = shard.skip(lambda i: _unfit_sample(config, teacher, tokenized[i]))
+    kept = shard.skip(lambda i: unfit_sample(config, teacher, tokenized[i]))
     answered, tokenized = [answered[i] for i in kept], [tokenized[i] for i in kept]
     owned = {image_id: place.row for image_id, place in places.items() if place.shard == number}
     arrays: list[dict[str, Array] | None] = [None] * len(tokenized)
@@ -396,7 +351,7 @@ def score_shard(
         _record(manifest, teacher, shard.conversations[i], answered[i], tokenized[i], arrays[i])
         for i in range(len(tokenized))
     ]
-    images = _owned_images(config, teacher, extractor, shard, owned, visual)
+    images = owned_images(config, teacher, extractor, shard, owned, visual)
     clock.scoring += time.monotonic() - begin
     return records, images
 
@@ -416,70 +371,9 @@ def make_extractor(config: CacheConfig, storage: Storage, manifest: Manifest, te
     )
 
 
-def calibrate(config: CacheConfig, samples: Samples, teacher: Teacher) -> dict[str, ChannelScales]:
-    """Channel scales and principal components from the first samples' original answers, teacher-forced."""
-    signals = config.signals
-    if signals.codec in ("float32", "float16", "bfloat16") and not signals.pca:
-        return {}
-    template = template_by_name(config.teacher.template)
-    # More than are needed are looked at, since some cannot be used.
-    shard = _ShardInput.load(config, teacher, samples[: 2 * signals.calibration_samples])
-    tokenized = [
-        assemble(p, [tokenize_answer(a, template, teacher.tokenizer) for a in c.answers])
-        for c, p in zip(shard.conversations, shard.prompts, strict=True)
-    ]
-    fit = [i for i in range(len(tokenized)) if not _unfit_sample(config, teacher, tokenized[i])]
-    fit = fit[: signals.calibration_samples]
-    if not fit:
-        raise CacheError("no usable sample among the first ones, so channel scales cannot be fitted: check data.path")
-    states: list[SampleStates] = []
-    requests = [ScoreRequest(tokenized[i], shard.images[i]) for i in fit]
-    for _, batch in teacher.score(requests, wanted_states(signals)):
-        states += batch
-    kinds: dict[str, list[torch.Tensor | None]] = {}
-    if signals.hidden != "none":
-        kinds["hidden"] = [s.text if signals.hidden == "text" else s.rows for s in states]
-    if signals.second_last:
-        kinds["hidden_second_last"] = [
-            s.text_second_last if signals.hidden == "text" else s.rows_second_last for s in states
-        ]
-    if signals.visual == "states":
-        kinds["visual"] = [s.visual for s in states]
-    fitted = {}
-    for name, tensors in kinds.items():
-        rows = [t.float().cpu().numpy() for t in tensors if t is not None]
-        if rows:
-            fitted[name] = fit_channel_scales(np.concatenate(rows), signals.codec, signals.pca)
-    return fitted
-
-
-def scales_to_bytes(scales: dict[str, ChannelScales]) -> bytes:
-    """The counterpart of ``reader.scales_from_bytes``."""
-    tensors = {}
-    for name, fitted in scales.items():
-        for part in dataclasses.fields(fitted):
-            value = getattr(fitted, part.name)
-            if value is not None:
-                tensors[f"{name}.{part.name}"] = torch.from_numpy(value)
-    return bytes(save_safetensors(tensors))
-
-
-def plan_images(samples: Samples, shard_samples: int) -> dict[str, ImagePlace]:
-    """Where each distinct image's line stands: in the shard in which it comes first, in order of appearance."""
-    places: dict[str, ImagePlace] = {}
-    filled: dict[int, int] = {}
-    for position, sample in enumerate(samples):
-        if isinstance(sample, Skipped) or sample.image is None or sample.image.image_id in places:
-            continue
-        shard = position // shard_samples
-        places[sample.image.image_id] = ImagePlace(shard, filled.get(shard, 0))
-        filled[shard] = filled.get(shard, 0) + 1
-    return places
-
-
 def _states(
     teacher: Teacher,
-    shard: _ShardInput,
+    shard: ShardInput,
     answered: list[AnsweredSample],
     tokenized: list[TokenizedSample],
     extractor: Extractor,
@@ -526,43 +420,6 @@ def _record(
     )
 
 
-def _owned_images(
-    config: CacheConfig,
-    teacher: Teacher,
-    extractor: Extractor,
-    shard: _ShardInput,
-    owned: dict[str, int],
-    visual: dict[str, dict[str, Array]],
-) -> list[tuple[str, dict[str, Array] | None]]:
-    """The lines of this shard's images, in order. An image whose samples here were all left out is scored alone:
-    later shards may use it. One that cannot be read has no line of its own; no sample refers to it."""
-    template = template_by_name(config.teacher.template)
-    lines: list[tuple[str, dict[str, Array] | None]] = []
-    alone = {c.image.image_id: c for c in shard.left_out if c.image is not None}
-    for image_id, _ in sorted(owned.items(), key=lambda item: item[1]):
-        if image_id not in visual and image_id in alone:
-            visual.update(_score_image(config, teacher, extractor, alone[image_id], template))
-        lines.append((image_id, visual.get(image_id)))
-    return lines
-
-
-def _score_image(
-    config: CacheConfig, teacher: Teacher, extractor: Extractor, conversation: Conversation, template: Template
-) -> dict[str, dict[str, Array]]:
-    """{image_id: arrays} from a prompt that holds the image and nothing after it but the template's words."""
-    image = _image_or_reason(conversation, config.data.image_folder)
-    if isinstance(image, Skipped) or image is None:
-        return {}
-    assert conversation.image is not None
-    probe = dataclasses.replace(conversation, questions=("",), answers=("",))
-    ids = np.asarray(tokenize_prompt(probe, template, teacher.tokenizer).segments[0], np.int64)
-    sample = TokenizedSample(conversation.sample_id, ids, np.zeros(len(ids), np.bool_))
-    for _, states in teacher.score([ScoreRequest(sample, image)], wanted_states(extractor.signals)):
-        assert states[0].visual is not None
-        return {conversation.image.image_id: extractor.image(states[0].visual)}
-    return {}
-
-
 def _commit(
     storage: Storage,
     manifest: Manifest,
@@ -581,41 +438,6 @@ def _commit(
 def _advance(progress: Stage, count: int, clock: Clock) -> None:
     busy = clock.answering + clock.scoring
     progress.advance(count, answering=f"{100 * clock.answering / busy:.0f} %" if busy else "-")
-
-
-def _image_or_reason(sample: Conversation | Skipped, folder: str) -> PillowImage.Image | Skipped | None:
-    if isinstance(sample, Skipped) or sample.image is None:
-        return None
-    try:
-        return load_image(sample.image, folder)
-    except ImageError as error:
-        return Skipped(sample.sample_id, str(error))
-
-
-def _unfit_prompt(config: CacheConfig, teacher: Teacher, prompt: Prompt) -> str:
-    """Why a conversation cannot be answered, or an empty text."""
-    length = sum(_expanded_length(teacher, np.asarray(segment)) for segment in prompt.segments)
-    if length >= config.teacher.max_length:
-        return (
-            f"questions alone take {length} tokens, teacher.max_length is {config.teacher.max_length}: "
-            f"{length - config.teacher.max_length + 1} over"
-        )
-    return ""
-
-
-def _unfit_sample(config: CacheConfig, teacher: Teacher, sample: TokenizedSample) -> str:
-    """Why an answered conversation cannot be cached, or an empty text."""
-    length, limit = _expanded_length(teacher, sample.input_ids), config.teacher.max_length
-    if length > limit:
-        return f"{length} tokens with answers, teacher.max_length is {limit}: {length - limit} over"
-    if np.count_nonzero(sample.input_ids == teacher.description.image_token) > 1:
-        return "the text of a question or an answer holds the image token"
-    return ""
-
-
-def _expanded_length(teacher: Teacher, ids: np.ndarray[Any, Any]) -> int:
-    images = int(np.count_nonzero(ids == teacher.description.image_token))
-    return len(ids) + images * (teacher.description.shape.image_tokens - 1)
 
 
 def _data_files(config: CacheConfig) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ from teacher_cache.config import PRESETS, CacheConfig, DataConfig, LayoutConfig,
 from teacher_cache.conversations import Skipped
 from teacher_cache.manifest import Manifest, new_manifest, write_manifest
 from teacher_cache.records import TeacherRecord, TeacherShape
-from teacher_cache.score import scales_to_bytes
+from teacher_cache.calibration import scales_to_bytes
 from teacher_cache.signals import Extractor
 from teacher_cache.storage import Storage
 from teacher_cache.teacher import SampleStates, TeacherDescription, row_positions

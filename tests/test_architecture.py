@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("teacher_cache", "student_train", "pipelines")
 # What phase two may know of phase one: how a cache is read, not how it is made.
 SHARED = {
-    *("arrays", "batching", "checksums", "codecs", "config", "conversations", "folder", "images", "manifest"),
-    *("prefetch", "progress", "reader", "records", "storage", "tokenization", "weights", "writer"),
+    *("arrays", "charts", "checksums", "codecs", "config", "conversations", "folder", "images", "manifest", "model_config"),
+    *("model_config", "page", "prefetch", "progress", "reader", "records", "storage", "tokenization", "weights", "writer"),
 }
 ONE_FILE = {
     "vllm": {f"teacher_cache/{n}.py" for n in ("teacher_vllm", "vllm_session", "vllm_connector", "vllm_processes")},

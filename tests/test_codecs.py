@@ -10,7 +10,7 @@ from teacher_cache.codecs import decode, decode_torch, encode, fit_channel_scale
 from teacher_cache.config import SignalsConfig
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import TeacherShape, hidden_arrays
-from teacher_cache.score import scales_to_bytes
+from teacher_cache.calibration import scales_to_bytes
 from tests.store_fixtures import signals, synthetic_cache
 
 CODECS = ["float16", "bfloat16", "int8", "int4"]

@@ -1,0 +1,94 @@
+"""The usable part of one shard's input: conversations with prompts and images, and what was left out, with reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image as PillowImage
+
+from teacher_cache.config import CacheConfig
+from teacher_cache.conversations import Conversation, Skipped
+from teacher_cache.images import ImageError, load_image
+from teacher_cache.teacher import Teacher
+from teacher_cache.tokenization import Prompt, TokenizedSample, template_by_name, tokenize_prompt
+
+Samples = Sequence[Conversation | Skipped]
+
+
+@dataclass
+class ShardInput:
+    """One shard's usable conversations with their prompts and images, and the samples left out with the reason."""
+
+    conversations: list[Conversation]
+    prompts: list[Prompt]
+    images: list[PillowImage.Image | None]
+    skipped: list[Skipped]
+    left_out: list[Conversation] = field(default_factory=list)
+    """Conversations that were read but cannot be cached; their images may serve other shards."""
+
+    @classmethod
+    def load(cls, config: CacheConfig, teacher: Teacher, chosen: Samples) -> ShardInput:
+        shard = cls([], [], [], [])
+        template = template_by_name(config.teacher.template)
+        with ThreadPoolExecutor(config.speed.loader_threads) as threads:
+            images = list(threads.map(lambda c: image_or_reason(c, config.data.image_folder), chosen))
+        for sample, image in zip(chosen, images, strict=True):
+            if isinstance(sample, Skipped) or isinstance(image, Skipped):
+                shard.skipped.append(sample if isinstance(sample, Skipped) else image)  # type: ignore[arg-type]
+                continue
+            prompt = tokenize_prompt(sample, template, teacher.tokenizer)
+            shard.conversations.append(sample)
+            shard.prompts.append(prompt)
+            shard.images.append(image)
+        shard.skip(lambda i: _unfit_prompt(config, teacher, shard.prompts[i]))
+        return shard
+
+    def skip(self, reason_of: Any) -> list[int]:
+        """Move samples with a reason to ``skipped``; returns the kept places."""
+        reasons = [reason_of(i) for i in range(len(self.conversations))]
+        self.skipped += [Skipped(c.sample_id, r) for c, r in zip(self.conversations, reasons, strict=True) if r]
+        self.left_out += [c for c, r in zip(self.conversations, reasons, strict=True) if r]
+        kept = [i for i, reason in enumerate(reasons) if not reason]
+        self.conversations = [self.conversations[i] for i in kept]
+        self.prompts = [self.prompts[i] for i in kept]
+        self.images = [self.images[i] for i in kept]
+        return kept
+
+
+def image_or_reason(sample: Conversation | Skipped, folder: str) -> PillowImage.Image | Skipped | None:
+    if isinstance(sample, Skipped) or sample.image is None:
+        return None
+    try:
+        return load_image(sample.image, folder)
+    except ImageError as error:
+        return Skipped(sample.sample_id, str(error))
+
+
+def _unfit_prompt(config: CacheConfig, teacher: Teacher, prompt: Prompt) -> str:
+    """Why a conversation cannot be answered, or an empty text."""
+    length = sum(_expanded_length(teacher, np.asarray(segment)) for segment in prompt.segments)
+    if length >= config.teacher.max_length:
+        return (
+            f"questions alone take {length} tokens, teacher.max_length is {config.teacher.max_length}: "
+            f"{length - config.teacher.max_length + 1} over"
+        )
+    return ""
+
+
+def unfit_sample(config: CacheConfig, teacher: Teacher, sample: TokenizedSample) -> str:
+    """Why an answered conversation cannot be cached, or an empty text."""
+    length, limit = _expanded_length(teacher, sample.input_ids), config.teacher.max_length
+    if length > limit:
+        return f"{length} tokens with answers, teacher.max_length is {limit}: {length - limit} over"
+    if np.count_nonzero(sample.input_ids == teacher.description.image_token) > 1:
+        return "the text of a question or an answer holds the image token"
+    return ""
+
+
+def _expanded_length(teacher: Teacher, ids: np.ndarray[Any, Any]) -> int:
+    images = int(np.count_nonzero(ids == teacher.description.image_token))
+    return len(ids) + images * (teacher.description.shape.image_tokens - 1)
