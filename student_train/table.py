@@ -60,6 +60,7 @@ def make_table(config: AblationConfig, results: Results) -> dict[str, Any]:
         "seeds": list(config.seeds),
         "arms": arms,
         "teacher": teacher_cost(config),
+        "global_batch": config.base.get("train", {}).get("global_batch", 0),
     }
 
 
@@ -74,7 +75,33 @@ def teacher_cost(config: AblationConfig) -> dict[str, Any]:
     except CacheError:
         return {}
     cost = json.loads(storage.read("cost.json")) if storage.exists("cost.json") else {}
-    return {"bytes": counts.get("bytes", 0), "rows": counts.get("rows", 0), **cost}
+    return {**{name: counts.get(name, 0) for name in ("bytes", "rows", "samples")}, **cost}
+
+
+def teacher_text(table: Mapping[str, Any]) -> str:
+    """What the teacher costs each student as more of them share the cache, beside running it online.
+
+    Online it would score every batch of every run again: a scoring pass over the data for each epoch (answers are
+    regenerated beforehand in both cases).
+    """
+    teacher = table["teacher"]
+    if not teacher.get("score_seconds"):
+        return ""
+    once = teacher["answer_seconds"] + teacher["score_seconds"]
+    students = len(table["arms"]) * len(table["seeds"])
+    shares = ", ".join(f"{once / n:.1f} s for {n}" for n in sorted({1, len(table["seeds"]), students}))
+    text = (
+        f"The teacher: {teacher['answer_seconds']:.1f} s of answering and {teacher['score_seconds']:.1f} s of scoring and "
+        f"writing, once. A student's share as more use the cache: {shares}."
+    )
+    epochs = max(arm["steps"] for arm in table["arms"]) * table.get("global_batch", 0) / max(teacher["samples"], 1)
+    online = epochs * teacher["score_seconds"]
+    if online:
+        text += (
+            f" Online it would score again at every step: {epochs:.0f} epochs × {teacher['score_seconds']:.1f} s = "
+            f"{online:.0f} s for each student, so scoring ahead pays from student {math.ceil(1 / epochs)} on."
+        )
+    return text
 
 
 def as_text(table: Mapping[str, Any]) -> str:
@@ -101,7 +128,7 @@ def as_markdown(table: Mapping[str, Any]) -> str:
         f"{seeds} seeds, mean ± standard deviation; in brackets the difference to {table['baseline']}, paired by seed, "
         "± its standard deviation; * where it is more than twice that."
     )
-    return "\n".join([*lines, "", legend, "", *notes]).rstrip() + "\n"
+    return "\n".join([*lines, "", legend, teacher_text(table), "", *notes]).rstrip() + "\n"
 
 
 def as_csv(table: Mapping[str, Any]) -> str:
