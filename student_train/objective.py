@@ -145,7 +145,7 @@ class DistilledStudent(nn.Module):
             raise ConfigError(f"hidden losses need teachers of one width, the sources have {sorted(sizes)}")
         self.projectors = nn.ModuleDict(
             {layer: losses.HiddenProjector(width, next(iter(sizes))) for layer in sorted(layers)}
-        )
+        ).to(model.dtype)
 
     def forward(self, batch: StudentBatch, source: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(the weighted loss of this micro-batch, each term's unweighted part of it, detached)."""
