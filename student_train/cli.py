@@ -151,3 +151,7 @@ def _show(facts: Any, as_json: bool) -> None:
     rows = facts.items() if isinstance(facts, dict) else facts
     for name, value in rows:
         typer.echo(f"{str(name).replace('_', ' '):<28} {f'{value:,.4g}' if isinstance(value, float) else value}")
+
+
+if __name__ == "__main__":  # accelerate launch -m student_train.cli
+    app()

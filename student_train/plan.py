@@ -171,7 +171,8 @@ def plan_fit(config: FitConfig, known: Mapping[str, StudentConfig] | None = None
     """One run; ``known``: what the models that other runs of the same file will write were made from."""
     check_fit_config(config)
     student = _origin(config.student, known or {})
-    model = student_on_meta(student)
+    parts = student.language_model and not (Path(student.model) / "config.json").is_file()
+    model = student_on_meta(dataclasses.replace(student, model="") if parts else student)
     manifests = [source_manifest(s) for s in config.sources]
     for source, manifest in zip(config.sources, manifests, strict=True):
         if _distils(source):
@@ -208,8 +209,9 @@ def plan_fit(config: FitConfig, known: Mapping[str, StudentConfig] | None = None
     )
 
 
+@lru_cache(maxsize=8)
 def student_on_meta(config: StudentConfig) -> LlavaForConditionalGeneration:
-    """The student without weights: shapes, and what is trained of it."""
+    """The student without weights: shapes, and what is trained of it. To be read only: arms of one shape share it."""
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(student_architecture(config))
     if model.config.tie_word_embeddings:

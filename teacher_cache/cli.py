@@ -188,3 +188,7 @@ def _style(as_json: bool) -> Style:
 
 def _number(value: Any) -> str:
     return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+if __name__ == "__main__":
+    app()
