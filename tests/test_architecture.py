@@ -14,7 +14,8 @@ PACKAGES = ("teacher_cache", "student_train", "pipelines")
 # What phase two may know of phase one: how a cache is read, not how it is made.
 SHARED = {
     *("arrays", "charts", "checksums", "codecs", "config", "conversations", "folder", "images", "manifest"),
-    *("model_config", "page", "prefetch", "progress", "reader", "records", "storage", "tokenization", "weights", "writer"),
+    *("model_config", "page", "prefetch", "progress", "reader", "records", "storage", "tokenization"),
+    *("weights", "writer"),
 }
 ONE_FILE = {
     "vllm": {f"teacher_cache/{n}.py" for n in ("teacher_vllm", "vllm_session", "vllm_connector", "vllm_processes")},
