@@ -1,0 +1,510 @@
+"""What a step and a cache cost: online against offline against plain fine-tuning, and capturing against scoring.
+
+    python -m benchmarks.training                  # 2 CPU cores: the tiny world, then a 100M student with V = 32,000
+    python -m benchmarks.training --only tiny
+    python -m benchmarks.gpu                       # the same on a GPU: a 13B-shaped teacher, 2.7B and 1.4B students
+
+One process, one student, one optimiser and one data set serve all arms, whose blocks of steps take turns; a ratio is
+the median over the rounds of (this arm's block / the cross-entropy block of the same round). A block is the trainer's
+own loop with a loader of its own, so loading counts in full, the first batch's too. Peak memory and the share of time
+spent waiting for data come from fresh processes, an arm each, of one longer run.
+
+    cross-entropy   plain fine-tuning on the cached answers
+    top-k           + forward KL from the stored top-k + hidden MSE
+    exact           + forward KL over the whole vocabulary, from the stored states + hidden MSE
+    online          the same as exact, but the teacher is in memory and runs its forward pass in every step
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from benchmarks.head_loss import peak, reset_peak
+from benchmarks.synthetic import Llm, Tower, WorldSize, write_data, write_model
+from pipelines.tiny.prepare import TEACHER
+from pipelines.tiny.student import write_student
+from pipelines.tiny.world import write_world
+from student_train.batch import StudentBatch
+from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfig, TrainConfig
+from student_train.loader import MicroBatches, StepPlan
+from student_train.objective import DistilledStudent, TeacherSide
+from student_train.targets import RowTargets, decoded
+from student_train.trainer import Run, _open_sources, _teacher_side
+from teacher_cache.config import (
+    CacheConfig,
+    DataConfig,
+    GenerationConfig,
+    LayoutConfig,
+    SignalsConfig,
+    SpeedConfig,
+    TeacherConfig,
+    as_plain,
+    build_config,
+)
+from teacher_cache.conversations import Skipped, read_conversations
+from teacher_cache.images import load_image
+from teacher_cache.manifest import Manifest, read_manifest
+from teacher_cache.records import TeacherRecord
+from teacher_cache.score import build_cache, make_extractor, open_teacher
+from teacher_cache.signals import Extractor, wanted_states
+from teacher_cache.storage import Storage
+from teacher_cache.teacher import AnswerRequest, ScoreRequest, Wanted
+from teacher_cache.teacher_torch import TorchTeacher
+from teacher_cache.tokenization import assemble, template_by_name, tokenize_answer, tokenize_prompt
+from teacher_cache.writer import ImagePlace, write_shard
+
+CE, TOPK, EXACT, MSE = (
+    LossSpec("cross_entropy"),
+    LossSpec("forward_kl"),
+    LossSpec("forward_kl", source="exact"),
+    LossSpec("hidden_mse"),
+)
+ARMS: dict[str, tuple[LossSpec, ...]] = {
+    "cross-entropy": (CE,),
+    "top-k": (CE, TOPK, MSE),
+    "exact": (CE, EXACT, MSE),
+    "online": (CE, EXACT, MSE),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One student and its teacher's cache; ``folder`` holds all files. ``steps`` a block, ``rounds`` of blocks."""
+
+    name: str
+    folder: Path
+    cache: CacheConfig
+    fit: FitConfig
+    steps: int
+    rounds: int
+    long_steps: int
+    """Steps of the run in which memory and waiting are measured."""
+    scored: int
+    """Samples of the phase-one measurement."""
+    new_tokens: int
+
+
+# The arms
+
+
+class OnlineStudent(DistilledStudent):
+    """The same student and losses with a live teacher: its forward pass in every step, nothing from a cache."""
+
+    live: TorchTeacher
+
+    def _row_targets(self, batch: StudentBatch, teacher: TeacherSide | None) -> RowTargets:
+        assert teacher is not None
+        model: Any = self.live._model
+        pixels = batch.pixel_values.to(model.dtype) if batch.pixel_values is not None else None
+        with torch.no_grad():
+            out = model.model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=pixels, use_cache=False
+            )
+        states = out.last_hidden_state[batch.row_sample, batch.row_position]
+        return RowTargets(answer_ids=batch.answer_ids, hidden=decoded(states), head=teacher.head)
+
+
+def arm(name: str, case: Case, shared: Run | None, live: TorchTeacher | None) -> Run:
+    """A run of the arm's losses over the model and the optimiser of ``shared``, or over its own."""
+    losses = ARMS[name]
+    config = replace(case.fit, output=str(case.folder / "runs" / name), losses=losses)
+    run = Run.prepare(config) if shared is None else shared
+    sources = _open_sources(config, run.processor.tokenizer)
+    if name == "online":  # the teacher is asked, not the cache
+        sources = _open_sources(replace(config, losses=(CE,)), run.processor.tokenizer)
+    model = run.student.model
+    teachers = [_teacher_side(config, source, model, run.accelerator.device) for source in sources]
+    kind = OnlineStudent if name == "online" else DistilledStudent
+    tokens = run.dataset._preprocessor.image_tokens
+    student = kind(model, losses, teachers, head_rows=config.train.head_rows, image_tokens=tokens)
+    if isinstance(student, OnlineStudent):
+        assert live is not None
+        student.__dict__["live"] = live  # not a submodule: nothing of it is trained
+    if len(student.projectors):
+        student.projectors = run.student.projectors
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    dataset = MicroBatches(sources, run.dataset._preprocessor, None, config.train.pixel_cache)
+    return replace(run, config=config, student=student, dataset=dataset, folder=Path(config.output))
+
+
+@dataclass(frozen=True)
+class Cost:
+    wall: float
+    cpu: float
+
+
+def block(run: Run, first: int, steps: int) -> Cost:
+    """Steps ``first`` … of the trainer's own loop, its loader included."""
+    train = replace(run.config.train, max_steps=first + steps)
+    sources = run.dataset._sources
+    run.plan = StepPlan(sources, [1.0] * len(sources), train, run.dataset._preprocessor.image_tokens)
+    run.step, run.seconds, run.waiting = first, 0.0, 0.0
+    wall, cpu = time.perf_counter(), time.process_time()
+    run.train("quiet")
+    if run.accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+    return Cost((time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps)
+
+
+def step_costs(case: Case) -> dict[str, list[Cost]]:
+    """By arm, the cost of one step in each round; the first round warms up and is left out."""
+    live = TorchTeacher(case.cache.teacher, case.cache.generation, case.cache.speed)
+    shared = Run.prepare(replace(case.fit, losses=ARMS["exact"]))
+    runs = {name: arm(name, case, shared, live) for name in ARMS}
+    costs: dict[str, list[Cost]] = {name: [] for name in ARMS}
+    for number in range(case.rounds + 1):
+        for name, run in runs.items():
+            cost = block(run, number * case.steps, case.steps)
+            if number:
+                costs[name].append(cost)
+    live.close()
+    return costs
+
+
+def long_run(name: str, case: Case) -> dict[str, float]:
+    """Peak memory and the share of waiting of one arm alone; for a process of its own."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    live = TorchTeacher(case.cache.teacher, case.cache.generation, case.cache.speed) if name == "online" else None
+    run = arm(name, case, None, live)
+    block(run, 0, 1)
+    reset_peak(device)
+    block(run, 1, case.long_steps)
+    return {"megabytes": peak(device) / 2**20, "waiting": run.waiting / run.seconds}
+
+
+def in_fresh_process(case: Case, name: str) -> dict[str, float]:
+    """:func:`long_run` in a new interpreter."""
+    path = case.folder / "case.json"
+    plain = {**as_plain(case), "folder": str(case.folder)}
+    path.write_text(json.dumps(plain), encoding="utf-8")
+    command = [sys.executable, "-m", "benchmarks.training", "--measure", str(path), name]
+    command += ["--threads", str(torch.get_num_threads())]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def read_case(path: Path) -> Case:
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    plain["cache"] = build_config(CacheConfig, plain["cache"], str(path))
+    plain["fit"] = build_config(FitConfig, plain["fit"], str(path))
+    return Case(**{**plain, "folder": Path(plain["folder"])})
+
+
+def training_table(case: Case, *, memory: bool = True) -> list[str]:
+    """Lines of Markdown: a row an arm."""
+    costs = step_costs(case)
+    base, batch = costs["cross-entropy"], case.fit.train.global_batch
+    lines = [
+        "| arm | ms a step | samples/s | ratio (wall) | ratio (CPU time) | peak memory | waiting for data |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, mine in costs.items():
+        wall = statistics.median(c.wall for c in mine)
+        ratios = [
+            statistics.median(getattr(c, kind) / getattr(b, kind) for c, b in zip(mine, base, strict=True))
+            for kind in ("wall", "cpu")
+        ]
+        alone = in_fresh_process(case, name) if memory else {"megabytes": float("nan"), "waiting": float("nan")}
+        lines.append(
+            f"| {name} | {wall * 1e3:,.0f} | {batch / wall:,.1f} | {ratios[0]:.2f} | {ratios[1]:.2f} | "
+            f"{alone['megabytes']:,.0f} MiB | {100 * alone['waiting']:.1f} % |"
+        )
+        print(lines[-1], file=sys.stderr)
+    return lines
+
+
+# Phase one
+
+
+@dataclass
+class PhaseOne:
+    """The teacher, some samples, and the four ways to run them that are compared."""
+
+    config: CacheConfig
+    teacher: TorchTeacher
+    manifest: Manifest
+    extractor: Extractor
+    requests: list[ScoreRequest]
+    prompts: list[AnswerRequest]
+    scratch: Storage
+
+    @classmethod
+    def prepare(cls, case: Case) -> PhaseOne:
+        config = case.cache
+        samples = read_conversations(config.data)
+        teacher = open_teacher(config, samples, "quiet")
+        assert isinstance(teacher, TorchTeacher)
+        storage = Storage(config.output)
+        manifest = read_manifest(storage)
+        template = template_by_name(config.teacher.template)
+        requests, prompts = [], []
+        for sample in samples[: case.scored]:
+            assert not isinstance(sample, Skipped)
+            image = load_image(sample.image, config.data.image_folder) if sample.image is not None else None
+            prompt = tokenize_prompt(sample, template, teacher.tokenizer)
+            answers = [tokenize_answer(a, template, teacher.tokenizer) for a in sample.answers]
+            requests.append(ScoreRequest(assemble(prompt, answers), image))
+            prompts.append(AnswerRequest(sample.sample_id, 0, prompt.before(0, []), image, 0))
+        extractor = make_extractor(config, storage, manifest, teacher)
+        return cls(config, teacher, manifest, extractor, requests, prompts, Storage(case.folder / "scratch"))
+
+    @property
+    def tokens(self) -> int:
+        """Positions of all samples, image tokens counted."""
+        extra = self.manifest.shape.image_tokens - 1
+        return sum(len(r.sample.input_ids) + (extra if r.image is not None else 0) for r in self.requests)
+
+    def ways(self) -> dict[str, Callable[[], object]]:
+        return {
+            "Transformers' forward, all logits": self.whole_forward,
+            "bare scoring: log-probabilities of the answers": self.bare,
+            "scoring and capturing": self.capture,
+            "scoring, capturing and writing": self.write,
+        }
+
+    def whole_forward(self) -> float:
+        """Transformers' own forward pass on the same batches: logits of every position, log-probability of the next."""
+        total = 0.0
+        with torch.inference_mode():
+            for places, _ in self._batches():
+                chosen = [self.requests[i] for i in places]
+                inputs = self.teacher._inputs([r.sample.input_ids for r in chosen], [r.image for r in chosen], "right")
+                logits = self.teacher._model(**inputs, use_cache=False).logits
+                picked = torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, inputs["input_ids"][:, 1:, None])
+                total += picked.sum().item()
+        return total
+
+    def bare(self) -> float:
+        """The answers' log-probabilities: what any scoring must compute, the head only where answers are."""
+        head, total = self.teacher.head(), 0.0
+        for places, states in self.teacher.score(self.requests, Wanted()):
+            rows = torch.cat([s.rows for s in states])
+            ids = torch.cat([self._answer_ids(i) for i in places]).to(rows.device)
+            with torch.inference_mode():
+                for chunk, wanted in zip(rows.split(2048), ids.split(2048), strict=True):
+                    logits = (chunk @ head.T).float()
+                    picked = logits.gather(-1, wanted[:, None]).squeeze(-1)
+                    total += float((picked - torch.logsumexp(logits, -1)).sum())
+        return total
+
+    def capture(self) -> list[TeacherRecord]:
+        records: list[TeacherRecord] = []
+        for places, states in self.teacher.score(self.requests, wanted_states(self.config.signals)):
+            names = [self.requests[i].sample.sample_id for i in places]
+            for i, arrays in zip(places, self.extractor.records(names, states), strict=True):
+                sample = self.requests[i].sample
+                ids = sample.input_ids.astype(self.manifest.shape.id_dtype)
+                arrays = {"input_ids": ids, "loss_mask": sample.loss_mask, **arrays}
+                records.append(TeacherRecord(sample.sample_id, "", ("",), ("",), ("",), "original", arrays))
+        return records
+
+    def write(self) -> None:
+        records = self.capture()
+        write_shard(self.scratch, self.manifest, 0, records, [ImagePlace()] * len(records), [])
+
+    def answer(self) -> int:
+        return sum(len(a.token_ids) for a in self.teacher.answer(self.prompts))
+
+    def _answer_ids(self, place: int) -> Tensor:
+        sample = self.requests[place].sample
+        return torch.from_numpy(sample.input_ids[sample.loss_mask])
+
+    def _batches(self) -> Iterator[tuple[list[int], object]]:
+        """The batches that scoring makes, without running it."""
+        from teacher_cache.teacher import row_positions
+        from teacher_cache.teacher_torch import _token_batches
+
+        shape, token = self.manifest.shape, self.manifest.image_token
+        positions = [row_positions(r.sample, token, shape.image_tokens) for r in self.requests]
+        order = sorted(range(len(positions)), key=lambda i: (self.requests[i].image is None, positions[i].length, i))
+        for places in _token_batches(order, self.requests, positions, self.config.speed.score_batch_tokens):
+            yield places, None
+
+
+def phase_one_table(case: Case) -> list[str]:
+    phase = PhaseOne.prepare(case)
+    ways = phase.ways()
+    costs: dict[str, list[Cost]] = {name: [] for name in ways}
+    for number in range(case.rounds + 1):
+        for name, run in ways.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            run()
+            if number:
+                costs[name].append(Cost(time.perf_counter() - wall, time.process_time() - cpu))
+    base = costs["bare scoring: log-probabilities of the answers"]
+    rows = int(sum(r.sample.loss_mask.sum() for r in phase.requests))
+    lines = [
+        f"{len(phase.requests)} samples, {phase.tokens:,} tokens, {rows:,} answer rows",
+        "",
+        "| pass | tokens/s | ratio (wall) | ratio (CPU time) |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, mine in costs.items():
+        wall, cpu = (
+            statistics.median(getattr(c, kind) / getattr(b, kind) for c, b in zip(mine, base, strict=True))
+            for kind in ("wall", "cpu")
+        )
+        seconds = statistics.median(c.wall for c in mine)
+        lines.append(f"| {name} | {phase.tokens / seconds:,.0f} | {wall:.2f} | {cpu:.2f} |")
+    begin = time.perf_counter()
+    produced = phase.answer()
+    lines.append(f"| answering ({produced:,} new tokens) | {produced / (time.perf_counter() - begin):,.1f} | | |")
+    phase.teacher.close()
+    shutil.rmtree(case.folder / "scratch", ignore_errors=True)
+    return lines
+
+
+# Cases
+
+
+def synthetic_case(
+    name: str,
+    folder: Path,
+    *,
+    teacher: Llm,
+    student: Llm,
+    tower: Tower,
+    world: WorldSize,
+    dtype: str,
+    batch: int,
+    top_k: int = 64,
+    steps: int = 4,
+    rounds: int = 5,
+    long_steps: int = 20,
+    scored: int = 32,
+    new_tokens: int = 16,
+    gradient_checkpointing: bool = False,
+) -> Case:
+    """A teacher and a student with random weights over one random world, and the teacher's cache of it.
+
+    The original answers are kept: what a random teacher says has random length.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_data(folder, world)
+    kind = getattr(torch, dtype)
+    for part, llm in (("teacher", teacher), ("student", student)):
+        size = write_model(folder / part, llm, tower, world.vocabulary, kind, device)
+        print(f"{name}: {part} of {size / 1e6:,.0f}M parameters", file=sys.stderr)
+    cache = CacheConfig(
+        output=str(folder / "cache"),
+        data=DataConfig(str(folder / "data.json"), str(folder / "images"), regenerate="none"),
+        teacher=TeacherConfig(str(folder / "teacher"), backend="torch", dtype=dtype, template="tiny"),
+        generation=GenerationConfig(max_new_tokens=new_tokens),
+        signals=SignalsConfig(top_k=top_k),
+        speed=SpeedConfig(score_batch_tokens=16384 if device == "cuda" else 2048),
+    )
+    fit = FitConfig(
+        output=str(folder / "runs" / "shared"),
+        sources=(SourceConfig(cache=cache.output, image_folder=cache.data.image_folder),),
+        student=StudentConfig(
+            model=str(folder / "student"), dtype=dtype, gradient_checkpointing=gradient_checkpointing
+        ),
+        train=TrainConfig(global_batch=batch, micro_batch=batch, log_every=1000, threads=torch.get_num_threads()),
+    )
+    build_cache(cache, style="quiet")
+    return Case(name, folder, cache, fit, steps, rounds, long_steps, scored, new_tokens)
+
+
+def tiny_case(folder: Path, *, images: int = 120, rounds: int = 7, steps: int = 20, long_steps: int = 300) -> Case:
+    """The shipped tiny world: its trained teacher, a fresh student, images of 32 × 32 pixels."""
+    write_world(folder, train_images=images, dev_images=1, test_images=1, seed=0)
+    write_student(folder / "student", teacher=TEACHER, seed=0)
+    cache = CacheConfig(
+        output=str(folder / "cache"),
+        data=DataConfig(str(folder / "train.json"), str(folder / "images"), regenerate="none"),
+        teacher=TeacherConfig(str(TEACHER), backend="torch", dtype="float32", template="tiny", max_length=256),
+        generation=GenerationConfig(max_new_tokens=16),
+        signals=SignalsConfig(top_k=16),
+        layout=LayoutConfig(shard_samples=64),
+    )
+    fit = FitConfig(
+        output=str(folder / "runs" / "shared"),
+        sources=(SourceConfig(cache=cache.output, image_folder=cache.data.image_folder),),
+        student=StudentConfig(model=str(folder / "student")),
+        train=TrainConfig(global_batch=32, micro_batch=32, log_every=1000, threads=torch.get_num_threads()),
+    )
+    build_cache(cache, style="quiet")
+    return Case("tiny", folder, cache, fit, steps, rounds, long_steps, images, 16)
+
+
+def hundred_million(folder: Path, *, rounds: int = 5) -> Case:
+    """A 100M-parameter student and a teacher of 500M, both with V = 32,000, on a CPU."""
+    return synthetic_case(
+        "100M",
+        folder,
+        teacher=Llm(1280, 21, 3456, 20),
+        student=Llm(640, 12, 1728, 10),
+        tower=Tower(128, 2, 2, 168, 14),
+        world=WorldSize(32_000, 48, 25, 35),
+        dtype="float32",
+        batch=4,
+        steps=2,
+        rounds=rounds,
+        long_steps=10,
+        scored=12,
+        new_tokens=8,
+    )
+
+
+def report(case: Case, *, memory: bool = True) -> list[str]:
+    return [f"### {case.name}", "", *training_table(case, memory=memory), "", *phase_one_table(case), ""]
+
+
+def hardware() -> str:
+    """What ran this, in a line."""
+    if torch.cuda.is_available():
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+        ).stdout.strip()
+        where = f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}"
+    else:
+        load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+        where = f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads, load {load}"
+    today = datetime.datetime.now(datetime.UTC).date()
+    return f"{today}, {where}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("tiny", "100M"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--measure", nargs=2, metavar=("CASE", "ARM"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    if options.measure:
+        path, name = options.measure
+        print(json.dumps(long_run(name, read_case(Path(path)))))
+        return
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
+        cases: dict[str, Callable[[], Case]] = {
+            "tiny": lambda: tiny_case(Path(scratch) / "tiny", rounds=options.rounds),
+            "100M": lambda: hundred_million(Path(scratch) / "100M", rounds=options.rounds),
+        }
+        print(hardware())
+        for name, make in cases.items():
+            if options.only in (None, name):
+                print("\n".join(report(make())), flush=True)
+
+
+if __name__ == "__main__":
+    main()
