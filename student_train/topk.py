@@ -77,7 +77,8 @@ def _tail_log_sum_exp(centred: Tensor, stats: Mapping[str, Tensor], vocabulary: 
     and curvature at b = 0 (number, mean and variance of the tail's logits, from ``mean`` and ``std``) and its value at
     b = 1/T ≤ 1 of the grid. The polynomial through all of these moves the normaliser at b = 1/std by 0.0004 nats in the
     mean and 0.002 at most (SmolLM2-135M, 750 rows of English, k = 64), less than float16 moves a log-probability.
-    Beyond b = 1, where the tail is negligible, it goes on along its last chord.
+    Beyond b = 1, which takes logits with a deviation below 1/τ, it goes on by mean and variance of the tail alone, or
+    along its last chord where b·std > 2 (off by 0.02 to 0.1 nats).
     """
     rest = vocabulary - centred.shape[-1]
     mean = -centred.sum(-1, keepdim=True) / rest
@@ -91,9 +92,12 @@ def _tail_log_sum_exp(centred: Tensor, stats: Mapping[str, Tensor], vocabulary: 
         nodes.append(1 / temperature)
         values.append(whole + tail_mass(centred / temperature - whole, vocabulary).log())
     curvature = (square - mean.square()).clamp(min=0) / 2
-    chord = (values[-1] - values[-2]) / (nodes[-1] - nodes[-2]) if len(nodes) > 3 else mean
     inside = _newton(nodes, values, [mean, curvature], inverse)
-    return torch.where(inverse <= nodes[-1], inside, values[-1] + chord * (inverse - nodes[-1]))
+    by_moments = _newton(nodes[:3], values[:3], [mean, curvature], inverse)
+    slope = (values[-1] - values[-2]) / (nodes[-1] - nodes[-2])  # lse@1 is always there: the logits come from it
+    chord = values[-1] + slope * (inverse - nodes[-1])
+    beyond = torch.where(inverse * stats["std"].unsqueeze(-1) <= 2, by_moments, chord)
+    return torch.where(inverse <= nodes[-1], inside, beyond)
 
 
 def _newton(nodes: list[float], values: list[Tensor], at_zero: list[Tensor], place: Tensor) -> Tensor:
