@@ -135,17 +135,28 @@ def row_signals(logits: torch.Tensor, k: int, temperatures: Sequence[float]) -> 
 
     topk_ids (R, k) int64, most likely first, the smaller id first among equals · topk_logprobs (R, k) float16 at
     temperature 1 over the full vocabulary · stats (R, s) float32, see ``records.stats_names``.
+
+    All statistics come from one copy of the logits, less the largest, and one buffer: 0.66 instead of 1.26 times what
+    forming the logits takes (256 rows of 32,000 from 1,280 channels, one CPU core).
     """
-    lse = torch.logsumexp(logits, -1)
+    largest = logits.amax(-1, keepdim=True)
+    shifted = logits - largest
+    buffer = shifted.exp()
+    total = buffer.sum(-1)
+    lse = largest.squeeze(-1) + total.log()
+    entropy = total.log() - torch.linalg.vecdot(buffer, shifted) / total
+    columns = []
+    for t in temperatures:
+        warm = total if t == 1 else torch.mul(shifted, 1 / t, out=buffer).exp_().sum(-1)
+        columns.append(largest.squeeze(-1) / t + warm.log())
+    mean = shifted.mean(-1, keepdim=True)
+    deviation = torch.linalg.vector_norm(torch.sub(shifted, mean, out=buffer), dim=-1) / math.sqrt(logits.shape[-1])
+    columns += [(largest + mean).squeeze(-1), deviation, entropy]
     arrays: dict[str, torch.Tensor] = {}
     if k:
         values, ids = stable_topk(logits, k)
         arrays["topk_ids"] = ids
         arrays["topk_logprobs"] = (values - lse.unsqueeze(-1)).to(torch.float16)
-    columns = [lse if t == 1 else torch.logsumexp(logits / t, -1) for t in temperatures]
-    logprobs = logits - lse.unsqueeze(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    columns += [logits.mean(-1), logits.std(-1, correction=0), entropy]
     arrays["stats"] = torch.stack(columns, -1).float()
     return arrays
 
