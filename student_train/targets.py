@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from student_train import losses, topk
-from teacher_cache.codecs import ChannelScales, decode_torch
+from teacher_cache.codecs import ChannelScales, decode_torch, is_coarse, with_exact_head
 from teacher_cache.config import SignalsConfig
 from teacher_cache.records import stats_names
 
@@ -99,9 +99,16 @@ class RowTargets:
         return _present(self.answer_ids, "answer tokens", "cross_entropy")[rows]
 
     def exact_logits(self, rows: slice) -> Tensor:
-        """(rows, V) float32: the teacher's full-vocabulary logits, formed from the states and the head."""
+        """(rows, V) float32: the teacher's full-vocabulary logits, formed from the states and the head.
+
+        Of coarse states (int4, principal components) they give the tail alone; the head is the stored top-k's.
+        """
         hidden, head = _present(self.hidden, "hidden", "exact"), _present(self.head, "head", "exact")
-        return topk.wide(hidden.decode(rows).to(head.dtype) @ head.T)
+        logits = topk.wide(hidden.decode(rows).to(head.dtype) @ head.T)
+        if self.topk_ids is None or self.topk_logprobs is None or not is_coarse(hidden.codec, hidden.scales):
+            return logits
+        lse = topk.log_sum_exp({name: column[rows] for name, column in self.stats.items()}, 1.0)
+        return cast(Tensor, with_exact_head(logits, self.topk_ids[rows], self.topk_logprobs[rows], lse))
 
     def kept(self, rows: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Of these rows: top-k ids, their log-probabilities at temperature 1, and the statistics by name."""

@@ -150,6 +150,31 @@ def decode_torch(codes: Any, row_scale: Any | None, codec: str, scales: ChannelS
     return states
 
 
+def is_coarse(codec: str, scales: ChannelScales) -> bool:
+    """Whether logits formed from such states are to be corrected by the stored top-k (:func:`with_exact_head`)."""
+    return codec == "int4" or scales.basis is not None
+
+
+def with_exact_head(logits: Any, topk_ids: Any, topk_logprobs: Any, log_sum_exp: Any) -> Any:
+    """Logits of coarse states (R, V) float32, with the stored head put in: torch tensors on one device.
+
+    The kept ids get their exact logits (topk_logprobs (R, k) + log_sum_exp (R,)); the others keep the shape that the
+    states give and are shifted to the mass that is left, so the whole sums to exp(log_sum_exp). On SmolLM2-135M the
+    tail's shape from 44 principal components and an exact top-12 (110 bytes a row) leave 0.19 nats, the top-50 alone
+    with an even tail 0.39, the components alone 1.6.
+    """
+    import torch
+
+    topk_logprobs = topk_logprobs.to(logits.dtype)
+    left = (1 - topk_logprobs.exp().sum(-1)).clamp(min=_LEAST_TAIL).log()
+    tail = logits.scatter(-1, topk_ids, -torch.inf)
+    shift = log_sum_exp + left - tail.logsumexp(-1)
+    return (tail + shift.unsqueeze(-1)).scatter(-1, topk_ids, topk_logprobs + log_sum_exp.unsqueeze(-1))
+
+
+_LEAST_TAIL = 1e-6
+
+
 def scales_from_bytes(data: bytes) -> dict[str, ChannelScales]:
     """``scales.safetensors``: ``{array}.channel_scale`` and, with PCA, ``{array}.mean`` and ``{array}.basis``."""
     fields = {f.name for f in dataclasses.fields(ChannelScales)}

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 PRESETS: dict[str, dict[str, Any]] = {
+    "small": {"hidden": "rows", "visual": "none", "pca": 44, "top_k": 12, "temperatures": (1.0,)},
     "compact": {"hidden": "none", "visual": "none"},
     "standard": {"hidden": "rows", "visual": "none"},
     "full": {"hidden": "text", "visual": "states"},
@@ -83,7 +84,7 @@ class GenerationConfig:
 class SignalsConfig:
     """What is stored for each answer token (row), text position and image."""
 
-    preset: Literal["compact", "standard", "full", "llava_kd"] = "standard"
+    preset: Literal["small", "compact", "standard", "full", "llava_kd"] = "standard"
     top_k: int = 64
     temperatures: tuple[float, ...] = (0.5, 0.7, 1.0, 2.0, 4.0)
     """The log-sum-exp is stored at each of these, so top-k and tail mass are exact there."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from teacher_cache.codecs import decode
+from teacher_cache.codecs import decode, is_coarse, with_exact_head
 from teacher_cache.config import CacheConfig
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import Array, TeacherRecord, rows_among_positions
@@ -103,8 +103,9 @@ def cache_fidelity(
         if head is None and stored and stored[0] is not None:
             head = cache.head.astype(np.float32)
         columns = list(cache.manifest.stats_names)
+        coarse = is_coarse(cache.manifest.signals_config.codec, cache.scales_of("hidden"))
         lines = [
-            _Lines.of(r, columns, head, exact[i] if exact is not None else None, stored[i])
+            _Lines.of(r, columns, head, exact[i] if exact is not None else None, stored[i], coarse)
             for i, r in enumerate(records)
         ]
         bytes_per_row = cache.manifest.counts["bytes"] / max(cache.manifest.counts["rows"], 1)
@@ -126,7 +127,13 @@ class _Lines:
 
     @classmethod
     def of(
-        cls, record: TeacherRecord, columns: list[str], head: Array | None, exact: Array | None, stored: Array | None
+        cls,
+        record: TeacherRecord,
+        columns: list[str],
+        head: Array | None,
+        exact: Array | None,
+        stored: Array | None,
+        coarse: bool,
     ) -> _Lines:
         arrays = record.arrays
         place, length = answer_places(arrays["loss_mask"])
@@ -146,6 +153,8 @@ class _Lines:
                 topk[part] = kl_to_topk(p, ids[part], logprobs[part])
             if exact is not None and stored is not None:
                 q = log_softmax(stored[part] @ head.T)
+                if coarse and ids is not None and logprobs is not None:
+                    q = _with_exact_head(q, ids[part], logprobs[part])
                 states[part] = (np.exp(p) * (p - q)).sum(-1)
                 same[part] = p.argmax(-1) == q.argmax(-1)
             elif exact is None and ids is not None and logprobs is not None:
@@ -177,6 +186,13 @@ def kl_to_topk(exact: Floats, ids: npt.NDArray[np.int64], logprobs: Floats) -> F
     other = np.repeat(tail[:, None], vocabulary, 1)
     np.put_along_axis(other, ids, logprobs, -1)
     return np.asarray((np.exp(exact) * (exact - other)).sum(-1))
+
+
+def _with_exact_head(logprobs: Floats, ids: npt.NDArray[np.int64], kept: Floats) -> Floats:
+    import torch
+
+    whole, at, head = (torch.from_numpy(a) for a in (logprobs, ids, kept))
+    return log_softmax(with_exact_head(whole, at, head, torch.zeros(len(whole), dtype=whole.dtype)).numpy())
 
 
 def bucketed_kl(exact: Floats, other: Floats) -> Floats:

@@ -6,11 +6,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.codecs import decode, decode_torch, encode, fit_channel_scales, scales_from_bytes
-from teacher_cache.config import SignalsConfig
-from teacher_cache.reader import TeacherCache
-from teacher_cache.records import TeacherShape, hidden_arrays
+from student_train.targets import row_targets, scales_on
 from teacher_cache.calibration import scales_to_bytes
+from teacher_cache.codecs import (
+    decode,
+    decode_torch,
+    encode,
+    fit_channel_scales,
+    scales_from_bytes,
+    with_exact_head,
+)
+from teacher_cache.config import PRESETS, SignalsConfig
+from teacher_cache.reader import TeacherCache
+from teacher_cache.records import TeacherShape, hidden_arrays, record_arrays
 from tests.store_fixtures import signals, synthetic_cache
 
 CODECS = ["float16", "bfloat16", "int8", "int4"]
@@ -173,3 +181,43 @@ def test_every_signal_is_in_the_manifest_and_decodes_on_a_device_from_the_cache_
             assert hidden.shape == wanted.shape
         if config.sampled:
             assert arrays["sampled_counts"].sum(-1).eq(9).all()
+
+
+def test_coarse_states_with_an_exact_head_keep_the_head_and_its_mass_and_lose_less():
+    random = np.random.default_rng(0)
+    exact = torch.from_numpy(random.normal(0, 3, (20, 60))).log_softmax(-1)
+    coarse = exact + torch.from_numpy(random.normal(0, 1.5, (20, 60)))
+    lse = torch.from_numpy(random.normal(9, 1, 20))
+    kept, ids = exact.topk(6)
+    joined = with_exact_head(coarse, ids, kept, lse)
+    logprobs = joined.log_softmax(-1)
+    torch.testing.assert_close(joined.gather(-1, ids), kept + lse[:, None])
+    torch.testing.assert_close(joined.logsumexp(-1), lse)
+    torch.testing.assert_close(logprobs.gather(-1, ids), kept)
+    even = ((1 - kept.exp().sum(-1, keepdim=True)) / 54).log().expand(20, 60).scatter(-1, ids, kept)
+
+    def loss(other):
+        return float((exact.exp() * (exact - other)).sum(-1).mean())
+
+    assert loss(logprobs) < loss(coarse.log_softmax(-1)) / 3
+    assert loss(logprobs) < loss(even)
+
+
+@pytest.mark.parametrize(("codec", "pca", "corrected"), [("int8", 0, False), ("int4", 0, True), ("int8", 9, True)])
+def test_a_student_sees_the_exact_head_where_states_are_coarse(tmp_path, codec, pca, corrected):
+    config = signals(codec=codec, pca=pca)
+    made = synthetic_cache(tmp_path / "c", 4, skipped=(), config=config)
+    with TeacherCache.open(tmp_path / "c") as cache:
+        arrays = {n: torch.from_numpy(a) for n, a in cache.read(range(4)).arrays.items()}
+        scales = {name: scales_on(s, "cpu") for name, s in cache.scales.items()}
+        targets = row_targets(arrays, None, cache.manifest.signals_config, scales, made.head)
+    logits = targets.exact_logits(slice(None))
+    kept = arrays["topk_logprobs"].float()
+    found = logits.log_softmax(-1).gather(-1, arrays["topk_ids"].long())
+    assert torch.allclose(found, kept, atol=2e-3) == corrected
+
+
+def test_the_small_preset_takes_less_than_114_bytes_a_row():
+    config = SignalsConfig(preset="small", **PRESETS["small"])
+    specs = [s for s in record_arrays(config, TeacherShape(5120, 32064, 576)) if s.axis == "row"]
+    assert sum(s.line_bytes for s in specs) == 110
