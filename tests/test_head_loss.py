@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from student_train import head_loss
 from student_train.config import LossSpec
 from student_train.head_loss import (
     chunked_row_losses,
@@ -192,6 +193,19 @@ def test_a_frozen_head_gets_no_gradient_and_evaluation_builds_no_graph(specs: li
     assert close(got, total)
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_evaluation_costs_no_gradients(wanted: bool) -> None:
+    case, seen = Case(7, 20, 4), []
+
+    def spy(logits: Tensor, rows: slice) -> dict[str, Tensor]:
+        seen.append(logits.requires_grad)
+        return losses_of([CE], case.targets)(logits, rows)
+
+    with torch.set_grad_enabled(wanted):
+        chunked_row_losses(*case.leaves(), spy, weights_of([CE]), case.row_weight, 3)
+    assert seen == [wanted] * 3
+
+
 def test_a_second_backward_is_refused() -> None:
     case = Case(5, 20, 4)
     total, _ = head_losses(*case.leaves(), case.targets, [CE], weights_of([CE]), case.row_weight, 3)
@@ -200,8 +214,12 @@ def test_a_second_backward_is_refused() -> None:
         total.backward()
 
 
+@pytest.mark.parametrize("block_elements", [1 << 20, 37 * WIDTH])
 @pytest.mark.parametrize("specs", [WRITTEN_OUT[3], BY_AUTOGRAD[0]], ids=named)
-def test_bfloat16_products_stay_near_float32_and_gradients_take_the_parameters_dtype(specs: list[LossSpec]) -> None:
+def test_bfloat16_products_stay_near_float32_and_gradients_take_the_parameters_dtype(
+    specs: list[LossSpec], block_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(head_loss.PRODUCT_ELEMENTS, "cpu", block_elements)
     case = Case(64, 200, 16)
     total, _, *gradients = case.dense(specs)
     hidden, head = case.leaves(torch.bfloat16)
