@@ -75,6 +75,8 @@ def choose(config: CacheConfig) -> BackendChoice:
         return BackendChoice(False, False, f"torch answers, then scores: {problem}")
     if not vllm_session.can_capture(_architecture(config.teacher)):
         return BackendChoice(True, False, "vLLM answers, then scores: it has no inner states of this model class")
+    if not _samples_rightly(config):
+        return BackendChoice(True, False, "vLLM answers, then scores: its CPU build cannot sample and hand out states")
     if config.data.regenerate == "none":
         return BackendChoice(True, False, "vLLM scores: data.regenerate=none, so there is nothing to answer")
     if config.data.history == "original":
@@ -99,6 +101,15 @@ def _why_not_vllm(config: CacheConfig) -> str:
     if config.signals.second_last and not vllm_session.can_capture(architecture):
         return f"signals.second_last needs inner states, which vLLM {version} does not hand out for {architecture}"
     return ""
+
+
+def _samples_rightly(config: CacheConfig) -> bool:
+    """Whether answers can be drawn while states are handed out.
+
+    Not on vLLM 0.32's CPU build: beside any speculation its kernels convert the temperature to an integer in a copy
+    that nobody reads (``cpu_triton_utils._expand_kernel_impl``), and the answers are of no distribution at all.
+    """
+    return config.generation.temperature == 0 or not vllm_session.on_cpu()
 
 
 def _architecture(config: TeacherConfig) -> str:
@@ -140,7 +151,8 @@ class VllmTeacher:
         self._description = describe_teacher(teacher, self._tokenizer, self._processor)
         self._folder = checkpoint_folder(teacher.model, teacher.revision)
         self._text = _model_config(teacher).get_text_config()
-        self._captures = vllm_session.can_capture(_architecture(teacher))
+        self._extracts = self._options.capture and vllm_session.can_capture(_architecture(teacher))
+        self._captures = self._extracts and _samples_rightly(config)
         self._limit = context_length(config, samples, self._tokenizer, self._description, self._positions)
         _check_weight_names(teacher, self._folder)
         self._device = torch.device("cpu" if vllm_session.on_cpu() else "cuda")
@@ -204,7 +216,7 @@ class VllmTeacher:
         the states as they come keeps memory bounded whatever the number of requests.
         """
         if any(r.capture for r in requests) and not self._captures:
-            raise TeacherError("this model class cannot hand out states as it answers: answer first, then score")
+            raise TeacherError("this engine cannot hand out states as it answers (see one_pass): answer, then score")
         asked = dict(enumerate(requests))
 
         def follow(job: Job, outcome: Outcome) -> Job | None:
@@ -234,7 +246,7 @@ class VllmTeacher:
             raise TeacherError("vLLM was not set up for signals.attention or signals.second_last: score with torch")
         shape, token = self._description.shape, self._description.image_token
         jobs = [self._score_job(place, request) for place, request in enumerate(requests)]
-        for job, outcome in self._run("capture" if self._captures else "states", jobs):
+        for job, outcome in self._run("capture" if self._extracts else "states", jobs):
             hidden, second_last = self._checked(job, outcome)
             positions = row_positions(requests[job.place].sample, token, shape.image_tokens)
             yield [job.place], [pick(positions, wanted, hidden, second_last if wanted.second_last else None)]
@@ -250,14 +262,14 @@ class VllmTeacher:
             expanded,
             request.image,
             room,
-            request.seed,
+            request.seed if self._config.generation.temperature > 0 else None,
             request.capture,
         )
         return self._fitting(job)
 
     def _score_job(self, place: int, request: ScoreRequest) -> Job:
         ids = tuple(int(i) for i in request.sample.input_ids[:-1])
-        job = Job(place, request.sample.sample_id, ids, self._expanded(ids), request.image, 1, 0, True)
+        job = Job(place, request.sample.sample_id, ids, self._expanded(ids), request.image, 1, None, True)
         return self._fitting(job)
 
     def _fitting(self, job: Job) -> Job:
@@ -361,7 +373,7 @@ class VllmTeacher:
         read = np.concatenate([job.expanded, np.asarray(outcome.token_ids[:-1], np.int64)])
         _check_ids(job.sample_id, read, outcome.read_ids)
         raw = outcome.states.to(self._device)
-        if outcome.top_ids is None and not self._captures:  # token_embed rows have gone through the norm already
+        if not self._extracts:  # token_embed rows have gone through the norm already
             return raw[:, 0].to(self._dtype), None
         hidden = self._normed(raw[:, -1])
         self._check_logits(job.sample_id, hidden[len(job.expanded) - 1 :], outcome)

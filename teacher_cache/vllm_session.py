@@ -62,6 +62,8 @@ class EngineCrashed(TeacherError):
 class VllmOptions:
     """What an engine needs to know beside the configuration. Nothing here changes what is cached; 0 is "you choose"."""
 
+    capture: bool = True
+    """Hand out states while answering, where the model class can; False answers first, then scores."""
     max_sequences: int = 256
     """Requests that run at once."""
     prefill_tokens: int = 0
@@ -90,7 +92,8 @@ class Job:
     expanded: npt.NDArray[np.int64]
     image: PillowImage.Image | None
     max_tokens: int
-    seed: int
+    seed: int | None
+    """Of a sampled answer; None takes the most likely ids."""
     capture: bool
 
 
@@ -235,9 +238,9 @@ class VllmSession:
         self._unread += 1
         captured = job.capture and self.mode == "capture"
         sampling = SamplingParams(
-            **self._sampling,
+            **self._sampling | ({} if job.seed is not None else {"temperature": 0.0, "top_p": 1.0}),
             max_tokens=job.max_tokens,
-            seed=job.seed if self._sampling["temperature"] > 0 else None,
+            seed=job.seed,
             logprobs=self._options.checked_ids or None if captured else None,
             flat_logprobs=captured,
             extra_args={"kv_transfer_params": {"include_output_tokens": True}} if captured else None,

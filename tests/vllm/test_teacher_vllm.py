@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image as PillowImage
@@ -351,27 +350,30 @@ def test_attention_maps_are_refused(world: Path, tmp_path: Path) -> None:
         choose(config)
 
 
-def test_sampled_answers_depend_on_their_seed_alone(
-    config: CacheConfig, conversations: list[Conversation], one_pass: Answered
+def test_sampled_answers_depend_on_their_seed_alone_and_follow_the_distribution(
+    config: CacheConfig, conversations: list[Conversation], one_pass: Answered, torch_teacher: TorchTeacher
 ) -> None:
-    hot = replace(config, generation=replace(config.generation, temperature=2.0, top_p=0.95))
-    some = range(40)
+    hot = replace(config, generation=replace(config.generation, temperature=1.5, max_new_tokens=6))
+    some, draws, head = range(24), 600, torch_teacher.head()
 
-    def ask(teacher: VllmTeacher, places: Sequence[int], shift: int) -> dict[int, tuple[int, ...]]:
-        requests = [
-            AnswerRequest(
-                conversations[i].sample_id, 0, one_pass.prompts[i].before(0, []), one_pass.images[i], i + shift
-            )
-            for i in places
-        ]
-        return dict(zip(places, (a.token_ids for a in teacher.answer(requests)), strict=True))
+    def request(place: int, seed: int) -> AnswerRequest:
+        prompt, image = one_pass.prompts[place], one_pass.images[place]
+        return AnswerRequest(prompt.sample_id, 0, prompt.before(0, []), image, seed)
 
+    assert not choose(hot).one_pass, "the CPU build does not sample rightly beside extraction"
     with VllmTeacher(hot, conversations, VllmOptions(cache_bytes=256 << 20)) as teacher:
-        together = ask(teacher, some, 0)
-        alone = ask(teacher, [7, 3, 21], 0)
-        other = ask(teacher, some, 1000)
-    assert {i: together[i] for i in alone} == alone
-    assert sum(together[i] != other[i] for i in some) > 10
-    image = teacher.description.image_token
-    assert not any(image in ids for ids in [*together.values(), *other.values()])
-    assert np.mean([together[i] != one_pass.samples[i].answers[0] for i in some]) > 0.3
+        together = [a.token_ids for a in teacher.answer([request(i, i) for i in some])]
+        few = [a.token_ids for a in teacher.answer([request(i, i) for i in (7, 3, 21)])]
+        other = [a.token_ids for a in teacher.answer([request(i, 1000 + i) for i in some])]
+        place = max(some, key=lambda i: len(set(one_pass.samples[i].answers[0])))
+        first = [a.token_ids[0] for a in teacher.answer([request(place, seed) for seed in range(draws)])]
+        image = teacher.description.image_token
+    assert few == [together[i] for i in (7, 3, 21)]
+    assert together != other
+    assert not any(image in ids for ids in together + other)
+    sample = replace_all(one_pass, place + 1)
+    logits = scored_states(torch_teacher, sample, Wanted())[place].rows[0] @ head.T
+    expected = torch.softmax(logits.double() / 1.5, -1)
+    seen = torch.bincount(torch.tensor(first), minlength=len(expected)).double() / draws
+    noise = float((expected * (1 - expected) / draws).sqrt().sum()) / 2
+    assert float((seen - expected).abs().sum()) / 2 <= 2 * noise + 0.005
