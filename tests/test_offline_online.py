@@ -73,7 +73,8 @@ CASES = [*((spec, "row") for spec in TERMS), *((spec, "sample") for spec in PER_
 
 ROUNDING = {("reverse_kl", "topk"): 3000, ("attention_mse", "topk"): 10}
 """Stored in float16: a value on a rounding border may fall to the other side. Reverse KL on a top-k multiplies the
-student's tail by the logarithm of the teacher's, which is a difference of nearly equal numbers: up to a fifth here, where the tail holds 1e-4. The exact source has no such loss."""
+student's tail by the logarithm of the teacher's, which is a difference of nearly equal numbers: up to a fifth here, as
+the tail holds 1e-4 of the mass. The exact source has no such loss."""
 
 
 @pytest.mark.parametrize(("spec", "average"), CASES, ids=[f"{name_of(s)} per {a}" for s, a in CASES])
