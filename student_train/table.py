@@ -91,8 +91,8 @@ def teacher_text(table: Mapping[str, Any]) -> str:
     students = len(table["arms"]) * len(table["seeds"])
     shares = ", ".join(f"{once / n:.1f} s for {n}" for n in sorted({1, len(table["seeds"]), students}))
     text = (
-        f"The teacher: {teacher['answer_seconds']:.1f} s of answering and {teacher['score_seconds']:.1f} s of scoring and "
-        f"writing, once. A student's share as more use the cache: {shares}."
+        f"The teacher: {teacher['answer_seconds']:.1f} s of answering and {teacher['score_seconds']:.1f} s of scoring "
+        f"and writing, once. A student's share as more use the cache: {shares}."
     )
     epochs = max(arm["steps"] for arm in table["arms"]) * table.get("global_batch", 0) / max(teacher["samples"], 1)
     online = epochs * teacher["score_seconds"]

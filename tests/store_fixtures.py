@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from safetensors.torch import save as save_safetensors
 
+from teacher_cache.calibration import scales_to_bytes
 from teacher_cache.codecs import ChannelScales, fit_channel_scales
 from teacher_cache.config import PRESETS, CacheConfig, DataConfig, LayoutConfig, SignalsConfig, TeacherConfig
 from teacher_cache.conversations import Skipped
 from teacher_cache.manifest import Manifest, new_manifest, write_manifest
 from teacher_cache.records import TeacherRecord, TeacherShape
-from teacher_cache.calibration import scales_to_bytes
 from teacher_cache.signals import Extractor
 from teacher_cache.storage import Storage
 from teacher_cache.teacher import SampleStates, TeacherDescription, row_positions
