@@ -141,6 +141,7 @@ class VllmSession:
         self._sampling, self._options, self._show = sampling, options, show
         self._scratch = tempfile.TemporaryDirectory(prefix="teacher-cache-", dir=options.scratch or None)
         self._log = Path(self._scratch.name) / "engine.log"
+        self._started: list[Any] = []
         arguments = {**arguments, **_mode_arguments(mode, options, layers, self._scratch.name)}
         variables = {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if on_cpu() else {}), **options.environment}
         try:
@@ -284,7 +285,8 @@ class VllmSession:
         leaves whoever waits for the next output waiting for ever."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        sentinels = [process.sentinel for process in self.processes()]
+        self._started = self.processes()
+        sentinels = [process.sentinel for process in self._started]
         outputs = getattr(self._llm.llm_engine.engine_core, "outputs_queue", None)
         if not sentinels or outputs is None:
             return
@@ -309,7 +311,7 @@ class VllmSession:
             raise TeacherError(f"vLLM refuses the request: {first_line(error)}") from error
 
     def _crash(self, what: str) -> EngineCrashed:
-        processes = self.processes()
+        processes = self._started  # vLLM forgets its processes when it notices their end
         for process in processes:
             process.join(timeout=5)  # its exit code comes a moment after its end
         codes = ", ".join(str(p.exitcode) for p in processes if p.exitcode is not None) or "unknown"
