@@ -253,9 +253,10 @@ class _World:
 
     def side_bytes(self, signals: SignalsConfig) -> int:
         """Manifest, ledger, sample list, channel scales."""
-        scales = 0
-        if signals.hidden != "none" or signals.visual == "states":
-            scales = 3 * 4 * self.shape.hidden_size * (1 + signals.pca)
+        fitted = (signals.hidden != "none") * (1 + signals.second_last) + (signals.visual == "states")
+        width, components = self.shape.hidden_size, signals.pca
+        one = components + width + components * width if components else width * (signals.codec in ("int8", "int4"))
+        scales = 4 * fitted * one
         return 8800 + 150 * self.shards + 5 * len(self.token) + scales
 
     def preset_bytes(self, name: str, config: CacheConfig) -> int:

@@ -1,0 +1,160 @@
+"""A plan is within 5 % of what is then written, from data and configuration alone."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipelines.tiny.prepare import TEACHER
+from teacher_cache import lengths as lengths_module
+from teacher_cache.config import PRESETS, CacheConfig, ConfigError, DataConfig, TeacherConfig
+from teacher_cache.plan import Throughput, assumed_throughput, parameters, plan_cache
+from teacher_cache.score import build_cache
+from tests.store_fixtures import signals
+
+MODELS = Path(__file__).parents[1] / "pipelines/llavadi/models"
+
+
+def _bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture(scope="module")
+def bare_teacher(tmp_path_factory):
+    """The teacher's folder without its weights."""
+    folder = tmp_path_factory.mktemp("bare") / "teacher"
+    shutil.copytree(TEACHER, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+def _bare(config, bare_teacher, **fields):
+    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, model=str(bare_teacher)), **fields)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        signals("small", calibration_samples=16),
+        signals(top_k=16),
+        signals("full", second_last=True, sampled=6, codec="int4"),
+        signals("llava_kd"),
+    ],
+    ids=lambda s: s.preset,
+)
+def test_a_plan_is_within_five_percent_of_what_is_written(cache_config, teacher, bare_teacher, tmp_path, stored):
+    data = dataclasses.replace(cache_config.data, regenerate="none")
+    config = dataclasses.replace(cache_config, output=str(tmp_path / "c"), data=data, signals=stored)
+    plan = plan_cache(_bare(config, bare_teacher))
+    summary = build_cache(config, teacher=teacher, style="quiet")
+    assert (plan.samples, plan.skipped, plan.rows) == (summary.samples, summary.skipped, summary.rows)
+    manifest = json.loads((tmp_path / "c/manifest.json").read_text())
+    for name in ("tokens", "positions"):
+        assert getattr(plan, name) == manifest["counts"][name]
+    for name, size in plan.array_bytes.items():
+        assert size == sum(p.stat().st_size for p in (tmp_path / "c").glob(f"*/0*/{name}/c/**/*") if p.is_file()), name
+    assert plan.total_bytes == pytest.approx(_bytes(tmp_path / "c"), rel=0.05)
+    assert plan.preset_bytes[stored.preset] == pytest.approx(plan.total_bytes, rel=0.25)
+
+
+def test_answers_that_lie_there_already_are_counted(cache_config, cache_folder, bare_teacher):
+    config = dataclasses.replace(cache_config, output=str(cache_folder))
+    plan = plan_cache(_bare(config, bare_teacher), answer_factor=3.0)
+    manifest = json.loads((cache_folder / "manifest.json").read_text())
+    assert plan.rows == manifest["counts"]["rows"]
+    assert plan.total_bytes == pytest.approx(_bytes(cache_folder), rel=0.05)
+
+
+def test_longer_answers_make_more_rows_up_to_the_limit(cache_config, bare_teacher, tmp_path):
+    config = _bare(dataclasses.replace(cache_config, output=str(tmp_path / "none")), bare_teacher)
+    rows = [plan_cache(config, answer_factor=f).rows for f in (1.0, 2.0, 100.0)]
+    assert rows[1] == pytest.approx(2 * rows[0], rel=0.1)
+    assert rows[0] < rows[1] < rows[2] < 100 * rows[0]
+    assert any("as long as the original ones" in note for note in plan_cache(config).notes)
+
+
+def test_images_that_are_missing_and_samples_too_long_are_counted_as_skipped(
+    cache_config, bare_teacher, world, tmp_path
+):
+    shutil.copytree(world / "images", tmp_path / "images")
+    used = next(line["image"] for line in json.loads((world / "train.json").read_text()) if "image" in line)
+    (tmp_path / "images" / used).unlink()
+    data = dataclasses.replace(cache_config.data, image_folder=str(tmp_path / "images"), regenerate="none")
+    whole = plan_cache(_bare(cache_config, bare_teacher))
+    plan = plan_cache(_bare(cache_config, bare_teacher, data=data))
+    assert plan.skipped > whole.skipped
+    assert plan.samples + plan.skipped == whole.samples + whole.skipped
+    short = dataclasses.replace(cache_config.teacher, model=str(bare_teacher), max_length=25)
+    assert plan_cache(dataclasses.replace(cache_config, teacher=short)).skipped > 0
+
+
+def test_sampled_token_counts_are_near_the_counted_ones(cache_config, bare_teacher, monkeypatch):
+    config = _bare(cache_config, bare_teacher)
+    counted = plan_cache(config)
+    monkeypatch.setattr(lengths_module, "COUNTED", 20)
+    sampled = plan_cache(config)
+    assert sampled.rows == pytest.approx(counted.rows, rel=0.15)
+    assert any("20 samples counted" in note for note in sampled.notes)
+
+
+@pytest.mark.parametrize(("name", "weights"), [("13b", 13.0e9), ("7b", 6.7e9)])
+def test_llava_is_planned_without_weights_or_tokenizer(tmp_path, name, weights):
+    lines = [
+        {
+            "id": str(i),
+            "image": f"{i % 30}.jpg",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat is in the picture?"},
+                {"from": "gpt", "value": "A man rides a brown horse along a beach at sunset. " * 8},
+            ],
+        }
+        for i in range(50)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(lines))
+    config = CacheConfig(
+        output=str(tmp_path / "cache"),
+        data=DataConfig(path=str(tmp_path / "data.json")),
+        teacher=TeacherConfig(model=str(MODELS / f"llava-1.5-{name}")),
+    )
+    plan = plan_cache(config)
+    assert (plan.samples, plan.images) == (50, 30)
+    assert 80 < plan.rows / plan.samples < 130
+    assert any("no tokenizer found" in note for note in plan.notes)
+    order = [plan.preset_bytes[n] for n in ("small", "compact", "standard", "llava_kd", "full")]
+    assert plan.preset_bytes["standard"] == plan.total_bytes
+    assert min(order) in order[:2]
+    assert order[2] < order[3] < order[4]
+    assert set(plan.preset_bytes) == set(PRESETS)
+    rows = dict(plan.as_rows())
+    assert rows["fits"] == "yes"
+    assert rows["samples"] == "50 cached, 0 skipped"
+    from transformers import AutoConfig
+
+    assert parameters(AutoConfig.from_pretrained(config.teacher.model)) == pytest.approx(weights, rel=0.03)
+
+
+def test_hours_and_dollars_follow_from_the_throughput(cache_config, bare_teacher):
+    config = _bare(cache_config, bare_teacher)
+    slow = plan_cache(config, throughput=Throughput(100, 10, 3.0))
+    fast = plan_cache(config, throughput=Throughput(200, 20, 3.0))
+    assert slow.gpu_hours == pytest.approx(2 * fast.gpu_hours)
+    assert slow.dollars == pytest.approx(3 * slow.gpu_hours)
+    rate = assumed_throughput(13_000_000_000)
+    assert 4_000 < rate.read_tokens_per_second < 7_000
+    assert 1_500 < rate.write_tokens_per_second < 4_000
+
+
+def test_what_does_not_fit_is_said(cache_config, bare_teacher, tmp_path, monkeypatch):
+    from teacher_cache.storage import Storage
+
+    monkeypatch.setattr(Storage, "free_bytes", lambda self: 1000)
+    plan = plan_cache(_bare(cache_config, bare_teacher, output=str(tmp_path / "c")))
+    assert plan.fits is False
+    assert dict(plan.as_rows())["fits"].startswith("NO: free space")
+
+
+def test_a_teacher_without_a_configuration_is_refused(cache_config, tmp_path):
+    config = dataclasses.replace(cache_config, teacher=dataclasses.replace(cache_config.teacher, model=str(tmp_path)))
+    with pytest.raises(ConfigError, match="config"):
+        plan_cache(config)
