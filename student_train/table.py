@@ -175,7 +175,7 @@ def _cell(arm: Mapping[str, Any], metric: str, is_baseline: bool) -> str:
     text = f"{mean:.3g} ± {deviation:.2g}"
     if is_baseline or difference is None:
         return text
-    mark = "*" if abs(difference[0]) > 2 * difference[1] else ""
+    mark = "*" if 0 < 2 * difference[1] < abs(difference[0]) else ""  # one seed has no deviation to compare with
     return f"{text} ({difference[0]:+.2g} ± {difference[1]:.2g}{mark})"
 
 
