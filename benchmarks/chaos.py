@@ -52,10 +52,10 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         stage = Stage.make(Path(folder), arguments.seed)
-        print(kills(stage, local_place(stage), arguments.runs - arguments.runs // 4, "local"))
+        print(kills(stage, local_place(stage), arguments.runs - arguments.runs // 4, "local"), flush=True)
         with s3_server() as options:
-            print(kills(stage, s3_place(options), arguments.runs // 4, "S3"))
-        print(flips(stage, arguments.flips))
+            print(kills(stage, s3_place(options), arguments.runs // 4, "S3"), flush=True)
+        print(flips(stage, arguments.flips), flush=True)
         print(full_disk(stage))
 
 
@@ -67,7 +67,6 @@ class Stage:
     config: CacheConfig
     teacher: TorchTeacher
     reference: Files
-    seconds: float
     random: random.Random
 
     @classmethod
@@ -82,10 +81,8 @@ class Stage:
             layout=LayoutConfig(shard_samples=8),
         )
         teacher = TorchTeacher(config.teacher, config.generation, config.speed)
-        begin = time.monotonic()
         build_cache(config, teacher=teacher, style="quiet")
-        seconds = time.monotonic() - begin
-        return cls(folder, config, teacher, content(local_files(folder / "reference")), seconds, random.Random(seed))
+        return cls(folder, config, teacher, content(local_files(folder / "reference")), random.Random(seed))
 
 
 @dataclass(frozen=True)
@@ -109,10 +106,11 @@ class Tally:
     resumed_from: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
+        least, most = min(self.resumed_from, default=0), max(self.resumed_from, default=0)
         return (
             f"{self.where}: {self.killed} runs killed, {self.finished} reached their end, {self.caches} caches "
-            f"completed, all byte-identical to the uninterrupted one; resumed from "
-            f"{min(self.resumed_from, default=0)} to {max(self.resumed_from, default=0)} committed shards; no committed sample lost, none twice"
+            f"completed, all byte-identical to the uninterrupted one; resumed from {least} to {most} committed shards; "
+            "no committed sample lost, none twice"
         )
 
 
@@ -120,9 +118,14 @@ def kills(stage: Stage, place: Place, runs: int, where: str) -> Tally:
     """``runs`` builds that are killed; raises ``AssertionError`` at the first broken promise."""
     tally, committed = Tally(where), 0
     place.clear()
+    begin = time.monotonic()
+    _run(stage, place, 0)
+    seconds = time.monotonic() - begin
+    assert content(place.files()) == stage.reference, f"{where} has other bytes than the local reference"
+    place.clear()
     while tally.killed < runs:
         tally.resumed_from.append(committed)
-        if _run(stage, place):
+        if _run(stage, place, seconds):
             tally.finished += 1
             assert content(place.files()) == stage.reference, "the finished cache is not the uninterrupted one"
             tally.caches += 1
@@ -134,20 +137,20 @@ def kills(stage: Stage, place: Place, runs: int, where: str) -> Tally:
         now = _check_committed(files, stage.reference)
         assert now >= committed, f"{committed} shards were committed before the run, {now} after it"
         committed = now
-    while not _run(stage, place, kill=False):
+    while not _run(stage, place, 0):
         raise AssertionError("a run that nobody kills does not finish")
     assert content(place.files()) == stage.reference, "the cache that was resumed is not the uninterrupted one"
     tally.caches += 1
     return tally
 
 
-def _run(stage: Stage, place: Place, kill: bool = True) -> bool:
-    """Build in a forked process, killed at a moment or at an operation; whether it reached its end."""
-    operation = stage.random.randrange(1, 120) if kill and stage.random.random() < 0.5 else 0
+def _run(stage: Stage, place: Place, seconds: float) -> bool:
+    """Build in a forked process, killed within ``seconds`` or at an operation (0: not); whether it reached its end."""
+    operation = stage.random.randrange(1, 200) if seconds and stage.random.random() < 0.5 else 0
     process = multiprocessing.get_context("fork").Process(target=_build, args=(stage, place, operation))
     process.start()
-    if kill and not operation:
-        process.join(stage.random.uniform(0, 1.3 * stage.seconds))
+    if seconds and not operation:
+        process.join(stage.random.uniform(0, 1.1 * seconds))
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -240,7 +243,7 @@ def _same(found: list[Mapping[str, np.ndarray]], wanted: list[Mapping[str, np.nd
 def full_disk(stage: Stage) -> str:
     """A real file system of 200 kB: a clear error, committed shards intact, and the run goes on once there is room."""
     place = stage.folder / "small-disk"
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     size = sum(map(len, stage.reference.values()))
     if subprocess.call(
         ["mount", "-t", "tmpfs", "-o", f"size={size // 2}", "tmpfs", str(place)], stderr=subprocess.DEVNULL
