@@ -86,21 +86,27 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, fingerpr
     return facts
 
 
-def _flatten(state: dict[str, dict[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _flatten(state: dict[str, Any], prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the rest of a tree of dictionaries, by their path (8-bit optimisers nest a level deeper)."""
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, Any] = {}
-    for name, values in state.items():
-        for key, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{name}|{key}"] = value.contiguous().clone()
-            else:
-                plain[f"{name}|{key}"] = value
+    for name, value in state.items():
+        if isinstance(value, dict):
+            below = _flatten(value, f"{prefix}{name}|")
+            tensors, plain = tensors | below[0], plain | below[1]
+        elif isinstance(value, torch.Tensor):
+            tensors[prefix + name] = value.contiguous().clone()
+        else:
+            plain[prefix + name] = value
     return tensors, plain
 
 
-def _unflatten(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    state: dict[str, dict[str, Any]] = {}
-    for joint, value in {**tensors, **plain}.items():
-        name, _, key = joint.rpartition("|")
-        state.setdefault(name, {})[key] = value
+def _unflatten(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for path, value in {**tensors, **plain}.items():
+        *parents, name = path.split("|")
+        place = state
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = value
     return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -202,8 +203,16 @@ def _four_bit(config: StudentConfig) -> Any:
         return None
     if config.train == "full":
         raise ConfigError("student.load_in_4bit: 4-bit weights cannot be trained; set student.train=lora (QLoRA)")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "student.load_in_4bit needs bitsandbytes. Install it (pip install bitsandbytes), or set it to false"
+        )
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, config.dtype)
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        # The projector is trained, the head is used as a matrix: both stay as they are, and so does the small tower.
+        llm_int8_skip_modules=["model.multi_modal_projector", "lm_head", "model.vision_tower"],
     )

@@ -219,6 +219,8 @@ class Run:
             return
         if self.config.student.train == "lora":
             merge_adapters(model)
+        if self.config.student.load_in_4bit:
+            model = model.dequantize()
         save_student(model, self.processor, folder)
 
     def _backward(self, batch: Any, source: int, last: bool, sums: dict[str, torch.Tensor]) -> None:

@@ -159,3 +159,32 @@ def test_eight_bit_optimizer_without_its_library_says_what_to_install(monkeypatc
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     with pytest.raises(ConfigError, match="pip install bitsandbytes"):
         make_optimizer(nn.Linear(2, 2), TrainConfig(optimizer="adamw_8bit"))
+
+
+def test_eight_bit_optimizer_goes_on_from_its_checkpoint(config: FitConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    train = {"optimizer": "adamw_8bit", "max_steps": 4, "checkpoint_every": 2}
+    whole, parts = (variant(config, name, train=train) for name in ("eight", "eight-in-parts"))
+    fit(whole, "quiet")
+    backward = Run._backward
+
+    def stop(run: Run, *arguments: Any) -> None:
+        if run.step == 3:
+            raise KeyboardInterrupt
+        backward(run, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_backward", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(parts, "quiet")
+    fit(parts, "quiet")
+    assert largest_difference(whole, parts) == 0
+
+
+def test_four_bit_student_is_trained_by_adapters_and_exported_in_full(config: FitConfig) -> None:
+    pytest.importorskip("bitsandbytes")
+    four = replace(variant(config, "four"), student=replace(config.student, train="lora", load_in_4bit=True))
+    fit(four, "quiet")
+    plain = variant(config, "four-plain")
+    fit(plain, "quiet")
+    assert {n: w.shape for n, w in weights(four).items()} == {n: w.shape for n, w in weights(plain).items()}
