@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from pipelines.llavadi.instruct_ids import instruct_ids
 from student_train.ablate import AblationConfig, plan_runs
 from student_train.cli import app
-from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfig, check_fit_config
+from student_train.config import ExpectedSize, FitConfig, LossSpec, SourceConfig, StudentConfig, check_fit_config
 from student_train.plan import GIB, plan_ablation, plan_file, plan_fit, plan_stages, source_manifest, student_on_meta
 from student_train.stages import StagesConfig, stage_configs
 from teacher_cache.config import CacheConfig, ConfigError, load_config
@@ -133,22 +133,16 @@ def _losses(name: str, made_with: str) -> list[str]:
     return [f"stages.dpt.sources=[{json.dumps(source)}]", f"stages.dpt.losses=[{{name: {name}}}]"]
 
 
-def test_source_without_size_or_configuration_is_named() -> None:
+def test_source_without_size_or_configuration_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not there yet, and sources"):
         source_manifest(SourceConfig(cache="nowhere"))
-    with pytest.raises(ConfigError, match="no configuration found"):
-        load_model_config("nobody/no-such-model")
-    with pytest.raises(ConfigError, match=str(shipped_models())):
-        load_model_config("nobody/no-such-model")
+    with pytest.raises(ConfigError, match=f"no configuration found.*{shipped_models()}"):
+        load_model_config(str(tmp_path))
 
 
 def test_lora_and_four_bit_need_less_memory() -> None:
-    source = SourceConfig(
-        cache="none",
-        made_with="pipelines/llavadi/cache.yaml",
-        expected={"samples": 100, "rows_per_sample": 10.0, "tokens_per_sample": 50.0},  # type: ignore[arg-type]
-    )
-    source = load_config(FitConfig, None, [f"sources=[{json.dumps(_plain(source))}]"]).sources[0]
+    expected = ExpectedSize(samples=100, rows_per_sample=10, tokens_per_sample=50)
+    source = SourceConfig(cache="none", made_with="pipelines/llavadi/cache.yaml", expected=expected)
     parts = {
         "language_model": "mtgv/MobileLLaMA-2.7B-Base",
         "vision_tower": "openai/clip-vit-large-patch14-336",
@@ -162,10 +156,6 @@ def test_lora_and_four_bit_need_less_memory() -> None:
     assert lora.trained < 0.02 * full.trained
     assert four_bit.weight_bytes < 0.5 * lora.weight_bytes < full.weight_bytes
     assert four_bit.memory_bytes < lora.memory_bytes < full.memory_bytes
-
-
-def _plain(source: SourceConfig) -> dict[str, object]:
-    return {"cache": source.cache, "made_with": source.made_with, "expected": source.expected}
 
 
 def test_plan_command_prints_steps_and_the_assumption() -> None:
