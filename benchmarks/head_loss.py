@@ -102,29 +102,29 @@ class Student(nn.Module):
         self.projector = HiddenProjector(sizes.width, sizes.teacher_width)
 
 
-class Step:
-    """One optimiser step of ``specs``; ``dense`` forms all logits, as plain fine-tuning code does."""
+class Trainer:
+    """A student, its optimiser and one batch, which all variants share: what the weights are costs no time."""
 
-    def __init__(self, sizes: Sizes, specs: list[LossSpec], device: str, dtype: torch.dtype, match: bool, dense: bool):
+    def __init__(self, sizes: Sizes, device: str, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         self.student = Student(sizes).to(device, dtype)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5)
         self.input_ids = torch.randint(0, sizes.vocabulary, (sizes.samples, sizes.length), device=device)
-        self.rows = sizes.samples * sizes.answers
+        self.rows, self.answers = sizes.samples * sizes.answers, sizes.answers
         self.targets = targets_of(self.rows, sizes, device, dtype)
-        self.specs, self.match, self.dense, self.answers = specs, match, dense, sizes.answers
 
-    def __call__(self) -> float:
+    def step(self, specs: list[LossSpec], match: bool = False, dense: bool = False) -> float:
+        """One optimiser step; ``match`` adds hidden MSE, ``dense`` forms all logits as plain fine-tuning code does."""
         self.optimizer.zero_grad()
         states = self.student.trunk(input_ids=self.input_ids).last_hidden_state
         rows = states[:, -self.answers :].flatten(0, 1)
-        weights, ones = {spec.name: 1.0 for spec in self.specs}, torch.ones(self.rows, device=rows.device)
+        weights, ones = {spec.name: 1.0 for spec in specs}, torch.ones(self.rows, device=rows.device)
         head = self.student.lm_head.weight
-        if self.dense:
-            total, _ = dense_row_losses(rows, head, losses_of(self.specs, self.targets), weights, ones)
+        if dense:
+            total, _ = dense_row_losses(rows, head, losses_of(specs, self.targets), weights, ones)
         else:
-            total, _ = head_losses(rows, head, self.targets, self.specs, weights, ones)
-        if self.match:
+            total, _ = head_losses(rows, head, self.targets, specs, weights, ones)
+        if match:
             assert self.targets.hidden is not None
             teacher = self.targets.hidden.decode(slice(0, self.rows))
             total = total + hidden_mse(teacher, self.student.projector(rows)).sum()
@@ -178,17 +178,18 @@ def compare(title: str, variants: dict[str, Callable[[], float]], rounds: int, d
 
 def step_times(sizes: Sizes, device: str, dtype: torch.dtype) -> None:
     topk, exact = LOSSES["cross-entropy + forward KL (top-k)"], LOSSES["cross-entropy + forward KL (exact)"]
+    trainer = Trainer(sizes, device, dtype)
     variants = {
-        "cross-entropy": Step(sizes, [CE], device, dtype, False, False),
-        "cross-entropy, all logits at once": Step(sizes, [CE], device, dtype, False, True),
-        "cross-entropy + forward KL (top-k) + hidden MSE": Step(sizes, topk, device, dtype, True, False),
-        "cross-entropy + forward KL (exact)": Step(sizes, exact, device, dtype, False, False),
-        "cross-entropy + forward KL (exact) + hidden MSE": Step(sizes, exact, device, dtype, True, False),
+        "cross-entropy": lambda: trainer.step([CE]),
+        "cross-entropy, all logits at once": lambda: trainer.step([CE], dense=True),
+        "cross-entropy + forward KL (top-k) + hidden MSE": lambda: trainer.step(topk, match=True),
+        "cross-entropy + forward KL (exact)": lambda: trainer.step(exact),
+        "cross-entropy + forward KL (exact) + hidden MSE": lambda: trainer.step(exact, match=True),
     }
-    student = variants["cross-entropy"].student
-    trunk = sum(p.numel() for part in (student.trunk, student.lm_head) for p in part.parameters()) / 1e6
+    parts = (trainer.student.trunk, trainer.student.lm_head)
+    millions = sum(p.numel() for part in parts for p in part.parameters()) / 1e6
     title = (
-        f"One step, {trunk:.0f}M-parameter student, V = {sizes.vocabulary:,}, {sizes.samples * sizes.length:,} tokens, "
+        f"One step, {millions:.0f}M-parameter student, V = {sizes.vocabulary:,}, {sizes.samples * sizes.length:,} tokens, "
         f"{sizes.samples * sizes.answers:,} rows (ratio to cross-entropy)"
     )
     compare(title, variants, sizes.rounds, device)

@@ -1,10 +1,11 @@
 """What capturing costs: one pass against vLLM's bare generation, answer-then-score, and torch generate + score.
 
-    .venv-vllm/bin/python -m benchmarks.vllm_one_pass                       # an untrained 100M LLaVA, any machine
+    .venv-vllm/bin/python -m benchmarks.vllm_one_pass                       # an untrained 60M LLaVA, any machine
     python -m benchmarks.vllm_one_pass --model llava-hf/llava-1.5-13b-hf --dtype bfloat16 --torch-batch 16
 
 The same samples for all, in one run, engine start-up counted apart. Each engine is warmed up, then timed on several
 disjoint sets of samples (a second time, a set would come out of the prefix cache); the table has the median set.
+CPU seconds are those of this process and the engine's together: on a busy machine they say more than the clock.
 The untrained model sees 64 image tokens and never ends an answer, so all answers have the same length.
 """
 
@@ -36,22 +37,29 @@ from teacher_cache.tokenization import Prompt, assemble, template_by_name, token
 from teacher_cache.vllm_session import VllmOptions
 from teacher_cache.weights import rename_vision_weights
 
+Seconds = tuple[float, float]
+"""By the clock, and of CPU."""
+
 IMAGE_SIDE, PATCH = 112, 14
 WARM_UP = 8
 
 
 @dataclass(frozen=True)
 class Line:
-    """One way of getting there: seconds to start, and seconds for each set of samples."""
+    """One way of getting there: seconds to start, and for each set of samples seconds by the clock and of CPU."""
 
     name: str
     start: float
-    sets: list[float]
+    sets: list[Seconds]
     tokens: int
 
     @property
     def median(self) -> float:
-        return statistics.median(self.sets)
+        return statistics.median(wall for wall, _ in self.sets)
+
+    @property
+    def cpu(self) -> float:
+        return statistics.median(cpu for _, cpu in self.sets)
 
 
 def main() -> None:
@@ -67,7 +75,7 @@ def main() -> None:
         ]
     print(table(lines))
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps([vars(line) | {"median": line.median} for line in lines], indent=1))
+        Path(arguments.json).write_text(json.dumps([vars(line) for line in lines], indent=1))
 
 
 def parse() -> argparse.Namespace:
@@ -75,9 +83,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="", help="a LLaVA folder or hub name; default: an untrained small one")
     parser.add_argument("--data", default="", help="LLaVA JSON; default: questions about drawn scenes")
     parser.add_argument("--images", default="", help="the image folder of --data")
-    parser.add_argument("--samples", type=int, default=64, help="in each set")
+    parser.add_argument("--samples", type=int, default=24, help="in each set")
     parser.add_argument("--sets", type=int, default=3)
-    parser.add_argument("--answer-tokens", type=int, default=48)
+    parser.add_argument("--answer-tokens", type=int, default=24)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--torch-batch", type=int, default=32)
     parser.add_argument("--gpu-memory-share", type=float, default=0.85)
@@ -108,8 +116,8 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[CacheConfig, l
 
 
 def save_model(folder: Path) -> None:
-    """100M parameters, 64 image tokens, a vocabulary of 32,000: large enough that the model is what takes the time."""
-    config = llava_config(hidden_size=768, layers=8, head_width=64)
+    """60M parameters, 64 image tokens, a vocabulary of 32,000: large enough that the model is what takes the time."""
+    config = llava_config(hidden_size=512, layers=8, head_width=64)
     config.text_config.vocab_size = 32_000
     config.vision_config = CLIPVisionConfig(
         hidden_size=256,
@@ -160,7 +168,7 @@ def measure(
     start: Callable[[], Teacher],
     sets: Sequence[Sequence[Conversation]],
     config: CacheConfig,
-    work: Callable[[Teacher, Sequence[Prepared]], list[float]],
+    work: Callable[[Teacher, Sequence[Prepared]], list[Seconds]],
 ) -> Line:
     """Start, warm up with the first set, time the others."""
     begin = time.perf_counter()
@@ -172,8 +180,9 @@ def measure(
         seconds = work(teacher, prepared[1:])
     finally:
         teacher.close()
-    print(f"{name}: {statistics.median(seconds):.2f} s, started in {started:.0f} s", flush=True)
-    return Line(name, started, seconds, len(sets[1]) * config.generation.max_new_tokens)
+    line = Line(name, started, seconds, len(sets[1]) * config.generation.max_new_tokens)
+    print(f"{name}: {line.median:.2f} s, {line.cpu:.2f} s of CPU, started in {started:.0f} s", flush=True)
+    return line
 
 
 def requests(teacher: Teacher, conversations: Sequence[Conversation], config: CacheConfig) -> Prepared:
@@ -187,17 +196,17 @@ def requests(teacher: Teacher, conversations: Sequence[Conversation], config: Ca
     return prompts, asked
 
 
-def answer_only(teacher: Teacher, sets: Sequence[Prepared]) -> list[float]:
+def answer_only(teacher: Teacher, sets: Sequence[Prepared]) -> list[Seconds]:
     return [timed(lambda asked=asked: teacher.answer(asked)) for _, asked in sets]
 
 
-def one_pass(teacher: Teacher, sets: Sequence[Prepared]) -> list[float]:
+def one_pass(teacher: Teacher, sets: Sequence[Prepared]) -> list[Seconds]:
     """States checked, normed and let go as they come, as a build uses them."""
     assert teacher.one_pass
     return answer_only(teacher, sets)
 
 
-def two_passes(teacher: Teacher, sets: Sequence[Prepared]) -> list[float]:
+def two_passes(teacher: Teacher, sets: Sequence[Prepared]) -> list[Seconds]:
     """All answers, then all scores: as a build with two engines would, which starts each once."""
     teacher.answer(sets[0][1][:2])  # starts the first engine, where the warm-up ended with the second
     answers: list[list[Answer]] = []
@@ -209,23 +218,33 @@ def two_passes(teacher: Teacher, sets: Sequence[Prepared]) -> list[float]:
     for _ in teacher.score(todo[0][:2], Wanted()):  # starts the second engine, where there is one
         pass
     scoring = [timed(lambda batch=batch: list(teacher.score(batch, Wanted(text=True)))) for batch in todo]
-    return [a + s for a, s in zip(answering, scoring, strict=True)]
+    return [(a[0] + s[0], a[1] + s[1]) for a, s in zip(answering, scoring, strict=True)]
 
 
-def timed(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
+def timed(work: Callable[[], object]) -> Seconds:
+    begin, cpu = time.perf_counter(), cpu_seconds()
     work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, cpu_seconds() - cpu
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of all below it (psutil comes with vLLM)."""
+    import psutil
+
+    here = psutil.Process()
+    times = [process.cpu_times() for process in (here, *here.children(recursive=True))]
+    return sum(t.user + t.system for t in times)
 
 
 def table(lines: Sequence[Line]) -> str:
-    bare = lines[0].median
-    rows = ["| | seconds (median set) | tokens/s | × bare | all sets | start-up |", "|---|---:|---:|---:|---|---:|"]
+    bare = lines[0]
+    rows = ["| | seconds (median set) | tokens/s | × bare | CPU seconds | × bare | start-up |"]
+    rows += ["|---|---:|---:|---:|---:|---:|---:|"]
     rows += [
-        f"| {line.name} | {line.median:.2f} | {line.tokens / line.median:,.0f} | {line.median / bare:.2f} "
-        f"| {', '.join(f'{s:.2f}' for s in line.sets)} | {line.start:.0f} s |"
+        f"| {line.name} | {line.median:.2f} | {line.tokens / line.median:,.0f} | {line.median / bare.median:.2f} "
+        f"| {line.cpu:.2f} | {line.cpu / bare.cpu:.2f} | {line.start:.0f} s |"
         for line in lines
     ]
     return "\n".join(rows)

@@ -6,7 +6,7 @@ Each is drawn 330 units wide, about the width of a phone, so that its letters ke
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -17,7 +17,10 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 COLOURS = 8
 
+_LETTER = 6.2
+_WIDE = 20
 Point = tuple[float, float]
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -50,42 +53,43 @@ class _Frame:
     x: tuple[float, float]
     y: tuple[float, float]
     log_x: bool = False
+    log_y: bool = False
 
     def at(self, x: float, y: float) -> str:
         return f"{self.across(x):.1f},{self.up(y):.1f}"
 
     def across(self, x: float) -> float:
-        low, high, x = (math.log(v) for v in (*self.x, x)) if self.log_x else (*self.x, x)
-        return LEFT + (WIDTH - LEFT - RIGHT) * (x - low) / (high - low)
+        return LEFT + (WIDTH - LEFT - RIGHT) * _share(x, self.x, self.log_x)
 
     def up(self, y: float) -> float:
-        low, high = self.y
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - low) / (high - low)
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * _share(y, self.y, self.log_y)
 
 
 def line_chart(
     series: Sequence[Series], x_label: str, y_label: str, *, log_x: bool = False, y_range: Point | None = None
 ) -> str:
-    """Lines over a common plane; points that are not finite are left out (a loss that diverged)."""
+    """Lines over a common plane, its y axis logarithmic where the heights span more than ``_WIDE`` and no ``y_range``
+    is given; points that are not finite are left out (a loss that diverged)."""
     series = [_finite(s) for s in series]
     points = [p for s in series for p in s.points]
     if not points:
         return '<p class="note">nothing to draw</p>'
     heights = [y for _, y in points]
-    frame = _Frame(_span([x for x, _ in points], log_x), y_range or _padded(heights), log_x)
+    log_y = y_range is None and 0 < _WIDE * min(heights) < max(heights)
+    y_span = y_range or ((min(heights), max(heights)) if log_y else _padded(heights))
+    frame = _Frame(_span([x for x, _ in points], log_x), y_span, log_x, log_y)
     drawn = "".join(_line(s, frame) for s in sorted(series, key=lambda s: not s.thin))
     return _svg(_axes(frame, x_label, y_label) + drawn, f"{y_label} against {x_label}")
 
 
 def scatter_chart(dots: Sequence[Dot], x_label: str, y_label: str) -> str:
-    """Named dots with whiskers of one deviation; names beside them, moved apart where they would meet."""
+    """Named dots with whiskers of one deviation, their names beside them."""
     dots = [d for d in dots if math.isfinite(d.x) and math.isfinite(d.y)]
     if not dots:
         return '<p class="note">nothing to draw</p>'
     heights = [v for d in dots for v in (d.y - d.spread, d.y + d.spread)]
     frame = _Frame(_padded([d.x for d in dots], 0.15), _padded(heights))
-    levels = _apart([frame.up(d.y) for d in dots], 12.5)
-    drawn = "".join(_dot(d, frame, level) for d, level in zip(dots, levels, strict=True))
+    drawn = "".join(_dot(d, frame) for d in dots) + "".join(_labels(dots, frame))
     return _svg(_axes(frame, x_label, y_label) + drawn, f"{y_label} against {x_label}")
 
 
@@ -149,23 +153,37 @@ def _line(series: Series, frame: _Frame) -> str:
     return band + drawn
 
 
-def _dot(dot: Dot, frame: _Frame, level: float) -> str:
+def _dot(dot: Dot, frame: _Frame) -> str:
     x, colour = frame.across(dot.x), dot.style % COLOURS
     top, bottom = frame.up(dot.y + dot.spread), frame.up(dot.y - dot.spread)
-    left = x > (WIDTH + LEFT) * 0.62
     words = escape(f"{dot.name}: {dot.y:.4g} ± {dot.spread:.2g} at {dot.x:,.4g}")
     return (
         f'<line class="whisker k{colour}" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
         f'<circle class="f{colour}" r="4" cx="{x:.1f}" cy="{frame.up(dot.y):.1f}"><title>{words}</title></circle>'
-        f'<text class="name" x="{x - 8 if left else x + 8:.1f}" y="{level + 4:.1f}" '
-        f'text-anchor="{"end" if left else "start"}">{escape(dot.name)}</text>'
     )
+
+
+def _labels(dots: Sequence[Dot], frame: _Frame) -> Iterator[str]:
+    """Each name at the first place around its dot where it meets no dot, no other name and no edge."""
+    taken = [(frame.across(d.x) - 5, frame.up(d.y) - 5, frame.across(d.x) + 5, frame.up(d.y) + 5) for d in dots]
+    for dot in dots:
+        x, y, width = frame.across(dot.x), frame.up(dot.y), _LETTER * len(dot.name)
+        places = [(left, y + down) for down in (0, 13, -13, 26, -26) for left in (x + 8, x - 8 - width)]
+        boxes = [(left, level - 6, left + width, level + 6) for left, level in places]
+        free = [box for box in boxes if box[0] > LEFT and box[2] < WIDTH and not any(_meet(box, t) for t in taken)]
+        box = (free or boxes)[0]
+        taken.append(box)
+        yield f'<text class="name" x="{box[0]:.1f}" y="{box[1] + 10:.1f}">{escape(dot.name)}</text>'
+
+
+def _meet(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _axes(frame: _Frame, x_label: str, y_label: str) -> str:
     floor = HEIGHT - BOTTOM
     parts = []
-    for value in ticks(*frame.y):
+    for value in _decades(*frame.y) if frame.log_y else ticks(*frame.y):
         y = frame.up(value)
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
@@ -203,19 +221,22 @@ def _padded(values: Sequence[float], share: float = 0.06) -> Point:
     return (0.0 if 0 <= low <= 0.25 * high else low - pad), high + pad
 
 
+def _share(value: float, span: Point, log: bool) -> float:
+    low, high, value = (math.log(v) for v in (*span, value)) if log else (*span, value)
+    return (value - low) / (high - low)
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """1, 10, 100 … for a logarithmic axis of losses, with 2 and 5 between where there is room."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if len(exponents) < 4 else (1,)
+    return [m * 10.0**n for n in exponents for m in steps if low <= m * 10.0**n <= high]
+
+
 def _powers(low: float, high: float) -> list[float]:
     """1, 2, 4, 8 … for a logarithmic axis of counts, few enough to be read."""
     values = [2.0**n for n in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
     return values[:: -(-len(values) // 8)]
-
-
-def _apart(levels: Sequence[float], gap: float) -> list[float]:
-    """The levels, moved down where two would stand closer than ``gap``."""
-    placed = list(levels)
-    order = sorted(range(len(levels)), key=lambda i: levels[i])
-    for before, after in pairwise(order):
-        placed[after] = max(placed[after], placed[before] + gap)
-    return placed
 
 
 def _colour(style: int) -> str:
