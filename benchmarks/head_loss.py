@@ -189,7 +189,8 @@ def step_times(sizes: Sizes, device: str, dtype: torch.dtype) -> None:
     parts = (trainer.student.trunk, trainer.student.lm_head)
     millions = sum(p.numel() for part in parts for p in part.parameters()) / 1e6
     title = (
-        f"One step, {millions:.0f}M-parameter student, V = {sizes.vocabulary:,}, {sizes.samples * sizes.length:,} tokens, "
+        f"One step, {millions:.0f}M-parameter student, V = {sizes.vocabulary:,}, "
+        f"{sizes.samples * sizes.length:,} tokens, "
         f"{sizes.samples * sizes.answers:,} rows (ratio to cross-entropy)"
     )
     compare(title, variants, sizes.rounds, device)

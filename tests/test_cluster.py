@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import contextlib
 import os
 import signal
 import threading
@@ -74,9 +75,10 @@ class Killer(threading.Thread):
                 victims = running() - self.killed
                 if victims and len(list((self._folder / "shards").glob("0*"))) >= committed:
                     victim = min(victims)
-                    os.kill(victim, signal.SIGKILL)
-                    self.killed.add(victim)
-                    break
+                    with contextlib.suppress(ProcessLookupError):  # gone since it was listed: take another
+                        os.kill(victim, signal.SIGKILL)
+                        self.killed.add(victim)
+                        break
                 time.sleep(0.01)
 
 
