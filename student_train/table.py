@@ -105,23 +105,23 @@ def teacher_text(table: Mapping[str, Any]) -> str:
 
 
 def as_text(table: Mapping[str, Any]) -> str:
-    """For the terminal: the Markdown table, columns padded."""
-    rows = [line.strip("|").split("|") for line in as_markdown(table).splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in row] for row in rows if not set("".join(row)) <= set("-: ")]
+    """For the terminal: one table of all arms, columns padded."""
+    rows = [_head(table), *(_row(table, arm) for arm in table["arms"])]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def as_markdown(table: Mapping[str, Any]) -> str:
     """mean ± deviation, and in brackets the paired difference to the baseline ± its deviation; * where the mean
-    difference is more than twice that deviation."""
-    metrics = table["metrics"]
-    head = ["arm", *metrics, "CPU s", "MB"]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for arm in table["arms"]:
-        cells = [_cell(arm, m, arm["name"] == table["baseline"]) for m in metrics]
-        costs = [f"{arm['cpu_seconds']:.0f}", f"{arm['peak_megabytes']:.0f}"]
-        lines.append(f"| {' | '.join([arm['name'], *cells, *costs])} |")
+    difference is more than twice that deviation. Arms that name a ``table`` stand in one of that title each, below the
+    baseline."""
+    head = _head(table)
+    rule = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines: list[str] = []
+    for title, arms in _groups(table):
+        rows = [f"| {' | '.join(_row(table, arm))} |" for arm in arms]
+        lines += [*([f"## {title}", ""] if title else []), *rule, *rows, ""]
+    lines = lines[:-1]
     notes = [f"- {arm['name']}: {arm['note']}" for arm in table["arms"] if arm["note"]]
     seeds = len(table["seeds"])
     legend = (
@@ -129,6 +129,26 @@ def as_markdown(table: Mapping[str, Any]) -> str:
         "± its standard deviation; * where it is more than twice that."
     )
     return "\n".join([*lines, "", legend, teacher_text(table), "", *notes]).rstrip() + "\n"
+
+
+def _head(table: Mapping[str, Any]) -> list[str]:
+    return ["arm", *table["metrics"], "CPU s", "MB"]
+
+
+def _row(table: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str]:
+    cells = [_cell(arm, m, arm["name"] == table["baseline"]) for m in table["metrics"]]
+    return [arm["name"], *cells, f"{arm['cpu_seconds']:.0f}", f"{arm['peak_megabytes']:.0f}"]
+
+
+def _groups(table: Mapping[str, Any]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """(title, arms) in the file's order; the baseline opens each, and has none of its own unless it is all there is."""
+    titles = list(dict.fromkeys(arm.get("table", "") for arm in table["arms"]))
+    baseline = [arm for arm in table["arms"] if arm["name"] == table["baseline"]]
+    if len(titles) == 1:
+        return [("", table["arms"])]
+    others = [arm for arm in table["arms"] if arm not in baseline]
+    groups = [(title, [arm for arm in others if arm.get("table", "") == title]) for title in titles]
+    return [(title, [*baseline, *arms]) for title, arms in groups if arms]
 
 
 def as_csv(table: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from pipelines.tiny.prepare import TEACHER
 from pipelines.tiny.student import write_student
-from student_train.ablate import AblationConfig, ablate, plan_runs
+from student_train.ablate import AblationConfig, ArmConfig, ablate, plan_runs
 from student_train.stages import StagesConfig, stage_configs
 from student_train.table import as_csv, as_markdown, as_text, make_table
 from teacher_cache.config import ConfigError, build_config
@@ -65,6 +66,18 @@ def test_table_means_deviations_and_paired_differences(tmp_path: Path) -> None:
     assert "(+1.2 ± 0.35*)" in as_markdown(table)
     assert as_csv(table).splitlines()[1:] == ["a,0,1.0", "a,1,3.0", "b,0,2.0", "b,1,4.5"]
     assert as_text(table).splitlines()[0].split() == ["arm", "vqa", "CPU", "s", "MB"]
+
+
+def test_arms_of_several_tables_stand_below_the_baseline_each(tmp_path: Path) -> None:
+    costs = {"cpu_seconds": 2.0, "seconds": 3.0, "peak_megabytes": 4.0, "steps": 5}
+    results = {(arm, seed): {**costs, "scores": {"vqa": 1.0}} for arm in "abc" for seed in (0, 1)}
+    arms = {"a": ArmConfig(table="all"), "b": ArmConfig(table="table 1"), "c": ArmConfig(table="table 2")}
+    table = make_table(replace(ablation(tmp_path), arms=arms), results)
+    text = as_markdown(table)
+    parts = text.split("## ")[1:]
+    assert [part.splitlines()[0] for part in parts] == ["table 1", "table 2"]
+    assert [[line.split()[1] for line in part.splitlines()[4:6]] for part in parts] == [["a", "b"], ["a", "c"]]
+    assert [line.split()[0] for line in as_text(table).splitlines()] == ["arm", "a", "b", "c"]
 
 
 def count_files(model: str) -> dict[str, float]:
