@@ -74,6 +74,6 @@ def test_a_failed_start_says_what_to_set(said: str, expected: str) -> None:
 
 
 def test_the_last_error_is_the_cause_not_what_followed_from_it() -> None:
-    log = "x\n(Worker pid=3) ERROR 11-22 10:00:00 [a.py:1] KeyError: 'a'\nRuntimeError: Engine core initialization failed."
-    assert last_error(log) == "KeyError: 'a'"
+    cause = "(Worker pid=3) ERROR 11-22 10:00:00 [a.py:1] KeyError: 'a'"
+    assert last_error(f"x\n{cause}\nRuntimeError: Engine core initialization failed.") == "KeyError: 'a'"
     assert last_error("nothing of note") == "nothing"
