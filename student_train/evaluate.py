@@ -208,6 +208,7 @@ def write_predictions(path: Path, samples: Sequence[dict[str, Any]], answers: Se
                 "reference": s["conversations"][1]["value"],
                 "answer": a,
                 "question_type": s.get("question_type", ""),
+                "image": s.get("image", ""),
             }
         )
         for s, a in zip(samples, answers, strict=True)
