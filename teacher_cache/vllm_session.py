@@ -313,7 +313,7 @@ class VllmSession:
     def _crash(self, what: str) -> EngineCrashed:
         processes = self._started  # vLLM forgets its processes when it notices their end
         for process in processes:
-            process.join(timeout=5)  # its exit code comes a moment after its end
+            process.join(timeout=5)  # its exit code comes a moment after its end, unless vLLM took it
         codes = ", ".join(str(p.exitcode) for p in processes if p.exitcode is not None) or "unknown"
         return EngineCrashed(
             f"{what} (exit code {codes}; its last words: {last_error(self._said())}). "
