@@ -95,9 +95,8 @@ def collate(
     lines = pack_lines(lengths) if pack else [(line, 0) for line in range(len(lengths))]
     input_ids = torch.full((1 + lines[-1][0], max(lengths)), pad, dtype=torch.int64)
     attention_mask, position_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    places: dict[str, list[Any]] = {name: [] for name in _PLACES}
-    samples = zip(lines, lengths, raw.input_ids, raw.loss_mask, weights, strict=True)
-    for (b, offset), length, ids, mask, weight in samples:
+    places: dict[str, list[Array]] = {name: [] for name in _PLACES}
+    for (b, offset), length, ids, mask in zip(lines, lengths, raw.input_ids, raw.loss_mask, strict=True):
         is_image = ids == image_token
         width = np.where(is_image, image_tokens, 1)
         start = offset + np.cumsum(width) - width
@@ -105,19 +104,22 @@ def collate(
         attention_mask[b, offset : offset + length] = 1
         position_ids[b, offset : offset + length] = torch.arange(length)
         text = start[~is_image]
-        text = text[text < offset + length - 1]
-        places["row_sample"].append(np.full(int(mask.sum()), b))
         places["row_position"].append(start[mask] - 1)
         places["answer_ids"].append(ids[mask])
-        places["row_weight"].append(np.full(int(mask.sum()), weight.row, np.float32))
-        places["text_sample"].append(np.full(len(text), b))
-        places["text_position"].append(text)
-        places["position_weight"].append(np.full(len(text), weight.position, np.float32))
-        places["visual_sample"].append(np.full(int(is_image.sum()), b))
+        places["text_position"].append(text[text < offset + length - 1])
         places["visual_start"].append(start[is_image])
-        places["image_weight"].append(np.full(int(is_image.sum()), weight.image, np.float32))
-        places["text_token_weight"].append(np.full(len(text), weight.token, np.float32))
-        places["image_token_weight"].append(np.full(int(is_image.sum()), weight.token, np.float32))
+    rows, texts, images = ([len(a) for a in places[n]] for n in ("row_position", "text_position", "visual_start"))
+    line = [b for b, _ in lines]
+    repeated = {
+        "row_sample": np.repeat(line, rows),
+        "text_sample": np.repeat(line, texts),
+        "visual_sample": np.repeat(line, images),
+        "row_weight": _repeated([w.row for w in weights], rows),
+        "position_weight": _repeated([w.position for w in weights], texts),
+        "image_weight": _repeated([w.image for w in weights], images),
+        "text_token_weight": _repeated([w.token for w in weights], texts),
+        "image_token_weight": _repeated([w.token for w in weights], images),
+    }
     return StudentBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -128,6 +130,7 @@ def collate(
         visual={name: _tensor(name, a) for name, a in raw.visual.items()},
         position_ids=position_ids if pack else None,
         **{name: torch.from_numpy(np.concatenate(parts)) for name, parts in places.items()},
+        **{name: torch.from_numpy(array) for name, array in repeated.items()},
     )
 
 
@@ -150,17 +153,8 @@ def _tensor(name: str, array: Array) -> Tensor:
     return torch.from_numpy(array.astype(np.int32) if name.endswith("ids") else np.ascontiguousarray(array))
 
 
-_PLACES = (
-    "row_sample",
-    "row_position",
-    "answer_ids",
-    "row_weight",
-    "text_sample",
-    "text_position",
-    "position_weight",
-    "visual_sample",
-    "visual_start",
-    "image_weight",
-    "text_token_weight",
-    "image_token_weight",
-)
+_PLACES = ("row_position", "answer_ids", "text_position", "visual_start")
+
+
+def _repeated(values: list[float], counts: list[int]) -> Array:
+    return np.repeat(np.array(values, np.float32), counts)

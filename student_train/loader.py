@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -242,6 +242,9 @@ def on_device(
     batches: Iterable[tuple[MicroBatch, StudentBatch]], device: torch.device
 ) -> Iterator[tuple[MicroBatch, StudentBatch]]:
     """The same batches on ``device``. On a GPU the next one is copied, by a stream of its own, during each step."""
+    if device.type == "cpu":  # thirty calls that copy nothing would each wait for the loader's thread
+        yield from batches
+        return
     if device.type != "cuda":
         for micro, batch in batches:
             yield micro, batch.to(device)
@@ -273,21 +276,22 @@ def _arrived(micro: MicroBatch, batch: StudentBatch, copied: torch.cuda.Event) -
 def _threaded(
     dataset: MicroBatches, micros: Iterable[MicroBatch], pin: bool
 ) -> Iterator[tuple[MicroBatch, StudentBatch]]:
-    """One thread stays ``_AHEAD`` micro-batches ahead; its errors surface where the batch is asked for."""
+    """A thread plans and makes ``_AHEAD`` micro-batches in advance; its errors surface where a batch is asked for."""
+    waiting = iter(micros)
 
-    def made(micro: MicroBatch) -> tuple[MicroBatch, StudentBatch]:
+    def make() -> tuple[MicroBatch, StudentBatch] | None:
+        micro = next(waiting, None)
+        if micro is None:
+            return None
         _, batch = dataset[micro]
         return micro, batch.pin_memory() if pin else batch
 
     with ThreadPoolExecutor(1, thread_name_prefix="batch-loader") as thread:
-        pending: deque[Future[tuple[MicroBatch, StudentBatch]]] = deque()
+        pending = deque(thread.submit(make) for _ in range(_AHEAD))
         try:
-            for micro in micros:
-                pending.append(thread.submit(made, micro))
-                if len(pending) > _AHEAD:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            while (made := pending.popleft().result()) is not None:
+                pending.append(thread.submit(make))
+                yield made
         finally:
             for future in pending:
                 future.cancel()

@@ -175,6 +175,7 @@ class Run:
                         break
                     if train.checkpoint_every and self.step % train.checkpoint_every == 0:
                         self._checkpoint()
+                del batch  # its memory is given back here, not while the next one is waited for
                 mark = time.monotonic()
 
     def finish(self) -> FitSummary:
