@@ -2,6 +2,7 @@
 PYTHON ?= python3
 CONFIG ?=
 BACKEND ?= torch
+SET ?=
 V := .venv/bin
 TINY := pipelines/tiny
 
@@ -36,11 +37,11 @@ runs/tiny/prepared.json: | .venv/ready
 
 world: runs/tiny/prepared.json ## render the tiny world and write untrained students
 
-demo: world      ## both phases on the tiny world and one table (under 15 minutes on 2 cores)
+demo: world      ## both phases on the tiny world and one table (under 15 minutes on 2 cores); SET="--set seeds=[0]" …
 	$(V)/teacher-cache build $(TINY)/cache.yaml
 	$(V)/teacher-cache build $(TINY)/cache_test.yaml
 	$(V)/teacher-cache info runs/tiny/cache
-	$(V)/student-train ablate $(TINY)/demo.yaml
+	$(V)/student-train ablate $(TINY)/demo.yaml $(SET)
 	$(V)/teacher-cache view runs/tiny/cache --image-folder runs/tiny/world/images --tokenizer $(TINY)/teacher --output runs/demo/cache.html
 	$(V)/student-train report runs/demo --output runs/demo/report.html
 	@echo "table: runs/demo/table.md (.csv, .json, .svg); pages: runs/demo/cache.html, runs/demo/report.html"
@@ -56,20 +57,20 @@ BACKEND_SET :=
 endif
 
 cache-teacher: $(PHASE_ONE_ENV) $(if $(CONFIG),,world) ## phase one: CONFIG=file.yaml, BACKEND=torch|vllm
-	$(PHASE_ONE) build $(or $(CONFIG),$(TINY)/cache.yaml) $(BACKEND_SET)
+	$(PHASE_ONE) build $(or $(CONFIG),$(TINY)/cache.yaml) $(BACKEND_SET) $(SET)
 
 distill: .venv/ready $(if $(CONFIG),,world) ## phase two: CONFIG=file.yaml
-	$(V)/student-train fit $(or $(CONFIG),$(TINY)/distill.yaml)
+	$(V)/student-train fit $(or $(CONFIG),$(TINY)/distill.yaml) $(SET)
 
 ablate: .venv/ready world ## miniature LLAVADI tables 1 to 5 (under 90 minutes on 2 cores)
 	$(V)/python -m pipelines.tiny.prepare --folder runs/tiny/more --train-images 600 --dev-images 0 --test-images 0 --seed 1 --students 0
 	$(V)/teacher-cache build $(TINY)/cache_full.yaml
 	$(V)/teacher-cache build $(TINY)/cache_more.yaml
-	$(V)/student-train ablate $(or $(CONFIG),$(TINY)/ablate.yaml)
+	$(V)/student-train ablate $(or $(CONFIG),$(TINY)/ablate.yaml) $(SET)
 
 ablate-llava-kd: .venv/ready world ## LLaVA-KD's ladder on the tiny world
 	$(V)/teacher-cache build $(TINY)/cache_full.yaml
-	$(V)/student-train ablate $(TINY)/ablate_llava_kd.yaml
+	$(V)/student-train ablate $(TINY)/ablate_llava_kd.yaml $(SET)
 
 tiny-teacher: .venv/ready ## train the shipped teacher again (about ten minutes)
 	$(V)/python -m pipelines.tiny.train_teacher --out $(TINY)/teacher --seed 0

@@ -122,12 +122,16 @@ def export(run: Path, output: Path) -> None:
 
 
 @app.command()
-def report(runs: list[Path], output: Path = Path("report.html")) -> None:
+def report(
+    runs: list[Path],
+    output: Path = Path("report.html"),
+    image_folder: Annotated[str, typer.Option(help="where the images of the predictions lie")] = "",
+) -> None:
     """A page to look at: loss curves, table, quality against cost, where students disagree with the teacher."""
     from student_train.report import write_report
 
     with _errors():
-        written = write_report(runs, output)
+        written = write_report(runs, output, image_folder)
     typer.echo(f"{written}: open it in any browser")
 
 

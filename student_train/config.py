@@ -150,8 +150,8 @@ class TrainConfig:
     group: Literal["none", "length", "modality"] = "none"
     pack: bool = False
     """Fill the lines of a micro-batch with several short samples, which do not see each other, instead of padding."""
-    head_rows: int = 1024
-    """Rows whose (rows × vocabulary) logits exist at once."""
+    head_rows: int = 0
+    """Rows whose (rows × vocabulary) logits exist at once; 0 takes as many as the device works fastest with."""
     workers: int = 0
     pixel_cache: int = 4096
     """Preprocessed images kept in memory, per loader process."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from student_train.objective import needed_arrays, teacher_side
 from student_train.scores import vqa_accuracy, yes_no_scores
 from student_train.targets import row_loss, row_targets
 from teacher_cache.config import DataConfig
-from teacher_cache.conversations import Conversation, Skipped, read_conversations
+from teacher_cache.conversations import IMAGE_TAG, Conversation, Skipped, read_conversations
 from teacher_cache.images import image_tokens_of
 from teacher_cache.manifest import read_manifest
+from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage
 from teacher_cache.tokenization import end_token_id, image_token_id, template_by_name, tokenize_prompt
 
@@ -185,7 +186,7 @@ def evaluate_model(
     student = Student.load(model)
     answers = answer_questions(student, data, image_folder, template, max_new_tokens=max_new_tokens)
     if output is not None:
-        write_predictions(output, samples, answers)
+        write_predictions(output, samples, answers, teacher_answers(cache) if cache else None)
     references = [s["conversations"][1]["value"] for s in samples]
     found = vqa_accuracy(answers, references, [s.get("question_type", "all") for s in samples])
     facts: dict[str, Any] = {"questions": len(samples), "accuracy": found.overall}
@@ -198,23 +199,40 @@ def evaluate_model(
     return facts
 
 
-def write_predictions(path: Path, samples: Sequence[dict[str, Any]], answers: Sequence[str]) -> None:
-    """One JSON line per sample: id, question, reference, answer."""
-    lines = [
-        json.dumps(
-            {
-                "id": s["id"],
-                "question": s["conversations"][0]["value"],
-                "reference": s["conversations"][1]["value"],
-                "answer": a,
-                "question_type": s.get("question_type", ""),
-                "image": s.get("image", ""),
-            }
-        )
-        for s, a in zip(samples, answers, strict=True)
-    ]
+TeacherAnswers = Mapping[tuple[str, str], str]
+"""(sample_id, first question without the image tag) → what the teacher answered."""
+
+
+def teacher_answers(cache: str) -> TeacherAnswers:
+    """The first answers of a cache that its teacher gave itself."""
+    with TeacherCache.open(cache) as opened:
+        records = (opened[i] for i in range(len(opened)))
+        return {(r.sample_id, _bare(r.questions[0])): r.answers[0] for r in records if r.source == "teacher"}
+
+
+def write_predictions(
+    path: Path, samples: Sequence[dict[str, Any]], answers: Sequence[str], teacher: TeacherAnswers | None = None
+) -> None:
+    """One JSON line per sample: id, question, reference, answer, and the teacher's answer where it is known."""
+    lines = []
+    for s, a in zip(samples, answers, strict=True):
+        question = s["conversations"][0]["value"]
+        line = {
+            "id": s["id"],
+            "question": question,
+            "reference": s["conversations"][1]["value"],
+            "answer": a,
+            "question_type": s.get("question_type", ""),
+            "image": s.get("image", ""),
+        }
+        said = (teacher or {}).get((str(s["id"]), _bare(question)))
+        lines.append(json.dumps(line if said is None else line | {"teacher": said}))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _bare(question: str) -> str:
+    return question.replace(IMAGE_TAG, "").strip()
 
 
 def as_facts(agreement_: Agreement) -> dict[str, float]:

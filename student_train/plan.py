@@ -30,6 +30,7 @@ from student_train.config import (
     StudentConfig,
     check_fit_config,
 )
+from student_train.head_loss import default_chunk_rows
 from student_train.losses import HiddenProjector
 from student_train.objective import check_losses, needed_arrays
 from student_train.stages import StagesConfig, stage_configs
@@ -377,7 +378,8 @@ def _activation_bytes(config: FitConfig, text: Any, longest: float) -> int:
 
 def _head_bytes(config: FitConfig, text: Any, manifests: Sequence[Manifest], bytes_each: int) -> int:
     """Three float32 buffers of a chunk's logits (student, gradient, teacher), and the heads of the exact losses."""
-    chunk = 3 * 4 * config.train.head_rows * text.vocab_size
+    rows = config.train.head_rows or default_chunk_rows(text.vocab_size, torch.device("cuda"))
+    chunk = 3 * 4 * rows * text.vocab_size
     exact = any(
         (loss.name in LOGIT_LOSSES and loss.source == "exact") or loss.name in ("visual_kl", "relation")
         for loss in config.losses

@@ -20,8 +20,9 @@ from PIL import Image as PillowImage
 
 from teacher_cache.conversations import Conversation
 from teacher_cache.manifest import CacheError, Manifest, digest
+from teacher_cache.progress import Style, note
 from teacher_cache.storage import Storage
-from teacher_cache.teacher import AnswerRequest, Teacher
+from teacher_cache.teacher import AnswerRequest, Teacher, TeacherCrashed
 from teacher_cache.tokenization import Ids, Prompt, Template, tokenize_answer
 from teacher_cache.writer import answers_name
 
@@ -54,10 +55,13 @@ def answer_conversations(
     capture: bool,
     max_length: int,
     source: str = "teacher",
+    style: Style = "quiet",
 ) -> list[AnsweredSample]:
     """Answers for each conversation, in order; those that keep their original answers are only tokenised.
 
-    Turn t of all conversations is one batch, so that conversations of different length keep the device full.
+    The next question of a conversation is asked as soon as its last answer is there; what the teacher makes of that is
+    its own business (torch: turn t of all conversations together). Where it crashes, it is started again, and only
+    what had not come yet is asked again.
     ``history`` says whose earlier answers stand before a later question: the teacher's own or the original ones.
     With ``capture`` a one-pass teacher hands out the states of the whole conversation with its last answer. A
     conversation that outgrows ``max_length`` tokens is answered no further: it has fewer answers than questions.
@@ -76,32 +80,39 @@ def answer_conversations(
         else AnsweredSample(c.sample_id, original, ["original"] * len(original), "original")
         for c, original in zip(conversations, originals, strict=True)
     ]
-    for turn in range(max((len(c.questions) for c in conversations), default=0)):
-        places, requests = [], []
-        for i, conversation in enumerate(conversations):
-            if not conversation.regenerate or not len(samples[i].answers) == turn < len(conversation.questions):
-                continue
-            before = originals[i] if history == "original" else samples[i].answers
-            ids = prompts[i].before(turn, before)
-            if len(ids) + (extra if images[i] is not None else 0) >= max_length:
-                continue
-            places.append(i)
-            last = turn + 1 == len(conversations[i].questions)
-            requests.append(
-                AnswerRequest(
-                    conversations[i].sample_id,
-                    turn,
-                    ids,
-                    images[i],
-                    answer_seed(seed, conversations[i].sample_id, turn),
-                    capture=capture and last and history == "teacher",
-                )
-            )
-        for i, answer in zip(places, teacher.answer(requests), strict=True):
-            samples[i].answers.append(answer.token_ids)
-            samples[i].finish_reasons.append(answer.finish_reason)
-            samples[i].hidden = answer.hidden
+    places = {c.sample_id: i for i, c in enumerate(conversations)}
+
+    def ask(i: int) -> AnswerRequest | None:
+        """The next question of conversation ``i``, if there is one that fits."""
+        conversation, turn = conversations[i], len(samples[i].answers)
+        if not conversation.regenerate or turn == len(conversation.questions):
+            return None
+        ids = prompts[i].before(turn, originals[i] if history == "original" else samples[i].answers)
+        if len(ids) + (extra if images[i] is not None else 0) >= max_length:
+            return None
+        last = turn + 1 == len(conversation.questions)
+        drawn = answer_seed(seed, conversation.sample_id, turn)
+        captured = capture and last and history == "teacher"
+        return AnswerRequest(conversation.sample_id, turn, ids, images[i], drawn, captured)
+
+    for attempt in range(_TRIES):
+        open_requests = [request for i in range(len(conversations)) if (request := ask(i)) is not None]
+        try:
+            for place, answer in teacher.answers(open_requests, lambda asked, _: ask(places[asked.sample_id])):
+                sample = samples[places[open_requests[place].sample_id]]
+                sample.answers.append(answer.token_ids)
+                sample.finish_reasons.append(answer.finish_reason)
+                sample.hidden = answer.hidden
+            break
+        except TeacherCrashed as error:
+            if attempt + 1 == _TRIES:
+                raise
+            note(f"{error} Starting it again for the answers that had not come yet", style)
     return samples
+
+
+_TRIES = 3
+"""How often a shard's answers are begun before a teacher that dies again and again is given up."""
 
 
 def answer_seed(seed: int, sample_id: str, turn: int) -> int:

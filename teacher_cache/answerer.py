@@ -23,17 +23,19 @@ from teacher_cache.teacher import (
     Teacher,
     TeacherDescription,
     TeacherError,
+    Then,
     Wanted,
 )
 
 
 @dataclass(frozen=True)
 class AnsweringStudent:
-    """``answer`` is the student's, everything else the teacher's."""
+    """``answers`` are the student's, everything else the teacher's."""
 
     teacher: Teacher
     student: Teacher
     one_pass: bool = False
+    two_engines: bool = False
 
     @property
     def description(self) -> TeacherDescription:
@@ -43,8 +45,8 @@ class AnsweringStudent:
     def tokenizer(self) -> Any:
         return self.teacher.tokenizer
 
-    def answer(self, requests: Sequence[AnswerRequest]) -> list[Answer]:
-        return self.student.answer(requests)
+    def answers(self, requests: Sequence[AnswerRequest], then: Then | None = None) -> Iterator[tuple[int, Answer]]:
+        return self.student.answers(requests, then)
 
     def score(self, requests: Sequence[ScoreRequest], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
         return self.teacher.score(requests, wanted)

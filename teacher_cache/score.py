@@ -41,7 +41,7 @@ from teacher_cache.reader import scales_from_bytes
 from teacher_cache.records import Array, TeacherRecord
 from teacher_cache.signals import Extractor, wanted_states
 from teacher_cache.storage import Storage
-from teacher_cache.teacher import SampleStates, ScoreRequest, Teacher, pick, row_positions
+from teacher_cache.teacher import SampleStates, ScoreRequest, Teacher, TeacherCrashed, pick, row_positions
 from teacher_cache.tokenization import (
     TokenizedSample,
     assemble,
@@ -247,28 +247,38 @@ def build_shards(
     answers_only: bool = False,
 ) -> Clock:
     """Make the shards ``numbers``; writing runs behind the teacher, one shard back, and its errors surface here."""
-    numbers = list(numbers)
-    clock, size = Clock(), config.layout.shard_samples
+    numbers, clock = list(numbers), Clock()
+    if teacher.two_engines and not answers_only:  # a change of engines costs minutes: one for all shards, not one each
+        bare = [n for n in numbers if not storage.exists(answers_name(n))]
+        clock = build_shards(config, storage, manifest, samples, teacher, bare, style, answers_only=True)
+    size = config.layout.shard_samples
     extractor = make_extractor(config, storage, manifest, teacher)
     places = plan_images(samples, size) if manifest.image_arrays else {}
     total = sum(len(samples[n * size : (n + 1) * size]) for n in numbers)
+
+    def make(number: int) -> tuple[ShardInput, Scored | None]:
+        shard = ShardInput.load(config, teacher, samples[number * size : (number + 1) * size])
+        answered = answer_shard(config, storage, manifest, teacher, number, shard, clock, style)
+        if answers_only:
+            return shard, None
+        return shard, score_shard(config, manifest, teacher, extractor, number, shard, answered, places, clock)
+
     with (
         ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer,
         stage("answering" if answers_only else "caching", total, "samples", style) as progress,
     ):
         pending: Future[None] | None = None
         for number in numbers:
-            chosen = samples[number * size : (number + 1) * size]
-            shard = ShardInput.load(config, teacher, chosen)
-            answered = answer_shard(config, storage, manifest, teacher, number, shard, clock)
-            if not answers_only:
-                records, images = score_shard(
-                    config, manifest, teacher, extractor, number, shard, answered, places, clock
-                )
+            try:
+                shard, scored = make(number)
+            except TeacherCrashed as error:  # once: its answers are on disk by now, or will not come
+                note(f"{error} Starting it again for shard {number:05d}", style)
+                shard, scored = make(number)
+            if scored is not None:
                 if pending is not None:
                     pending.result()
-                pending = writer.submit(_commit, storage, manifest, number, records, images, shard.skipped, places)
-            _advance(progress, len(chosen), clock)
+                pending = writer.submit(_commit, storage, manifest, number, *scored, shard.skipped, places)
+            _advance(progress, len(samples[number * size : (number + 1) * size]), clock)
         if pending is not None:
             pending.result()
     return clock
@@ -282,6 +292,7 @@ def answer_shard(
     number: int,
     shard: ShardInput,
     clock: Clock,
+    style: Style = "auto",
 ) -> list[AnsweredSample]:
     """The shard's answers: those already on disk, or new ones, which are written before anything is scored."""
     begin = time.monotonic()
@@ -305,6 +316,7 @@ def answer_shard(
         capture=teacher.one_pass and not (config.signals.second_last or config.signals.attention),
         max_length=config.teacher.max_length,
         source="student" if config.teacher.answerer else "teacher",
+        style=style,
     )
     write_answers(storage, manifest, number, answered, teacher.tokenizer)
     clock.answering += time.monotonic() - begin
@@ -321,7 +333,7 @@ def score_shard(
     answered: list[AnsweredSample],
     places: dict[str, ImagePlace],
     clock: Clock,
-) -> tuple[list[TeacherRecord], list[tuple[str, dict[str, Array] | None]]]:
+) -> Scored:
     """Records of the shard in input order, and the lines of the images that this shard owns."""
     begin = time.monotonic()
     turns = [len(p.segments) for p in shard.prompts]
@@ -356,6 +368,10 @@ def score_shard(
     return records, images
 
 
+Scored = tuple[list[TeacherRecord], list[tuple[str, dict[str, Array] | None]]]
+"""A shard's records, and the lines of its images."""
+
+
 def make_extractor(config: CacheConfig, storage: Storage, manifest: Manifest, teacher: Teacher) -> Extractor:
     scales = scales_from_bytes(storage.read(SCALES)) if storage.exists(SCALES) else {}
     shape = manifest.shape
@@ -388,7 +404,7 @@ def _states(
             hidden, answered[i].hidden = answered[i].hidden, None  # freed as soon as it is used
             assert hidden is not None
             positions = row_positions(tokenized[i], description.image_token, description.shape.image_tokens)
-            states.append(pick(positions, wanted, hidden))
+            states.append(pick(positions, wanted, hidden.to(extractor.head.device)))
         yield batch, states
     rest = sorted(set(range(len(answered))) - set(captured))
     requests = [ScoreRequest(tokenized[i], shard.images[i]) for i in rest]

@@ -7,7 +7,7 @@ image placeholder is expanded to N image positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,7 +57,7 @@ class Answer:
     """What the teacher said: the ids it produced, the end token included when ``finish_reason`` is ``stop``.
 
     ``hidden``: (S, d) final-layer states after the final norm of all positions of the expanded sequence but the
-    last token's, for requests with ``capture``.
+    last token's, for requests with ``capture``; on the CPU, as a shard's states would fill a GPU.
     """
 
     token_ids: Ids
@@ -101,6 +101,14 @@ class TeacherError(RuntimeError):
     """A teacher that cannot be loaded, or does not fit the data; says what to set."""
 
 
+class TeacherCrashed(TeacherError):
+    """A process of the teacher died. The next call starts a new one; what had not come yet must be asked again."""
+
+
+Then = Callable[[AnswerRequest, Answer], AnswerRequest | None]
+"""The request that follows an answer in its conversation, None where that was the last turn."""
+
+
 class Teacher(Protocol):
     """A model that answers and scores. Implementations: ``teacher_torch``, ``teacher_vllm``."""
 
@@ -112,11 +120,20 @@ class Teacher(Protocol):
 
     @property
     def one_pass(self) -> bool:
-        """Whether :meth:`answer` honours ``capture``."""
+        """Whether :meth:`answers` honours ``capture``."""
         ...
 
-    def answer(self, requests: Sequence[AnswerRequest]) -> list[Answer]:
-        """The answers, in the order of the requests."""
+    @property
+    def two_engines(self) -> bool:
+        """Whether answering and scoring take turns on the device, each with a start of its own."""
+        ...
+
+    def answers(self, requests: Sequence[AnswerRequest], then: Then | None = None) -> Iterator[tuple[int, Answer]]:
+        """Each answer as soon as it is there, with the place of its request.
+
+        ``then``, asked once the answer has been taken, may give the next turn of that conversation: it comes under
+        the same place.
+        """
         ...
 
     def score(self, requests: Sequence[ScoreRequest], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
@@ -130,6 +147,20 @@ class Teacher(Protocol):
     def close(self) -> None:
         """Free the device."""
         ...
+
+
+def answers_in_rounds(
+    answer: Callable[[list[AnswerRequest]], list[Answer]], requests: Sequence[AnswerRequest], then: Then | None
+) -> Iterator[tuple[int, Answer]]:
+    """:meth:`Teacher.answers` for a teacher that answers lists: turn t of all conversations is one list."""
+    asked = dict(enumerate(requests))
+    while asked:
+        following: dict[int, AnswerRequest] = {}
+        for (place, request), given in zip(asked.items(), answer(list(asked.values())), strict=True):
+            yield place, given
+            if then is not None and (after := then(request, given)) is not None:
+                following[place] = after
+        asked = following
 
 
 @dataclass(frozen=True)

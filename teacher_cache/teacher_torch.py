@@ -23,7 +23,9 @@ from teacher_cache.teacher import (
     ScoreRequest,
     TeacherDescription,
     TeacherError,
+    Then,
     Wanted,
+    answers_in_rounds,
     expand,
     pick,
     row_positions,
@@ -41,6 +43,7 @@ class TorchTeacher:
     """
 
     one_pass = False
+    two_engines = False
 
     def __init__(
         self, config: TeacherConfig, generation: GenerationConfig, speed: SpeedConfig, attention: bool = False
@@ -69,6 +72,9 @@ class TorchTeacher:
         del self._model
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def answers(self, requests: Sequence[AnswerRequest], then: Then | None = None) -> Iterator[tuple[int, Answer]]:
+        return answers_in_rounds(self.answer, requests, then)
 
     @torch.inference_mode()
     def answer(self, requests: Sequence[AnswerRequest]) -> list[Answer]:

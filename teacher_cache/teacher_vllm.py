@@ -32,6 +32,7 @@ from teacher_cache.teacher import (
     ScoreRequest,
     TeacherDescription,
     TeacherError,
+    Then,
     Wanted,
     expand,
     pick,
@@ -44,8 +45,6 @@ from teacher_cache.weights import checkpoint_folder, final_norm, output_head, un
 
 LOGIT_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
 """How far head(norm(h)) may lie from the engine's logit, as a share of the largest logit (at least 1)."""
-
-Then = Callable[[AnswerRequest, Answer], AnswerRequest | None]
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def _model_config(config: TeacherConfig) -> Any:
 class VllmTeacher:
     """A LLaVA under vLLM as :class:`~teacher_cache.teacher.Teacher`; ``with`` (or ``close``) frees its device.
 
-    The engine starts with the first request, and again after :class:`EngineCrashed`. Model classes that cannot hand
+    The engine starts with the first request, and again after :class:`TeacherCrashed`. Model classes that cannot hand
     out inner states answer first; then that engine is stopped and another, a ``token_embed`` pooler, scores.
 
     Raises
@@ -180,6 +179,10 @@ class VllmTeacher:
     def one_pass(self) -> bool:
         return self._captures
 
+    @property
+    def two_engines(self) -> bool:
+        return self._answering_mode != self._scoring_mode
+
     def head(self) -> torch.Tensor:
         return self._head
 
@@ -209,12 +212,8 @@ class VllmTeacher:
         return [answer for answer in answers if answer is not None]
 
     def answers(self, requests: Sequence[AnswerRequest], then: Then | None = None) -> Iterator[tuple[int, Answer]]:
-        """Each answer as soon as it is there, with the place of its request.
-
-        ``then(request, answer)`` may give the next turn of that conversation, which runs at once, under the same
-        place: its earlier turns are still in the prefix cache, and no conversation waits for another. Who lets go of
-        the states as they come keeps memory bounded whatever the number of requests.
-        """
+        """See :meth:`Teacher.answers`. The next turn runs at once: its earlier turns are still in the prefix cache, and
+        no conversation waits for another."""
         if any(r.capture for r in requests) and not self._captures:
             raise TeacherError("this engine cannot hand out states as it answers (see one_pass): answer, then score")
         asked = dict(enumerate(requests))
@@ -229,9 +228,8 @@ class VllmTeacher:
 
         given: dict[int, Answer] = {}
         jobs = [self._answer_job(place, request) for place, request in asked.items()]
-        mode: Mode = "capture" if self._captures else "plain"
-        for job, outcome in self._run(mode, jobs, follow if then is not None else None):
-            hidden = self._checked(job, outcome)[0] if job.capture else None
+        for job, outcome in self._run(self._answering_mode, jobs, follow if then is not None else None):
+            hidden = self._checked(job, outcome)[0].cpu() if job.capture else None
             self.last_cached_tokens = outcome.cached_tokens
             given[job.place] = Answer(outcome.token_ids, outcome.finish_reason, hidden)
             yield job.place, given[job.place]
@@ -246,7 +244,7 @@ class VllmTeacher:
             raise TeacherError("vLLM was not set up for signals.attention or signals.second_last: score with torch")
         shape, token = self._description.shape, self._description.image_token
         jobs = [self._score_job(place, request) for place, request in enumerate(requests)]
-        for job, outcome in self._run("capture" if self._extracts else "states", jobs):
+        for job, outcome in self._run(self._scoring_mode, jobs):
             hidden, second_last = self._checked(job, outcome)
             positions = row_positions(requests[job.place].sample, token, shape.image_tokens)
             yield [job.place], [pick(positions, wanted, hidden, second_last if wanted.second_last else None)]
@@ -406,6 +404,14 @@ class VllmTeacher:
 
     def _expanded(self, ids: Iterable[int]) -> npt.NDArray[np.int64]:
         return expand(np.asarray(ids, np.int64), self._description.image_token, self._description.shape.image_tokens)
+
+    @property
+    def _answering_mode(self) -> Mode:
+        return "capture" if self._captures else "plain"
+
+    @property
+    def _scoring_mode(self) -> Mode:
+        return "capture" if self._extracts else "states"
 
     @property
     def _second_last(self) -> bool:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image as PillowImage
 
-from teacher_cache.teacher import TeacherError
+from teacher_cache.teacher import TeacherCrashed, TeacherError
 from teacher_cache.vllm_processes import (
     dismiss,
     environment,
@@ -52,10 +52,6 @@ Mode = Literal["capture", "plain", "states"]
 """What an engine is started for: one pass; answers alone; states of given sequences (``token_embed``)."""
 
 Array = npt.NDArray[Any]
-
-
-class EngineCrashed(TeacherError):
-    """A process of the engine died. The next call starts a new one; what was not committed must be asked again."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +295,7 @@ class VllmSession:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Turn the death of an engine process into :class:`EngineCrashed`."""
+        """Turn the death of an engine process into :class:`TeacherCrashed`."""
         from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -310,12 +306,12 @@ class VllmSession:
         except (VLLMValidationError, ValueError) as error:
             raise TeacherError(f"vLLM refuses the request: {first_line(error)}") from error
 
-    def _crash(self, what: str) -> EngineCrashed:
+    def _crash(self, what: str) -> TeacherCrashed:
         processes = self._started  # vLLM forgets its processes when it notices their end
         for process in processes:
             process.join(timeout=5)  # its exit code comes a moment after its end, unless vLLM took it
         codes = ", ".join(str(p.exitcode) for p in processes if p.exitcode is not None) or "unknown"
-        return EngineCrashed(
+        return TeacherCrashed(
             f"{what} (exit code {codes}; its last words: {last_error(self._said())}). "
             "Exit code -9 is most often the system's out-of-memory killer: lower speed.gpu_memory_share or "
             "speed.tensor_parallel. Run the same command again to go on after the last committed shard."

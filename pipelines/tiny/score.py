@@ -7,7 +7,14 @@ from pathlib import Path
 
 from pipelines.tiny.evaluate import LONGEST_ANSWER, score
 from student_train.config import SourceConfig
-from student_train.evaluate import Student, agreement, answer_questions, as_facts, write_predictions
+from student_train.evaluate import (
+    Student,
+    agreement,
+    answer_questions,
+    as_facts,
+    teacher_answers,
+    write_predictions,
+)
 from student_train.scores import yes_no_scores
 
 
@@ -21,7 +28,8 @@ def score_student(model: str, world: str, split: str, cache: str = "") -> dict[s
     images = Path(world) / "images"
     student = Student.load(model)
     answers = answer_questions(student, Path(world) / f"{split}.json", images, "tiny", max_new_tokens=LONGEST_ANSWER)
-    write_predictions(Path(model).parent / "predictions.jsonl", samples, answers)
+    known = teacher_answers(cache) if cache else None
+    write_predictions(Path(model).parent / "predictions.jsonl", samples, answers, known)
     found = score(samples, answers)
     exist = [(a, s["conversations"][1]["value"]) for s, a in zip(samples, answers, strict=True) if _is_exist(s)]
     pope = yes_no_scores([a for a, _ in exist], [truth for _, truth in exist])
