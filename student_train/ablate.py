@@ -24,14 +24,18 @@ from teacher_cache.config import ConfigError, as_plain, build_config
 from teacher_cache.manifest import digest
 from teacher_cache.progress import Style, silence_libraries, stage
 
+CPU_MARGIN = 1.25
+"""Over the CPU seconds to match: the same run takes 10 to 20 % more or less from one time to the next."""
+
 
 @dataclass(frozen=True)
 class ArmConfig:
     """One row of the table. ``set`` lies over the file's ``base``; ``{seed}`` and ``{runs}`` in it are filled in.
 
     ``prepare`` calls ``module:function`` with its other keys before training (to make a cache of a student's answers,
-    say). ``match_cpu``: train as many steps as fit into the CPU seconds that the named arm took, judged by this
-    arm's own ``steps_like`` arm. ``needs``: arms whose runs must be done before.
+    say). ``match_cpu``: so many steps more that this arm gets at least the CPU seconds of the named one, judged by what
+    its ``steps_like`` arm took, and a quarter on top for the noise of such times. ``needs``: arms whose runs must be
+    done before.
     """
 
     set: dict[str, Any] = field(default_factory=dict)
@@ -202,14 +206,14 @@ def _is_done(config: AblationConfig, run: RunSpec) -> bool:
 
 
 def _matched(config: AblationConfig, run: RunSpec) -> RunSpec:
-    """With ``match_cpu``: the steps that make this arm as long, in CPU seconds, as the named one."""
+    """With ``match_cpu``: the steps that make this arm at least as long, in CPU seconds, as the named one."""
     arm = config.arms[run.arm]
     if not arm.match_cpu:
         return run
     folder = run.folder.parent
     target = load_result(folder / f"{arm.match_cpu}-seed{run.seed}")
     like = load_result(folder / f"{arm.steps_like}-seed{run.seed}")
-    steps = max(round(like["steps"] * target["cpu_seconds"] / like["cpu_seconds"]), like["steps"])
+    steps = round(CPU_MARGIN * like["steps"] * max(target["cpu_seconds"] / like["cpu_seconds"], 1.0))
     known = run.folder / "steps.json"
     if known.is_file():  # a resumed run keeps the number it began with
         steps = json.loads(known.read_text(encoding="utf-8"))["max_steps"]

@@ -25,12 +25,27 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
 
 
 @app.command()
-def plan(config: Config, sets: Sets = None, as_json: Json = False) -> None:
+def plan(
+    config: Config,
+    sets: Sets = None,
+    like: Annotated[str, typer.Option(help="a finished cache of this teacher: count with the time that it took")] = "",
+    read_rate: Annotated[float, typer.Option(help="tokens a second that one GPU reads (with --write-rate)")] = 0.0,
+    write_rate: Annotated[float, typer.Option(help="tokens a second that one GPU writes")] = 0.0,
+    dollars: Annotated[float, typer.Option(help="price of a GPU hour")] = 2.0,
+    answer_factor: Annotated[float, typer.Option(help="new answers are this much longer than the original ones")] = 1.0,
+    as_json: Json = False,
+) -> None:
     """What the cache will hold and cost, before anything runs; needs no weights."""
     from teacher_cache.plan import plan_cache
+    from teacher_cache.plan_cost import Throughput, measured_throughput
 
     with _errors():
-        planned = plan_cache(load_config(CacheConfig, config, sets or []))
+        if bool(read_rate) != bool(write_rate) or (like and read_rate):
+            raise ValueError("give --read-rate and --write-rate together, or --like, or none of them")
+        rate = Throughput(read_rate, write_rate, dollars) if read_rate else None
+        rate = measured_throughput(Storage(like), dollars) if like else rate
+        settings = load_config(CacheConfig, config, sets or [])
+        planned = plan_cache(settings, answer_factor=answer_factor, throughput=rate, dollars_per_hour=dollars)
     _show(planned.as_rows(), planned, as_json, "plan")
 
 
@@ -112,12 +127,24 @@ def verify(
 
 
 @app.command()
-def fidelity(cache: str, samples: int = 256, as_json: Json = False) -> None:
-    """How close the stored signals are to the teacher's exact distribution, by answer type and position."""
+def fidelity(
+    cache: str,
+    samples: int = 256,
+    config: Annotated[
+        Path | None, typer.Option(help="the YAML the cache was made with: the teacher scores the samples again")
+    ] = None,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """How close the stored signals are to the teacher's exact distribution, by answer type and position.
+
+    Without --config the stored states stand for the teacher: then their own error is not seen, only the top-k's.
+    """
     from teacher_cache.fidelity import cache_fidelity
 
     with _errors():
-        report = cache_fidelity(Storage(cache), samples)
+        settings = load_config(CacheConfig, config, sets or []) if config is not None else None
+        report = cache_fidelity(Storage(cache), samples, config=settings)
     _show(report.as_rows(), report, as_json, f"fidelity of {cache}")
 
 

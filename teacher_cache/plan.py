@@ -24,22 +24,13 @@ from teacher_cache.config import PRESETS, CacheConfig, SignalsConfig
 from teacher_cache.conversations import Conversation, read_conversations
 from teacher_cache.lengths import Lengths, conversation_lengths, load_tokenizer
 from teacher_cache.model_config import load_model_config
+from teacher_cache.plan_cost import TeacherMemory, Throughput, assumed_throughput, size_of, teacher_memory
 from teacher_cache.records import ArraySpec, Axis, TeacherShape, image_arrays, record_arrays
 from teacher_cache.storage import Storage
 from teacher_cache.tokenization import template_by_name
 from teacher_cache.writer import answers_name
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """Tokens per second of one GPU: reading (prompts, scoring) and writing (answers), and what an hour costs."""
-
-    read_tokens_per_second: float
-    write_tokens_per_second: float
-    dollars_per_hour: float = 2.0
-    source: str = "given"
 
 
 @dataclass(frozen=True)
@@ -62,6 +53,7 @@ class CachePlan:
     gpu_hours: float
     dollars: float
     throughput: Throughput
+    memory: TeacherMemory
     free_bytes: int | None
     notes: tuple[str, ...]
 
@@ -93,6 +85,7 @@ class CachePlan:
             *((f"  as preset {name}", _size(size)) for name, size in self.preset_bytes.items()),
             ("free space", "not known (object store)" if self.free_bytes is None else _size(self.free_bytes)),
             ("fits", {None: "not known", True: "yes", False: "NO: free space or choose a smaller preset"}[self.fits]),
+            *self.memory.as_rows(),
             ("GPU hours", f"{self.gpu_hours:,.1f}"),
             ("cost", f"{self.dollars:,.0f} $ at {rate.dollars_per_hour:g} $ an hour"),
             (
@@ -104,7 +97,13 @@ class CachePlan:
         ]
 
 
-def plan_cache(config: CacheConfig, *, answer_factor: float = 1.0, throughput: Throughput | None = None) -> CachePlan:
+def plan_cache(
+    config: CacheConfig,
+    *,
+    answer_factor: float = 1.0,
+    throughput: Throughput | None = None,
+    dollars_per_hour: float = 2.0,
+) -> CachePlan:
     """Count and price the cache that ``config`` describes.
 
     ``config.teacher.model`` may be a folder that holds only ``config.json``, with or without the tokenizer's files.
@@ -146,8 +145,11 @@ def plan_cache(config: CacheConfig, *, answer_factor: float = 1.0, throughput: T
         dtype_bytes=4 if config.teacher.dtype == "float32" else 2,
     )
     array_bytes = world.array_bytes(config.signals, config)
-    rate = throughput or assumed_throughput(parameters(model))
-    hours = _gpu_hours(conversations, lengths, answered, shape, kept, rate)
+    rate = throughput or assumed_throughput(size_of(model).language, dollars_per_hour)
+    image = np.array([c.image is not None for c in conversations], np.bool_) * (shape.image_tokens - 1)
+    anew = kept & np.array([c.regenerate and c.sample_id not in answered for c in conversations], np.bool_)
+    whole = lengths.prompt + lengths.answers + image
+    hours = rate.hours(whole[kept].sum(), (lengths.prompt + image)[anew].sum(), lengths.answers[anew].sum())
     return CachePlan(
         samples=int(kept.sum()),
         skipped=len(samples) - int(kept.sum()),
@@ -165,27 +167,9 @@ def plan_cache(config: CacheConfig, *, answer_factor: float = 1.0, throughput: T
         gpu_hours=hours,
         dollars=hours * rate.dollars_per_hour,
         throughput=rate,
+        memory=teacher_memory(config, model, min(int(whole.max(initial=1)), config.teacher.max_length), size_of(model)),
         free_bytes=storage.free_bytes() if config.output else None,
         notes=_notes(config, conversations, lengths, tokenizer, answered, answer_factor),
-    )
-
-
-def parameters(model: Any) -> int:
-    """Weights of the language model, from its configuration."""
-    text = model.get_text_config()
-    d, layers = text.hidden_size, text.num_hidden_layers
-    heads = text.num_attention_heads
-    shared = getattr(text, "num_key_value_heads", heads) / heads
-    return int(layers * (d * d * (2 + 2 * shared) + 3 * d * text.intermediate_size) + 2 * text.vocab_size * d)
-
-
-def assumed_throughput(weights: int) -> Throughput:
-    """An A100 (312 bf16 TFLOP/s, 2 TB/s) at 45 % of its arithmetic when reading, and writing 64 answers at once at
-    55 % of its memory bandwidth. For 13B: 5,400 and 2,700 tokens/s."""
-    return Throughput(
-        read_tokens_per_second=0.45 * 312e12 / (2 * weights),
-        write_tokens_per_second=0.55 * 2e12 / (2 * weights) * 64,
-        source="assumed for one A100, batches of 64; measure yours with make bench",
     )
 
 
@@ -336,22 +320,6 @@ def _answered(storage: Storage, shards: int) -> dict[str, int]:
             for sample_id, ids in zip(table["sample_id"].to_pylist(), table["token_ids"].to_pylist(), strict=True):
                 lengths[sample_id] = lengths.get(sample_id, 0) + len(ids)
     return lengths
-
-
-def _gpu_hours(
-    conversations: Sequence[Conversation],
-    lengths: Lengths,
-    answered: Mapping[str, int],
-    shape: TeacherShape,
-    kept: npt.NDArray[np.bool_],
-    rate: Throughput,
-) -> float:
-    """Answering reads the prompts and writes the answers; scoring reads everything once more."""
-    image = np.array([c.image is not None for c in conversations], np.bool_) * (shape.image_tokens - 1)
-    anew = kept & np.array([c.regenerate and c.sample_id not in answered for c in conversations], np.bool_)
-    read = (lengths.prompt + lengths.answers + image)[kept].sum() + (lengths.prompt + image)[anew].sum()
-    seconds = read / rate.read_tokens_per_second + lengths.answers[anew].sum() / rate.write_tokens_per_second
-    return float(seconds / 3600)
 
 
 def _notes(

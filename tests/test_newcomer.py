@@ -19,7 +19,7 @@ from pipelines.chromium import NoChromiumError, open_browser
 
 ROOT = Path(__file__).parents[1]
 SHORT = "SET=--set base.train.max_steps=12 --set seeds=[0]"
-NEW_ARM = "  mse: {note: + hidden states by their squared error, set: {losses: [{name: cross_entropy}, {name: hidden_mse}]}}\n"
+NEW_ARM = "  mse: {note: + squared error of the states, set: {losses: [{name: cross_entropy}, {name: hidden_mse}]}}\n"
 
 
 @contextmanager

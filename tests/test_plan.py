@@ -9,9 +9,13 @@ import pytest
 
 from pipelines.tiny.prepare import TEACHER
 from teacher_cache import lengths as lengths_module
-from teacher_cache.config import PRESETS, CacheConfig, ConfigError, DataConfig, TeacherConfig
-from teacher_cache.plan import Throughput, assumed_throughput, parameters, plan_cache
+from teacher_cache.config import PRESETS, CacheConfig, ConfigError, DataConfig, TeacherConfig, load_config
+from teacher_cache.manifest import CacheError
+from teacher_cache.model_config import load_model_config
+from teacher_cache.plan import plan_cache
+from teacher_cache.plan_cost import GB, Throughput, assumed_throughput, measured_throughput, size_of, teacher_memory
 from teacher_cache.score import build_cache
+from teacher_cache.storage import Storage
 from tests.store_fixtures import signals
 
 MODELS = Path(__file__).parents[1] / "pipelines/llavadi/models"
@@ -131,7 +135,9 @@ def test_llava_is_planned_without_weights_or_tokenizer(tmp_path, name, weights):
     assert rows["samples"] == "50 cached, 0 skipped"
     from transformers import AutoConfig
 
-    assert parameters(AutoConfig.from_pretrained(config.teacher.model)) == pytest.approx(weights, rel=0.03)
+    size = size_of(AutoConfig.from_pretrained(config.teacher.model))
+    assert size.language == pytest.approx(weights, rel=0.03)
+    assert 0.29e9 < size.vision < 0.36e9, "CLIP-L and a two-layer projector"
 
 
 def test_hours_and_dollars_follow_from_the_throughput(cache_config, bare_teacher):
@@ -145,9 +151,35 @@ def test_hours_and_dollars_follow_from_the_throughput(cache_config, bare_teacher
     assert 1_500 < rate.write_tokens_per_second < 4_000
 
 
-def test_what_does_not_fit_is_said(cache_config, bare_teacher, tmp_path, monkeypatch):
-    from teacher_cache.storage import Storage
+def test_the_time_of_an_earlier_cache_can_be_counted_with(cache_config, cache_folder, bare_teacher, tmp_path):
+    """The plan of the very same data then comes to the very seconds that it took."""
+    rate = measured_throughput(Storage(cache_folder))
+    cost = json.loads((cache_folder / "cost.json").read_text())
+    again = dataclasses.replace(cache_config, output=str(tmp_path / "none"))
+    rows = json.loads((cache_folder / "manifest.json").read_text())["counts"]["rows"]
+    factor = rows / plan_cache(_bare(again, bare_teacher)).rows
+    plan = plan_cache(_bare(again, bare_teacher), throughput=rate, answer_factor=factor)
+    assert plan.gpu_hours * 3600 == pytest.approx(cost["answer_seconds"] + cost["score_seconds"], rel=0.1)
+    with pytest.raises(CacheError, match="manifest"):
+        measured_throughput(Storage(tmp_path / "none"))
 
+
+@pytest.mark.parametrize(("name", "least", "most"), [("cache", 25, 45), ("cache_2x24gb", 4, 12)])
+def test_memory_of_the_13b_configurations(name, least, most):
+    """26.7 GB of 16-bit weights leave room for that many conversations of 2,048 tokens on the GPUs they are for."""
+    config = load_config(CacheConfig, MODELS.parent / f"{name}.yaml")
+    model = load_model_config(config.teacher.model)
+    memory = teacher_memory(config, model, 2048, size_of(model))
+    assert memory.weights * memory.gpus == pytest.approx(26.7e9, rel=0.01)
+    assert memory.sequence * memory.gpus == pytest.approx(2 * 2 * 40 * 5120 * 2048, rel=0.03)
+    assert least < memory.sequences((24 if memory.gpus == 2 else 80) * GB) < most
+    assert memory.sequences(8 * GB) == 0
+    packed = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, quantization="awq"))
+    assert teacher_memory(packed, model, 2048, size_of(model)).weights < 0.35 * memory.weights
+    assert any("does not fit" in value for _, value in dataclasses.replace(memory, weights=200 * GB).as_rows())
+
+
+def test_what_does_not_fit_is_said(cache_config, bare_teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(Storage, "free_bytes", lambda self: 1000)
     plan = plan_cache(_bare(cache_config, bare_teacher, output=str(tmp_path / "c")))
     assert plan.fits is False

@@ -1,0 +1,168 @@
+"""What the teacher costs, before it runs: memory of a GPU, hours and dollars, from its configuration alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from teacher_cache.config import CacheConfig, ConfigError
+from teacher_cache.reader import TeacherCache
+from teacher_cache.storage import Storage
+
+GB = 10**9
+GPU_SIZES = (16, 24, 40, 48, 80, 141)
+"""GB of GPUs that people have."""
+
+QUANTIZED_BYTES = {"fp8": 1.0}
+FOUR_BIT_BYTES = 0.57
+"""Bytes of a weight of a quantised linear layer; four bits and the scales of groups of 128 where not named."""
+STEP_TOKENS = 8192
+"""Tokens that vLLM puts into one step by default."""
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Tokens per second of one GPU: reading (prompts, scoring) and writing (answers), and what an hour costs."""
+
+    read_tokens_per_second: float
+    write_tokens_per_second: float
+    dollars_per_hour: float = 2.0
+    source: str = "given"
+    writing_reads: bool = False
+    """The writing rate was measured with the reading of the prompts in it."""
+
+    def hours(self, scored: float, prompts: float, answers: float) -> float:
+        """Answering reads ``prompts`` tokens and writes ``answers``; scoring reads ``scored`` once more."""
+        read = scored + (0 if self.writing_reads else prompts)
+        return float(read / self.read_tokens_per_second + answers / self.write_tokens_per_second) / 3600
+
+
+def assumed_throughput(weights: int, dollars_per_hour: float = 2.0) -> Throughput:
+    """An A100 (312 bf16 TFLOP/s, 2 TB/s) at 45 % of its arithmetic when reading, and writing 64 answers at once at
+    55 % of its memory bandwidth. For 13B: 5,400 and 2,700 tokens/s."""
+    return Throughput(
+        read_tokens_per_second=0.45 * 312e12 / (2 * weights),
+        write_tokens_per_second=0.55 * 2e12 / (2 * weights) * 64,
+        dollars_per_hour=dollars_per_hour,
+        source="assumed for one A100, batches of 64; plan --like takes what a cache of yours took",
+    )
+
+
+def measured_throughput(storage: Storage, dollars_per_hour: float = 2.0) -> Throughput:
+    """What a finished cache of two passes took, a worker (``cost.json``).
+
+    Raises
+    ------
+    ConfigError
+        The cache has no such figures, or came out of one pass, whose time does not tell reading from writing.
+    """
+    with TeacherCache(storage) as cache:
+        counts, image_tokens = cache.manifest.counts, cache.manifest.shape.image_tokens
+        read = counts["tokens"] + int(cache.has_image().sum()) * (image_tokens - 1)
+    cost = json.loads(storage.read("cost.json")) if storage.exists("cost.json") else {}
+    answering, scoring = cost.get("answer_seconds", 0.0), cost.get("score_seconds", 0.0)
+    if not answering or not scoring:
+        raise ConfigError(
+            f"{storage.url}: cost.json has {answering:g} s of answering and {scoring:g} s of scoring; expected both. "
+            "Give --read-rate and --write-rate in its place"
+        )
+    return Throughput(
+        read / scoring, counts["rows"] / answering, dollars_per_hour, f"measured in {storage.url}", writing_reads=True
+    )
+
+
+@dataclass(frozen=True)
+class TeacherSize:
+    """Parameters: of the language model's linear layers (which quantisation packs), its embeddings and head, and
+    those of the vision tower and the projector."""
+
+    linear: int
+    embeddings: int
+    vision: int
+
+    @property
+    def language(self) -> int:
+        return self.linear + self.embeddings
+
+
+def size_of(model: Any) -> TeacherSize:
+    """Counted on a model without storage (``meta`` device)."""
+    return _size_of(model.to_json_string(use_diff=False))
+
+
+@lru_cache(maxsize=8)
+def _size_of(plain: str) -> TeacherSize:
+    fields = json.loads(plain)
+    with torch.device("meta"):
+        made = AutoModelForImageTextToText.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    parts = {"linear": 0, "embeddings": 0, "vision": 0}
+    for name, weight in made.named_parameters():
+        if "language_model" not in name and "lm_head" not in name:
+            parts["vision"] += weight.numel()
+        else:
+            parts["embeddings" if "embed_tokens" in name or "lm_head" in name else "linear"] += weight.numel()
+    return TeacherSize(**parts)
+
+
+@dataclass(frozen=True)
+class TeacherMemory:
+    """Bytes on one GPU of the tensor-parallel group.
+
+    weights · sequence: KV cache of the longest sample, and its captured states · step: activations of one forward ·
+    signals: the output head once more and the float32 logits of a chunk of rows, beside the engine · share: of the
+    GPU, for the engine · length: tokens of the longest sample.
+    """
+
+    weights: int
+    sequence: int
+    step: int
+    signals: int
+    share: float
+    length: int
+    gpus: int
+
+    def sequences(self, gpu_bytes: float) -> int:
+        """How many samples of full length run at once on such a GPU; 0 where the teacher does not fit."""
+        engine = min(gpu_bytes * self.share, gpu_bytes - self.signals)
+        return max(0, int((engine - self.weights - self.step) // self.sequence))
+
+    def as_rows(self) -> Iterator[tuple[str, str]]:
+        group = f", each of {self.gpus}" if self.gpus > 1 else ""
+        yield (
+            f"memory of a GPU{group}",
+            f"weights {self.weights / GB:,.2f} GB, a forward step {self.step / GB:,.2f} GB, signals "
+            f"{self.signals / GB:,.2f} GB, KV cache {self.sequence / GB:,.3f} GB a sample of {self.length:,} tokens",
+        )
+        fits = [f"{size} GB: {n:,}" for size in GPU_SIZES if (n := self.sequences(size * GB))]
+        yield "samples at once, by size of the GPU", ", ".join(fits) or f"does not fit into {GPU_SIZES[-1]} GB"
+
+
+def teacher_memory(config: CacheConfig, model: Any, length: int, size: TeacherSize) -> TeacherMemory:
+    """An estimate from shapes: weights and KV cache are exact, a step's activations within tens of per cent."""
+    text, gpus = model.get_text_config(), config.speed.tensor_parallel
+    each = 4 if config.teacher.dtype == "float32" else 2
+    name = config.teacher.quantization
+    packed = QUANTIZED_BYTES.get(name, FOUR_BIT_BYTES) if name else each
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kept = 2 * text.num_hidden_layers * kv_heads * head_size / gpus + text.hidden_size * (
+        1 + config.signals.second_last
+    )
+    tokens = STEP_TOKENS if config.teacher.backend != "torch" else config.speed.score_batch_tokens
+    wide = 2 * text.intermediate_size / gpus + 6 * text.hidden_size
+    rows = config.speed.head_rows * text.vocab_size * 4 * 3
+    return TeacherMemory(
+        weights=int((size.linear * packed + (size.embeddings + size.vision) * each) / gpus),
+        sequence=int(kept * each * length),
+        step=int(tokens * wide * each),
+        signals=int(text.vocab_size * text.hidden_size * each + rows),
+        share=config.speed.gpu_memory_share,
+        length=length,
+        gpus=gpus,
+    )
