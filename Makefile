@@ -77,8 +77,8 @@ tiny-teacher: .venv/ready ## train the shipped teacher again (about ten minutes)
 
 # --- quality --------------------------------------------------------------------------------------------------------
 
-test: .venv/ready chromium test-vllm test-lmms ## every test, vLLM's CPU build and lmms-eval included
-	$(V)/python -m pytest -n 2 --dist loadfile
+test: chromium   ## every test, vLLM's CPU build and lmms-eval included; the three suites run side by side
+	$(MAKE) --jobs=3 --output-sync=target test-vllm test-lmms test-fast
 
 test-fast: .venv/ready ## tests of the light environment only
 	$(V)/python -m pytest -n 2 --dist loadfile

@@ -176,12 +176,14 @@ def open_teacher(config: CacheConfig, samples: Samples, style: Style = "auto") -
 
 def _open_backend(config: CacheConfig, samples: Samples, style: Style) -> Teacher:
     if config.teacher.backend != "torch":
-        from teacher_cache import teacher_vllm
+        from teacher_cache.vllm_choice import choose
 
-        choice = teacher_vllm.choose(config)
+        choice = choose(config)
         note(choice.reason, style)
         if choice.use_vllm:
-            return teacher_vllm.VllmTeacher(config, samples)
+            from teacher_cache.teacher_vllm import VllmTeacher
+
+            return VllmTeacher(config, samples)
     from teacher_cache.teacher_torch import TorchTeacher
 
     return TorchTeacher(config.teacher, config.generation, config.speed, attention=config.signals.attention)

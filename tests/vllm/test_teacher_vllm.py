@@ -46,8 +46,9 @@ from teacher_cache.teacher import (
     row_positions,
 )
 from teacher_cache.teacher_torch import TorchTeacher
-from teacher_cache.teacher_vllm import VllmTeacher, check_context, choose
+from teacher_cache.teacher_vllm import VllmTeacher
 from teacher_cache.tokenization import Prompt, TokenizedSample, assemble, template_by_name, tokenize_prompt
+from teacher_cache.vllm_choice import check_context, choose
 from teacher_cache.vllm_processes import environment
 from teacher_cache.vllm_session import Mode, VllmOptions, VllmSession
 from teacher_cache.weights import rename_vision_weights, tensor_files
@@ -403,13 +404,17 @@ def test_a_model_class_without_inner_states_answers_then_scores(
     assert_same_caches(Path(halves.output), Path(whole.output))
 
 
-def assert_same_caches(one: Path, other: Path) -> None:
-    """The same samples and ids, and every array of numbers within ``TOLERANCE`` (float16: a unit in the last place)."""
+def assert_same_caches(one: Path, other: Path, differing: int = 0) -> None:
+    """The same samples and ids, and every array of numbers within ``TOLERANCE`` (float16: a unit in the last place).
+    At most ``differing`` samples may have another answer."""
     with TeacherCache.open(one) as ours, TeacherCache.open(other) as oracle:
         assert list(ours.sample_ids()) == list(oracle.sample_ids())
         for index in range(len(oracle)):
             mine, theirs = ours[index].arrays, oracle[index].arrays
             assert mine.keys() == theirs.keys()
+            if differing and not np.array_equal(mine["input_ids"], theirs["input_ids"]):
+                differing -= 1
+                continue
             for array in ("input_ids", "loss_mask"):
                 np.testing.assert_array_equal(mine[array], theirs[array])
             for array in mine.keys() - {"input_ids", "loss_mask", "topk_ids"}:  # ids of equal logits may change places
@@ -418,18 +423,21 @@ def assert_same_caches(one: Path, other: Path) -> None:
                 np.testing.assert_allclose(left, right, atol=max(TOLERANCE, coarse), rtol=coarse, err_msg=array)
 
 
-def test_killed_engine_then_killed_driver_in_a_run_of_1000_samples(
-    config: CacheConfig, vllm_teacher: VllmTeacher, tmp_path: Path
-) -> None:
+def test_killed_engine_then_killed_driver_in_a_run_of_1000_samples(config: CacheConfig, tmp_path: Path) -> None:
     """The engine dies: the run goes on by itself. The driver dies: its engine goes with it, and the next run goes on
     after the last committed shard. Nothing that was committed is asked again, nothing is missing."""
+    lines = json.loads(Path(str(config.data.path)).read_text())[:1000]
+    for place, line in enumerate(lines):  # of one turn or of two
+        del line["conversations"][2 + 2 * (place % 2) :]
+    (tmp_path / "data.json").write_text(json.dumps(lines))
     thousand = replace(
         config,
         output=str(tmp_path / "killed"),
-        data=replace(config.data, max_samples=1000),
+        data=replace(config.data, path=str(tmp_path / "data.json")),
         teacher=replace(config.teacher, backend="vllm"),
+        generation=replace(config.generation, max_new_tokens=12),
         signals=replace(config.signals, codec="float32", hidden="rows", visual="none"),
-        layout=replace(config.layout, shard_samples=100),
+        layout=replace(config.layout, shard_samples=200),
     )
     settings = tmp_path / "cache.yaml"
     settings.write_text(yaml.safe_dump(as_plain(thousand)), encoding="utf-8")
@@ -437,23 +445,23 @@ def test_killed_engine_then_killed_driver_in_a_run_of_1000_samples(
     answers = Path(thousand.output) / "answers"
     with (tmp_path / "log").open("w") as log:
         driver = subprocess.Popen(command, stdout=log, stderr=log)
-        wait_for(lambda: len(list(answers.glob("*.parquet"))) >= 2, driver)
+        wait_for(lambda: len(list(answers.glob("*.parquet"))) >= 1, driver)
         (engine,) = engines_of(driver.pid)
         engine.kill()
-        wait_for(lambda: len(list(answers.glob("*.parquet"))) >= 5, driver)
+        wait_for(lambda: len(list(answers.glob("*.parquet"))) >= 3, driver)
         (engine,) = engines_of(driver.pid)
         driver.kill()
         driver.wait()
     assert "Starting it again" in (tmp_path / "log").read_text()
     engine.wait(60)  # raises TimeoutExpired where it outlives its driver
     done = {path.name: path.stat().st_mtime_ns for path in answers.glob("*.parquet")}
-    assert 5 <= len(done) < 10
+    assert 3 <= len(done) < 5
     subprocess.run(command, check=True, capture_output=True)
-    assert len(list(answers.glob("*.parquet"))) == 10
+    assert len(list(answers.glob("*.parquet"))) == 5
     assert {name: (answers / name).stat().st_mtime_ns for name in done} == done, "answered twice"
-    whole = replace(thousand, output=str(tmp_path / "whole"))
-    build_cache(whole, teacher=vllm_teacher, style="quiet")
-    assert_same_caches(Path(thousand.output), Path(whole.output))
+    whole = replace(thousand, output=str(tmp_path / "whole"), teacher=replace(config.teacher, backend="torch"))
+    build_cache(whole, style="quiet")
+    assert_same_caches(Path(thousand.output), Path(whole.output), differing=5)
 
 
 def engines_of(driver: int) -> list[psutil.Process]:
