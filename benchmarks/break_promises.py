@@ -1,0 +1,229 @@
+"""Break each promise of docs/design.md in a copy of the project, and see the tests that guard it fail.
+
+    python -m benchmarks.break_promises            # all of them, about ten minutes on two cores
+    python -m benchmarks.break_promises --only 1   # those of promise 1
+
+A promise whose tests stay green while it is broken is a promise that nobody guards: then this exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("teacher_cache", "student_train", "pipelines", "benchmarks", "tests", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Break:
+    """In ``file``, ``old`` (which stands there once) becomes ``new``; ``tests`` must then fail."""
+
+    promise: int
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+BREAKS = (
+    Break(
+        1,
+        "rows taken at the answer token, not before it",
+        "teacher_cache/teacher.py",
+        "return Positions(answers - 1,",
+        "return Positions(answers,",
+        "tests/test_row_rule.py",
+    ),
+    Break(
+        1,
+        "the end-of-answer token has no row",
+        "teacher_cache/tokenization.py",
+        "[True] * len(answer)",
+        "[True] * (len(answer) - 1) + [False]",
+        "tests/test_row_rule.py tests/test_tokenization.py",
+    ),
+    Break(
+        2,
+        "the student's rows one position late",
+        "student_train/batch.py",
+        'places["row_position"].append(start[mask] - 1)',
+        'places["row_position"].append(start[mask])',
+        "tests/test_offline_online.py",
+    ),
+    Break(
+        2,
+        "stored states scaled by 1.01 when decoded",
+        "student_train/targets.py",
+        "logits = topk.wide(hidden.decode(rows).to(head.dtype) @ head.T)",
+        "logits = topk.wide(1.01 * hidden.decode(rows).to(head.dtype) @ head.T)",
+        "tests/test_offline_online.py",
+    ),
+    Break(
+        2,
+        "a micro-batch weighs less than the last one",
+        "student_train/trainer.py",
+        "accelerator.backward(loss * accelerator.num_processes)",
+        "accelerator.backward(loss * accelerator.num_processes * (1.0 if last else 0.9))",
+        "tests/test_offline_online.py",
+    ),
+    Break(
+        3,
+        "another head is stored than the teacher's",
+        "teacher_cache/score.py",
+        'save_safetensors({"head": teacher.head().cpu().contiguous()})',
+        'save_safetensors({"head": (1.001 * teacher.head()).cpu().contiguous()})',
+        "tests/test_row_rule.py",
+    ),
+    Break(
+        4,
+        "a file is written in its place, not renamed into it",
+        "teacher_cache/storage.py",
+        "                _write_file(temporary, parts)\n                temporary.replace(target)\n",
+        "                _write_file(target, parts)\n",
+        "tests/test_storage.py tests/test_chaos.py",
+    ),
+    Break(
+        4,
+        "files of a shard in an object store: the mark first",
+        "teacher_cache/storage.py",
+        "ordered = [*(n for n in files if n != mark), mark]",
+        "ordered = [mark, *(n for n in files if n != mark)]",
+        "tests/test_storage.py tests/test_remote.py",
+    ),
+    Break(
+        4,
+        "an answer's seed depends on its place",
+        "teacher_cache/answer.py",
+        "drawn = answer_seed(seed, conversation.sample_id, turn)",
+        "drawn = answer_seed(seed, str(i), turn)",
+        "tests/test_build.py",
+    ),
+    Break(
+        5,
+        "a student with another tokenizer is let in",
+        "teacher_cache/reader.py",
+        'if fingerprint != self.manifest.teacher["tokenizer"]:',
+        "if False:",
+        "tests/test_writer_reader.py tests/test_student.py",
+    ),
+    Break(
+        5,
+        "a cache that is not complete is opened",
+        "teacher_cache/reader.py",
+        "if not self.manifest.complete:",
+        "if False:",
+        "tests/test_writer_reader.py tests/test_build.py",
+    ),
+    Break(
+        5,
+        "other settings go on with a cache",
+        "teacher_cache/manifest.py",
+        "if old.fingerprint == new.fingerprint:",
+        "if True:",
+        "tests/test_manifest.py tests/test_build.py",
+    ),
+    Break(
+        5,
+        "a flipped byte is returned as data",
+        "teacher_cache/folder.py",
+        "    if found != expected:",
+        "    if False:",
+        "tests/test_writer_reader.py tests/test_chaos.py",
+    ),
+    Break(
+        6,
+        "skipped samples are not written down",
+        "teacher_cache/writer.py",
+        "        skipped += reasons\n",
+        "",
+        "tests/test_build.py",
+    ),
+    Break(
+        6,
+        "a shard may lose a sample",
+        "teacher_cache/writer.py",
+        "if table.num_rows + len(skipped) != planned:",
+        "if False:",
+        "tests/test_build.py tests/test_writer_reader.py",
+    ),
+    Break(
+        7,
+        "samples come in the order of the disk",
+        "teacher_cache/reader.py",
+        "places = [self._locate(i) for i in np.asarray(indices, np.int64).tolist()]",
+        "places = [self._locate(i) for i in sorted(np.asarray(indices, np.int64).tolist())]",
+        "tests/test_writer_reader.py",
+    ),
+    Break(
+        7,
+        "the last, smaller batch is never seen",
+        "student_train/order.py",
+        "if drop_last and batches and",
+        "if batches and",
+        "tests/test_order.py",
+    ),
+    Break(
+        8,
+        "an image path may leave its folder",
+        "teacher_cache/images.py",
+        "if not path.is_relative_to(root):",
+        "if False:",
+        "tests/test_conversations.py tests/test_build.py tests/test_verify.py",
+    ),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, default=0, help="the number of a promise")
+    only = parser.parse_args().only
+    unguarded = 0
+    print("| promise | broken so | tests | seen |\n|---|---|---|---|")
+    for broken in BREAKS:
+        if only in (0, broken.promise):
+            failed, seconds = tried(broken)
+            unguarded += not failed
+            names = ", ".join(Path(name).stem for name in broken.tests.split())
+            seen = f"red ({failed})" if failed else "GREEN"
+            print(f"| {broken.promise} | {broken.what} | {names} | {seen}, {seconds:.0f} s |", flush=True)
+    return int(unguarded > 0)
+
+
+def tried(broken: Break) -> tuple[str, float]:
+    """The name of the first test that fails on the broken copy ('' where none does), and the seconds it took."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="broken-") as name:
+        folder = Path(name)
+        for part in COPIED:
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, folder / part)
+        target = folder / broken.file
+        text = target.read_text(encoding="utf-8")
+        if text.count(broken.old) != 1:
+            raise SystemExit(
+                f"{broken.file}: {broken.old!r} stands there {text.count(broken.old)} times, expected once"
+            )
+        target.write_text(text.replace(broken.old, broken.new), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *broken.tests.split()]
+        environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return (failed[0].partition("::")[2] or failed[0]) if failed else "", time.monotonic() - begin
+
+
+if __name__ == "__main__":
+    sys.exit(main())
