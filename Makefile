@@ -3,6 +3,7 @@ PYTHON ?= python3
 CONFIG ?=
 BACKEND ?= torch
 SET ?=
+WORLD ?=
 V := .venv/bin
 TINY := pipelines/tiny
 
@@ -33,11 +34,11 @@ help:            ## this list
 # --- the two phases -------------------------------------------------------------------------------------------------
 
 runs/tiny/prepared.json: | .venv/ready
-	$(V)/python -m pipelines.tiny.prepare
+	$(V)/python -m pipelines.tiny.prepare $(WORLD)
 
-world: runs/tiny/prepared.json ## render the tiny world and write untrained students
+world: runs/tiny/prepared.json ## render the tiny world and write untrained students; WORLD="--train-images 100" ...
 
-demo: world      ## both phases on the tiny world and one table (under 15 minutes on 2 cores); SET="--set seeds=[0]" …
+demo: world      ## both phases on the tiny world and one table (under 15 minutes on 2 cores); SET="--set seeds=[0]" ...
 	$(V)/teacher-cache build $(TINY)/cache.yaml
 	$(V)/teacher-cache build $(TINY)/cache_test.yaml
 	$(V)/teacher-cache info runs/tiny/cache

@@ -1,6 +1,6 @@
 """A newcomer's path, typed and timed: clone, ``make demo``, open the pages, add a line to the ablation, see its row.
 
-The steps are fewer and there is one seed; the environment is the one that runs this test, as ``make`` made it.
+The world is smaller, the steps are fewer and there is one seed; the environment is the one that runs this test.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import pytest
 from pipelines.chromium import NoChromiumError, open_browser
 
 ROOT = Path(__file__).parents[1]
-SHORT = "SET=--set base.train.max_steps=12 --set seeds=[0]"
+SHORT = (
+    "WORLD=--train-images 40 --dev-images 4 --test-images 16 --students 1",
+    "SET=--set base.train.max_steps=12 --set seeds=[0]",
+)
 NEW_ARM = "  mse: {note: + squared error of the states, set: {losses: [{name: cross_entropy}, {name: hidden_mse}]}}\n"
 
 
@@ -53,7 +56,7 @@ def test_clone_demo_pages_and_one_more_arm(tmp_path: Path) -> None:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
     (clone / ".venv").symlink_to(sys.prefix)
     with timed("make demo (12 steps, one seed)"):
-        make(clone, "demo", SHORT)
+        make(clone, "demo", *SHORT)
     first = rows(clone)
     assert {"original", "regenerated", "kl", "hidden", "kl-hidden"} <= first.keys()
     with timed("open both pages"):
@@ -61,7 +64,7 @@ def test_clone_demo_pages_and_one_more_arm(tmp_path: Path) -> None:
     file = clone / "pipelines/tiny/demo.yaml"
     file.write_text(file.read_text(encoding="utf-8") + NEW_ARM, encoding="utf-8")
     with timed("make demo again, one arm more"):
-        said = make(clone, "demo", SHORT)
+        said = make(clone, "demo", *SHORT)
     second = rows(clone)
     assert second.keys() - first.keys() == {"mse"}
     assert all(second[arm] == line for arm, line in first.items()), "what was done is not done again"
