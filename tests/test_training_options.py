@@ -162,7 +162,6 @@ def test_eight_bit_optimizer_without_its_library_says_what_to_install(monkeypatc
 
 
 def test_eight_bit_optimizer_goes_on_from_its_checkpoint(config: FitConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("bitsandbytes")
     train = {"optimizer": "adamw_8bit", "max_steps": 4, "checkpoint_every": 2}
     whole, parts = (variant(config, name, train=train) for name in ("eight", "eight-in-parts"))
     fit(whole, "quiet")
@@ -182,7 +181,6 @@ def test_eight_bit_optimizer_goes_on_from_its_checkpoint(config: FitConfig, monk
 
 
 def test_four_bit_student_is_trained_by_adapters_and_exported_in_full(config: FitConfig) -> None:
-    pytest.importorskip("bitsandbytes")
     four = replace(variant(config, "four"), student=replace(config.student, train="lora", load_in_4bit=True))
     fit(four, "quiet")
     plain = variant(config, "four-plain")
