@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,7 +31,7 @@ _LOAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False, stric
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, facts: dict[str, Any], main: bool) -> None:
     """``folder/step-00000020``: every rank must call it; only the ``main`` one writes. The previous one is removed
     after the new one is complete."""
-    weights, state = get_state_dict(model, optimizer, options=_FULL)
+    weights, state = cast("tuple[dict[str, Any], dict[str, Any]]", get_state_dict(model, optimizer, options=_FULL))
     if not main:
         return
     target = folder / f"step-{facts['step']:08d}"
@@ -53,7 +53,8 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, facts:
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """All weights, frozen ones too, on the CPU of rank 0 (nothing on the others); every rank must call it."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, torch.Tensor], get_model_state_dict(model, options=options))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

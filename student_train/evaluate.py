@@ -103,8 +103,8 @@ def _generate(
     form, tokenizer, prepare = template_by_name(template), student.processor.tokenizer, student.preprocessor
     prompts = []
     for conversation in conversations:
-        ids = np.asarray(tokenize_prompt(conversation, form, tokenizer).segments[0])
-        prompts.append(np.repeat(ids, np.where(ids == prepare.image_token, prepare.image_tokens, 1)))
+        segment = np.asarray(tokenize_prompt(conversation, form, tokenizer).segments[0])
+        prompts.append(np.repeat(segment, np.where(segment == prepare.image_token, prepare.image_tokens, 1)))
     length = max(len(p) for p in prompts)
     ids = torch.full((len(prompts), length), prepare.pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ def compute_features(
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     temporary.mkdir(parents=True, exist_ok=True)
     ids = sorted(distinct)
-    out: np.memmap | None = None  # type: ignore[type-arg]
+    out: np.memmap[Any, np.dtype[np.float16]] | None = None
     for start in range(0, len(ids), batch):
         chunk = ids[start : start + batch]
         with torch.inference_mode():

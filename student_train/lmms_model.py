@@ -22,7 +22,7 @@ class StudentLlava(LlavaHf):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._image_processor = OptionalImages(self._image_processor)
+        self._image_processor = OptionalImages(self._image_processor)  # type: ignore[has-type]
 
 
 class OptionalImages:

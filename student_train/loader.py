@@ -249,7 +249,7 @@ def on_device(
         for micro, batch in batches:
             yield micro, batch.to(device)
         return
-    copies = torch.cuda.Stream(device)
+    copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     ahead: tuple[MicroBatch, StudentBatch, torch.cuda.Event] | None = None
     for micro, batch in batches:
         with torch.cuda.stream(copies):

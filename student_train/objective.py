@@ -200,7 +200,8 @@ class DistilledStudent(nn.Module):
             weight = batch.row_weight
             if is_late:
                 weight = weight * ~first_rows(batch.row_sample, batch.row_position)
-            head, weights = self.model.get_output_embeddings().weight, {s.name: s.weight for s in group}
+            head = self.model.get_output_embeddings().weight
+            weights: dict[str, float] = {s.name: s.weight for s in group}
             value, sums = head_losses(rows, head, targets, group, weights, weight, self._head_rows)
             total = total + value
             parts.update(sums)
@@ -279,8 +280,7 @@ class DistilledStudent(nn.Module):
             target = relations.teacher_gram(images, spec.space, grid)
             value = relations.relation_loss(target, relations.student_gram(student, head, spec.space))
             return (value * batch.image_weight).sum()
-        source = "exact" if images.states is not None else "topk"
-        kl = replace(spec, name="forward_kl", source=source)
+        kl = replace(spec, name="forward_kl", source="exact" if images.states is not None else "topk")
         weight = (batch.image_weight / self._image_tokens).repeat_interleave(self._image_tokens)
         rows = relations.visual_rows(images, grid)
         value, _ = head_losses(student.flatten(0, 1), head, rows, [kl], {"forward_kl": 1.0}, weight, self._head_rows)

@@ -328,13 +328,13 @@ def make_optimizer(student: nn.Module, train: TrainConfig) -> torch.optim.Optimi
     groups = [g for g in groups if g["params"]]
     if train.optimizer == "adamw_8bit":
         try:
-            from bitsandbytes.optim import AdamW8bit
+            import bitsandbytes.optim as quantized
         except ImportError as error:
             raise ConfigError(
                 "train.optimizer=adamw_8bit needs bitsandbytes. Install it (pip install bitsandbytes), or set "
                 "train.optimizer=adamw"
             ) from error
-        return AdamW8bit(groups, lr=rate, betas=train.betas, weight_decay=train.weight_decay)
+        return quantized.AdamW8bit(groups, lr=rate, betas=train.betas, weight_decay=train.weight_decay)
     return torch.optim.AdamW(groups, lr=rate, betas=train.betas, weight_decay=train.weight_decay)
 
 
