@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from teacher_cache.config import load_config
 from teacher_cache.progress import silence_libraries
@@ -141,10 +142,10 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:  # ConfigError, CacheError, DataError and the losses' own
-        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", str(error))
+        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", escape(str(error)))
         raise typer.Exit(1) from error
     except OSError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", str(error))
+        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", escape(str(error)))
         raise typer.Exit(1) from error
 
 

@@ -71,7 +71,7 @@ def with_answerer(teacher: Teacher, config: CacheConfig) -> Teacher:
         return teacher
     from teacher_cache.teacher_torch import TorchTeacher
 
-    own = dataclasses.replace(config.teacher, model=config.teacher.answerer, revision="", answerer="")
+    own = dataclasses.replace(config.teacher, model=config.teacher.answerer, revision="", answerer="", quantization="")
     student = TorchTeacher(own, config.generation, config.speed)
     if student.description.tokenizer != teacher.description.tokenizer:
         student.close()
@@ -87,9 +87,7 @@ def answerer_facts(config: CacheConfig) -> dict[str, str]:
     name = config.teacher.answerer
     if not name:
         return {}
-    from transformers import AutoConfig
-
     from teacher_cache.teacher_torch import checkpoint_digest
 
     shown = Path(name).name if Path(name).is_dir() else name
-    return {"answerer": shown, "answerer_weights": checkpoint_digest(name, AutoConfig.from_pretrained(name))}
+    return {"answerer": shown, "answerer_weights": checkpoint_digest(name)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import save as save_safetensors
 
 from teacher_cache.codecs import ChannelScales, fit_channel_scales
 from teacher_cache.config import CacheConfig
+from teacher_cache.conversations import Conversation
 from teacher_cache.inputs import Samples, ShardInput, unfit_sample
 from teacher_cache.manifest import CacheError
 from teacher_cache.signals import wanted_states
@@ -23,14 +25,16 @@ def calibrate(config: CacheConfig, samples: Samples, teacher: Teacher) -> dict[s
     if signals.codec in ("float32", "float16", "bfloat16") and not signals.pca:
         return {}
     template = template_by_name(config.teacher.template)
-    # More than are needed are looked at, since some cannot be used.
-    shard = ShardInput.load(config, teacher, samples[: 2 * signals.calibration_samples])
+    shard = ShardInput.load(
+        config, teacher, _first(samples, 2 * signals.calibration_samples, signals.visual == "states")
+    )
     tokenized = [
         assemble(p, [tokenize_answer(a, template, teacher.tokenizer) for a in c.answers])
         for c, p in zip(shard.conversations, shard.prompts, strict=True)
     ]
     fit = [i for i in range(len(tokenized)) if not unfit_sample(config, teacher, tokenized[i])]
-    fit = fit[: signals.calibration_samples]
+    shown = [i for i in fit if shard.images[i] is not None] if signals.visual == "states" else []
+    fit = sorted({*fit[: signals.calibration_samples], *shown[: signals.calibration_samples]})
     if not fit:
         raise CacheError("no usable sample among the first ones, so channel scales cannot be fitted: check data.path")
     states: list[SampleStates] = []
@@ -52,6 +56,16 @@ def calibrate(config: CacheConfig, samples: Samples, teacher: Teacher) -> dict[s
         if rows:
             fitted[name] = fit_channel_scales(np.concatenate(rows), signals.codec, signals.pca)
     return fitted
+
+
+def _first(samples: Samples, count: int, images: bool) -> Samples:
+    """The first ``count`` samples, more than are needed, since some cannot be used; where ``images`` are to be fitted,
+    also as many with an image, wherever they begin."""
+    chosen = set(range(min(count, len(samples))))
+    if images:
+        shown = (i for i, s in enumerate(samples) if isinstance(s, Conversation) and s.image is not None)
+        chosen |= set(itertools.islice(shown, count))
+    return [samples[i] for i in sorted(chosen)]
 
 
 def scales_to_bytes(scales: dict[str, ChannelScales]) -> bytes:

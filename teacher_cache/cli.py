@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from teacher_cache.config import CacheConfig, load_config
@@ -117,13 +118,16 @@ def verify(
             raise typer.BadParameter("--rescore needs --config, the YAML the cache was made with")
         for line in report.lines():
             typer.echo(line)
+        agrees = True
         if rescore and config is not None:
-            typer.echo(rescore_cache(load_config(CacheConfig, config, sets or []), rescore))
+            rescored = rescore_cache(load_config(CacheConfig, config, sets or []), rescore)
+            typer.echo(rescored)
+            agrees = rescored.ok
         if repair and not report.ok:
             removed = repair_cache(Storage(cache), report)
             typer.echo(f"removed {len(removed)} shards; run teacher-cache build with the same configuration")
-            return
-    raise typer.Exit(0 if report.ok else 1)
+        ok = agrees and (repair or report.ok)
+    raise typer.Exit(0 if ok else 1)
 
 
 @app.command()
@@ -191,7 +195,7 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except (CacheError, DataError, StorageError, TeacherError, TemplateError, ValueError) as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {error}", markup=True)
+        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", escape(str(error)))
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         typer.echo("interrupted; committed shards stand, run the same command again to go on", err=True)
@@ -205,7 +209,7 @@ def _show(rows: Sequence[tuple[str, ...]], plain: Any, as_json: bool, title: str
         return
     table = Table(title=title, show_header=False, title_justify="left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console().print(table)
 
 

@@ -72,8 +72,8 @@ def build_on_ray(
             numbers = missing_shards(storage, manifest)
             samples = sum(_size(manifest, n) for n in numbers)
             with stage("caching", samples, "samples", style) as progress:
-                for number, (answering, scoring) in fleet.run(numbers):
-                    clock.answering, clock.scoring = clock.answering + answering, clock.scoring + scoring
+                for number, made in fleet.run(numbers):
+                    clock.add(made)
                     progress.advance(_size(manifest, number), workers=fleet.ready, lost=fleet.lost)
     return finish_build(storage, manifest, clock, time.monotonic() - begin, len(numbers))
 
@@ -95,15 +95,14 @@ class ShardWorker:
         self._teacher = open_teacher(self._config, self._samples, "quiet")
 
     def run(self, job: int) -> Result:
-        """``PREPARE`` gives the manifest; a shard's number makes that shard and gives its seconds of answering and
-        scoring. Every worker compares its own teacher and data with the manifest before its first shard."""
+        """``PREPARE`` gives the manifest; a shard's number makes that shard and gives the time it took
+        (:class:`Clock`). Every worker compares its own teacher and data with the manifest before its first shard."""
         assert self._teacher is not None
         if self._manifest is None:
             self._manifest = prepare(self._config, self._storage, self._samples, self._teacher)
         if job == PREPARE:
             return self._manifest
-        clock = build_shards(self._config, self._storage, self._manifest, self._samples, self._teacher, [job], "quiet")
-        return clock.answering, clock.scoring
+        return build_shards(self._config, self._storage, self._manifest, self._samples, self._teacher, [job], "quiet")
 
 
 class Fleet:

@@ -95,7 +95,19 @@ def parse_sample(line: Any, number: int) -> Conversation | Skipped:
         messages.append((_ROLES[turn["from"]], turn["value"]))
     if messages[0][0] == "assistant":  # LLaVA drops a leading message that is not the user's
         messages = messages[1:]
-    return _conversation(sample_id, messages, _image_of(line))
+    image = _image_of(line)
+    for text in (sample_id, *(text for _, text in messages), image.image_id if image is not None else ""):
+        if not _is_unicode(text):  # half of a surrogate pair, which JSON can spell and no tokenizer can read
+            return Skipped(sample_id.encode("utf-8", "replace").decode(), f"not Unicode text: {ascii(text)[:80]}")
+    return _conversation(sample_id, messages, image)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _conversation(sample_id: str, messages: list[tuple[str, str]], image: Image | None) -> Conversation | Skipped:
@@ -147,7 +159,7 @@ def _lines(path: Path) -> Iterator[Any]:
         return
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
-        yield from (_json(line, path, number) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+        yield from (_json(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip())
         return
     lines = _json(text, path, 1)
     if not isinstance(lines, list):

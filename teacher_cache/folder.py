@@ -57,9 +57,13 @@ class ShardFolder:
         index = self._read_index()
         self._sums, self.extra = read_file_sums(index)
         self._arrays: dict[str, MappedArray | ZarrArray] = {}
+        #: (images,) of an images folder: which lines hold an image that could be read
+        self.present: npt.NDArray[np.bool_] | None = None
         if "position_start" in (columns := pq.read_schema(io.BytesIO(index)).names):
             columns = ["sample_id", "image_id", *_PLACES, *(c for pair in COUNTS.values() for c in pair)]
             self._read_lines(pq.read_table(io.BytesIO(index), columns=columns))
+        elif "present" in columns:
+            self.present = pq.read_table(io.BytesIO(index), columns=["present"])["present"].to_numpy()
 
     def _read_lines(self, table: pa.Table) -> None:
         self.sample_ids: pa.Array = table["sample_id"].combine_chunks()

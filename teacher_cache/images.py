@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image as PillowImage
-from PIL import ImageFile, UnidentifiedImageError
+from PIL import ImageFile
 
 from teacher_cache.conversations import Image
 
@@ -27,17 +27,19 @@ def load_image(image: Image, folder: str | Path) -> PillowImage.Image:
     ImageError
         The sample is skipped with this text as its reason.
     """
-    source = io.BytesIO(image.data) if image.data else _inside(image.path, Path(folder))
     assert not ImageFile.LOAD_TRUNCATED_IMAGES, "a truncated image must be an error, not a grey area"
     try:
+        source = io.BytesIO(image.data) if image.data else _inside(image.path, Path(folder))
         with PillowImage.open(source) as opened:
             width, height = opened.size
             if width * height > MAX_PIXELS:
                 raise ImageError(f"image {image.image_id}: {width}×{height} pixels, more than {MAX_PIXELS:,}")
             return opened.convert("RGB")
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(f"image {image.image_id}: no such file in the image folder") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, PillowImage.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, PillowImage.DecompressionBombError) as error:
         raise ImageError(f"image {image.image_id}: cannot be decoded ({error})") from error
 
 

@@ -53,11 +53,15 @@ def cache_info(storage: Storage) -> list[tuple[str, str]]:
 def exported_answers(storage: Storage) -> list[dict[str, Any]]:
     """LLaVA JSON lines with the cached answers in the place of the original ones."""
     with TeacherCache(storage) as cache:
-        records = [cache[i] for i in range(len(cache))]
-    return to_llava_json(
-        Conversation(r.sample_id, r.questions, r.answers, Image(r.image_id, path=r.image_id) if r.image_id else None)
-        for r in records
-    )
+        return to_llava_json(
+            Conversation(
+                t.sample_id,
+                tuple(t.questions),
+                tuple(t.answers),
+                Image(t.image_id, path=t.image_id) if t.image_id else None,
+            )
+            for t in cache.texts()
+        )
 
 
 def _generation(generation: dict[str, Any]) -> str:

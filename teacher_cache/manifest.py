@@ -26,6 +26,10 @@ class CacheError(ValueError):
     """A cache that may not be used: other version, other tokenizer, incomplete, corrupted, made from other data."""
 
 
+class CacheVersionError(CacheError):
+    """A whole cache of another format version: nothing in it is broken."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Plain data; ``teacher``, ``data``, ``generation`` and ``layout`` as they were configured and found.
@@ -77,6 +81,7 @@ class Manifest:
         return stats_names(self.signals_config)
 
 
+_TEACHER_SETTINGS = ("template", "max_length", "quantization")
 _CONTENT = ("teacher", "data", "generation", "signals", "layout", "planned_samples", "format_version")
 
 
@@ -84,7 +89,7 @@ def new_manifest(config: CacheConfig, teacher: Mapping[str, Any], data: Mapping[
     """The manifest of a cache that is about to be made."""
     layout = as_plain(config.layout)
     return Manifest(
-        teacher=dict(teacher) | {"template": config.teacher.template, "max_length": config.teacher.max_length},
+        teacher=dict(teacher) | {name: getattr(config.teacher, name) for name in _TEACHER_SETTINGS},
         data=dict(data),
         generation=as_plain(config.generation),
         signals=as_plain(config.signals),
@@ -122,7 +127,7 @@ def read_manifest(storage: Storage) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheError(f"{storage.url}/{MANIFEST}: not a manifest ({error!r}); {_RESTORE}") from error
     if version != FORMAT_VERSION:
-        raise CacheError(
+        raise CacheVersionError(
             f"{storage.url}: cache format {version}, this package reads format {FORMAT_VERSION}. "
             "Install the package version that made it (made_with in the manifest), or build the cache again"
         )

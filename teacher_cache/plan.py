@@ -173,6 +173,16 @@ def plan_cache(
     )
 
 
+def as_preset(signals: SignalsConfig, name: str) -> SignalsConfig:
+    """``signals`` as if the preset ``name`` had been chosen: what their own preset set is undone, the user's own
+    settings stay where that preset leaves them open."""
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(SignalsConfig)}
+    own = defaults | PRESETS[signals.preset]
+    presets = {field for values in PRESETS.values() for field in values}
+    undone = {f: defaults[f] for f in presets if getattr(signals, f) == own[f]}
+    return dataclasses.replace(signals, **(undone | PRESETS[name]))
+
+
 @dataclass(frozen=True)
 class _World:
     """The kept samples as numbers: (M,) shard, tokens, rows, whether there is an image."""
@@ -244,7 +254,7 @@ class _World:
         return 8800 + 150 * self.shards + 5 * len(self.token) + scales
 
     def preset_bytes(self, name: str, config: CacheConfig) -> int:
-        signals = dataclasses.replace(config.signals, **PRESETS[name])
+        signals = as_preset(config.signals, name)
         if name == "compact":
             signals = dataclasses.replace(signals, second_last=False)
         parts = (self.index_bytes(signals, config), self.answers_bytes(), self.head_bytes(signals))

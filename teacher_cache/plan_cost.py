@@ -55,7 +55,7 @@ def assumed_throughput(weights: int, dollars_per_hour: float = 2.0) -> Throughpu
 
 
 def measured_throughput(storage: Storage, dollars_per_hour: float = 2.0) -> Throughput:
-    """What a finished cache of two passes took, a worker (``cost.json``).
+    """What a finished cache of two passes took, a worker (``cost.json``); answers that were kept took no writing.
 
     Raises
     ------
@@ -65,15 +65,18 @@ def measured_throughput(storage: Storage, dollars_per_hour: float = 2.0) -> Thro
     with TeacherCache(storage) as cache:
         counts, image_tokens = cache.manifest.counts, cache.manifest.shape.image_tokens
         read = counts["tokens"] + int(cache.has_image().sum()) * (image_tokens - 1)
+        rows = zip(cache.counts("row").tolist(), cache.texts(), strict=True)
+        written = sum(count for count, text in rows if text.source != "original")
     cost = json.loads(storage.read("cost.json")) if storage.exists("cost.json") else {}
     answering, scoring = cost.get("answer_seconds", 0.0), cost.get("score_seconds", 0.0)
-    if not answering or not scoring:
+    if not answering or not scoring or cost.get("one_pass", False):
         raise ConfigError(
-            f"{storage.url}: cost.json has {answering:g} s of answering and {scoring:g} s of scoring; expected both. "
+            f"{storage.url}: cost.json has {answering:g} s of answering and {scoring:g} s of scoring"
+            f"{', out of one pass' if cost.get('one_pass') else ''}; expected both, of two passes. "
             "Give --read-rate and --write-rate in its place"
         )
     return Throughput(
-        read / scoring, counts["rows"] / answering, dollars_per_hour, f"measured in {storage.url}", writing_reads=True
+        read / scoring, written / answering, dollars_per_hour, f"measured in {storage.url}", writing_reads=True
     )
 
 

@@ -159,7 +159,7 @@ def _files(folder: Path) -> list[tuple[float, int, Path]]:
     for parent, _, names in os.walk(folder):
         for name in names:
             path = Path(parent) / name
-            if not name.startswith(_TEMPORARY):
+            if ".tmp-" not in name:  # ours, and those that Storage.download makes of them
                 with contextlib.suppress(FileNotFoundError):
                     stat = path.stat()
                     found.append((stat.st_mtime, stat.st_size, path))

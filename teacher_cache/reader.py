@@ -54,6 +54,18 @@ class RecordBatch:
     image_places: npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class SampleTexts:
+    """What was asked and said in one sample. ``source`` of the answers: teacher, student or original."""
+
+    sample_id: str
+    image_id: str
+    questions: list[str]
+    answers: list[str]
+    original_answers: list[str]
+    source: str
+
+
 class TeacherCache:
     """A complete, readable cache.
 
@@ -210,6 +222,9 @@ class TeacherCache:
         if any(shard < 0 for shard, _ in lines):
             raise IndexError("a text-only sample has no image states")
         folders = [self._folder(images_name, shard) for shard, _ in lines]
+        for folder, (shard, row) in zip(folders, lines, strict=True):
+            if folder.present is not None and not folder.present[row]:
+                raise CacheError(f"{self.storage.url}/{images_name(shard)}: line {row} holds no image; {REPAIR}")
         out = {}
         for spec in self._image_specs.values():
             if names is None or spec.name in names:
@@ -229,6 +244,15 @@ class TeacherCache:
         """Every sample_id in order."""
         for chunk in self._samples("sample_id").iterchunks():
             yield from chunk.to_pylist()
+
+    def texts(self) -> Iterator[SampleTexts]:
+        """Questions and answers of every sample in order; each index is read once, no array is."""
+        digests = self._digests[shard_name]
+        for number in range(len(digests)):
+            name = shard_name(number)
+            folder = ShardFolder(self._fresh_source(), name, digests[number].as_py(), True, self.storage.url)
+            for line, texts in enumerate(folder.texts.to_pylist()):
+                yield SampleTexts(folder.sample_ids[line].as_py(), folder.image_ids[line].as_py(), **texts)
 
     def find(self, sample_id: str) -> int:
         """The number of ``sample_id``; raises ``KeyError`` when the cache does not hold it."""

@@ -58,7 +58,7 @@ def rescore_cache(
 ) -> RescoreReport:
     """Let the teacher of ``config`` score ``samples`` samples of its cache again.
 
-    Raises ``CacheError`` when a sample of the cache is not in the data any more.
+    Raises ``CacheError`` when a sample of the cache is not in the data any more, or the cache has no top-k.
     """
     from teacher_cache.score import open_teacher
 
@@ -68,6 +68,11 @@ def rescore_cache(
     by_id = {s.sample_id: s for s in data if isinstance(s, Conversation)}
     try:
         with TeacherCache(Storage(config.output)) as cache:
+            if not cache.manifest.signals_config.top_k:
+                raise CacheError(
+                    f"{config.output}: no top-k to compare with (signals.top_k is 0). Compare the states in its place: "
+                    "teacher-cache fidelity CACHE --config FILE"
+                )
             chosen = np.random.default_rng(seed).permutation(len(cache))[:samples]
             records = [cache[int(i)] for i in np.sort(chosen)]
             scored = score_again(config, teacher, records, by_id)

@@ -85,6 +85,13 @@ class Clock:
 
     answering: float = 0.0
     scoring: float = 0.0
+    one_pass: bool = False
+    """Some states were captured while answering, so ``scoring`` is not all that scoring takes."""
+
+    def add(self, other: Clock) -> None:
+        self.answering += other.answering
+        self.scoring += other.scoring
+        self.one_pass |= other.one_pass
 
 
 def build_cache(
@@ -133,6 +140,7 @@ def _add_cost(storage: Storage, clock: Clock) -> None:
     cost = json.loads(storage.read(COST)) if storage.exists(COST) else {"answer_seconds": 0.0, "score_seconds": 0.0}
     cost["answer_seconds"] += clock.answering
     cost["score_seconds"] += clock.scoring
+    cost["one_pass"] = cost.get("one_pass", False) or clock.one_pass
     storage.write(COST, [json.dumps(cost).encode()])
 
 
@@ -202,6 +210,10 @@ def check_config(config: CacheConfig) -> None:
         raise ConfigError("signals.temperatures: must contain 1.0, the temperature of topk_logprobs")
     if signals.sampled > 255:
         raise ConfigError(f"signals.sampled: at most 255 draws a row (counts are one byte), found {signals.sampled}")
+    if signals.sampled and signals.sampled_from == "tail" and not signals.top_k:
+        raise ConfigError("signals.sampled_from=tail needs signals.top_k: the tail is what lies outside the top-k")
+    if not 0 < config.generation.top_p <= 1:
+        raise ConfigError(f"generation.top_p: expected 0 < top_p ≤ 1, found {config.generation.top_p:g}")
     if signals.second_last and signals.hidden == "none":
         raise ConfigError("signals.second_last needs signals.hidden=rows or text")
     if signals.hidden == "none" and not signals.top_k:
@@ -296,33 +308,33 @@ def answer_shard(
     clock: Clock,
     style: Style = "auto",
 ) -> list[AnsweredSample]:
-    """The shard's answers: those already on disk, or new ones, which are written before anything is scored."""
+    """The shard's answers: those already on disk, and new ones, which are written before anything is scored.
+
+    Samples that could not be read when the file was made, and can be now, are answered in addition.
+    """
     begin = time.monotonic()
-    stored = read_answers(storage, manifest, number)
-    if stored is not None:
-        absent = [c.sample_id for c in shard.conversations if c.sample_id not in stored]
-        if absent:
-            raise CacheError(
-                f"{storage.url}/{answers_name(number)}: no answers for {len(absent)} samples (first: {absent[0]}), "
-                "which could not be read when it was made. Delete the file to answer this shard anew"
-            )
-        return [stored[c.sample_id] for c in shard.conversations]
-    answered = answer_conversations(
-        teacher,
-        shard.conversations,
-        shard.prompts,
-        shard.images,
-        template_by_name(config.teacher.template),
-        history=config.data.history,
-        seed=config.generation.seed,
-        capture=teacher.one_pass and not (config.signals.second_last or config.signals.attention),
-        max_length=config.teacher.max_length,
-        source="student" if config.teacher.answerer else "teacher",
-        style=style,
-    )
-    write_answers(storage, manifest, number, answered, teacher.tokenizer)
-    clock.answering += time.monotonic() - begin
-    return answered
+    stored = read_answers(storage, manifest, number) or {}
+    absent = [i for i, c in enumerate(shard.conversations) if c.sample_id not in stored]
+    if absent or not storage.exists(answers_name(number)):
+        answered = answer_conversations(
+            teacher,
+            [shard.conversations[i] for i in absent],
+            [shard.prompts[i] for i in absent],
+            [shard.images[i] for i in absent],
+            template_by_name(config.teacher.template),
+            history=config.data.history,
+            seed=config.generation.seed,
+            capture=teacher.one_pass and not (config.signals.second_last or config.signals.attention),
+            max_length=config.teacher.max_length,
+            source="student" if config.teacher.answerer else "teacher",
+            style=style,
+        )
+        stored |= {sample.sample_id: sample for sample in answered}
+        ordered = [stored[c.sample_id] for c in shard.conversations]
+        write_answers(storage, manifest, number, ordered, teacher.tokenizer)
+        clock.answering += time.monotonic() - begin
+        clock.one_pass |= any(sample.hidden is not None for sample in answered)
+    return [stored[c.sample_id] for c in shard.conversations]
 
 
 def score_shard(

@@ -149,9 +149,13 @@ class Storage:
             shutil.rmtree(left, ignore_errors=True)
 
     def remove(self, folder: str, mark: str) -> None:
-        """Delete a committed folder, its mark first."""
+        """Delete a committed folder: at once, or not at all."""
         if self.local is not None:
-            shutil.rmtree(self.local / folder, ignore_errors=True)
+            target = self.local / folder
+            with _explained("delete", str(target)), contextlib.suppress(FileNotFoundError):
+                aside = target.with_name(f".{target.name}.tmp-old-{os.getpid()}")
+                target.rename(aside)
+                shutil.rmtree(aside)
             return
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self.path(f"{folder}/{mark}"))

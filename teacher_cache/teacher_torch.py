@@ -31,6 +31,7 @@ from teacher_cache.teacher import (
     row_positions,
 )
 from teacher_cache.tokenization import end_token_id, image_token_id, template_by_name, tokenizer_fingerprint
+from teacher_cache.weights import checkpoint_folder
 
 
 class TorchTeacher:
@@ -49,6 +50,11 @@ class TorchTeacher:
         self, config: TeacherConfig, generation: GenerationConfig, speed: SpeedConfig, attention: bool = False
     ) -> None:
         """``attention``: the attention maps will be wanted, which only the eager implementation hands out."""
+        if config.quantization:
+            raise TeacherError(
+                f"teacher.quantization={config.quantization}: only vLLM applies it. Set teacher.backend=vllm, or leave "
+                "it empty: a checkpoint that was saved quantised says so in its own config.json"
+            )
         self._generation, self._speed = generation, speed
         self._device = device_of(speed)
         self._processor, self._tokenizer = load_processor(config)
@@ -277,7 +283,7 @@ def describe_teacher(config: TeacherConfig, tokenizer: Any, processor: Any) -> T
     template = template_by_name(config.template)
     return TeacherDescription(
         model=Path(config.model).name if Path(config.model).is_dir() else config.model,
-        weights=checkpoint_digest(config.model, model),
+        weights=checkpoint_digest(config.model, config.revision),
         tokenizer=tokenizer_fingerprint(tokenizer),
         shape=TeacherShape(text.hidden_size, text.vocab_size, image_tokens_of(model)),
         layers=text.num_hidden_layers,
@@ -288,15 +294,17 @@ def describe_teacher(config: TeacherConfig, tokenizer: Any, processor: Any) -> T
     )
 
 
-def checkpoint_digest(model: str, model_config: Any) -> str:
-    """A digest that differs for another checkpoint: the configuration, and each local weight file's size and ends.
+def checkpoint_digest(model: str, revision: str = "") -> str:
+    """A digest that differs for another checkpoint: ``config.json``, and each weight file's size and ends.
 
     Whole weight files are read up to 64 MiB; of larger ones the first and the last MiB (a safetensors header holds
-    every name, shape and offset), since hashing 26 GB takes longer than loading it.
+    every name, shape and offset), since hashing 26 GB takes longer than loading it. The library's version, which stands
+    in ``config.json`` too, does not enter.
     """
-    digest = hashlib.sha256(json.dumps(model_config.to_diff_dict(), sort_keys=True, default=str).encode())
-    folder = Path(model)
-    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+    folder = checkpoint_folder(model, revision)
+    plain = _without_version(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:
@@ -307,6 +315,12 @@ def checkpoint_digest(model: str, model_config: Any) -> str:
                 file.seek(-(1 << 20), 2)
                 digest.update(file.read())
     return digest.hexdigest()
+
+
+def _without_version(plain: Any) -> Any:
+    if not isinstance(plain, dict):
+        return plain
+    return {name: _without_version(value) for name, value in plain.items() if name != "transformers_version"}
 
 
 _PROCESSING = [

@@ -7,6 +7,7 @@ Quick: manifest, side files, counts, sizes. Deep: every checksum, every number, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -14,17 +15,38 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from teacher_cache.checksums import INDEX, bad_block_of_file, sha256
 from teacher_cache.folder import Files, ShardFolder
 from teacher_cache.invariants import sample_of_block, shard_faults
-from teacher_cache.manifest import MANIFEST, CacheError, Manifest, read_manifest, write_manifest
+from teacher_cache.manifest import (
+    MANIFEST,
+    CacheError,
+    CacheVersionError,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
 from teacher_cache.prefetch import LocalCopy, LocalFiles
 from teacher_cache.rescore import rescore_cache as rescore_cache
 from teacher_cache.storage import Storage
-from teacher_cache.writer import HEAD, LEDGER, SCALES, SKIPPED, answers_name, images_name, shard_name
+from teacher_cache.writer import (
+    HEAD,
+    LEDGER,
+    SCALES,
+    SKIPPED,
+    absent_images,
+    answers_name,
+    images_name,
+    shard_name,
+)
+
+DAMAGED_MANIFEST = "manifest.damaged.json"
+"""Where ``repair_cache`` keeps a manifest that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +103,23 @@ def repair_cache(storage: Storage, report: VerifyReport) -> list[int]:
     """Remove what ``report`` found at fault, so that ``teacher-cache build`` makes just that again.
 
     The manifest first says that the cache is not complete. Returns the shards removed. Answers are removed only where
-    their file is damaged: other shards are scored again without being answered again.
+    their file is damaged: other shards are scored again without being answered again. A damaged manifest is kept beside
+    its place.
+
+    Raises
+    ------
+    CacheError
+        The cache is of another format version: there is nothing to repair.
     """
-    if any(p.file == MANIFEST for p in report.problems):
-        storage.remove_file(MANIFEST)  # build writes it again and checks that the shards belong to it
-    else:
+    try:
         manifest = read_manifest(storage)
         write_manifest(storage, dataclasses.replace(manifest, complete=False, files={}, counts={}))
+    except CacheVersionError:
+        raise
+    except CacheError:  # build writes it again and checks that the shards belong to it
+        with contextlib.suppress(FileNotFoundError):
+            storage.write(DAMAGED_MANIFEST, [storage.read(MANIFEST)])
+        storage.remove_file(MANIFEST)
     for problem in report.problems:
         if problem.file in (HEAD, SCALES) or problem.file.startswith("answers/"):
             storage.remove_file(problem.file)
@@ -103,6 +135,7 @@ class _Check:
     def __init__(self, storage: Storage, deep: bool) -> None:
         self.storage, self.deep = storage, deep
         self.problems: list[Problem] = []
+        self._present: dict[int, npt.NDArray[np.bool_]] = {}
         self.shards = self.samples = self.skipped = self.bytes_read = 0
 
     def run(self) -> None:
@@ -166,12 +199,17 @@ class _Check:
         line = ledger.slice(number, 1).to_pylist()[0] if ledger is not None else {}
         folder = self._folder(files, shard_name(number), number, line.get("index_sha256"), manifest)
         if manifest.image_arrays:
-            self._folder(files, images_name(number), number, line.get("images_sha256"), manifest)
+            images = self._folder(files, images_name(number), number, line.get("images_sha256"), manifest)
+            if images is not None and images.present is not None:
+                self._present[number] = images.present
         answers = self._answers(number, line.get("answers_sha256"))
         if folder is None:
             return
         self.shards += 1
         self.samples += len(folder.numbers)
+        for line_number, shard, row in absent_images(folder.numbers[:, 6:], self._present):
+            what = f"refers to line {row}, whose image could not be read when it was made"
+            self.problems.append(Problem(what, images_name(shard), shard, folder.sample_ids[line_number].as_py()))
         self.skipped += len(folder.extra["skipped"])
         if self.deep and not any(p.shard == number for p in self.problems):
             for what, array, sample in shard_faults(folder, manifest, head, answers):

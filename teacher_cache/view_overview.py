@@ -113,7 +113,7 @@ def overview_cards(cache: TeacherCache, measured: Measured) -> Iterator[str]:
 
 def skipped_card(storage: Storage) -> str:
     """Which samples are not in the cache, and why; the first of many."""
-    lines = [json.loads(line) for line in storage.read(SKIPPED).decode().splitlines()]
+    lines = [json.loads(line) for line in storage.read(SKIPPED).splitlines()]
     if not lines:
         return card("Skipped", "<p>None: every sample of the data is in the cache.</p>")
     rows = "".join(

@@ -122,7 +122,8 @@ def context_length(
         prompt = tokenize_prompt(sample, template, tokenizer)
         image = description.shape.image_tokens - 1 if sample.image is not None else 0
         original = [len(tokenize_answer(answer, template, tokenizer)) for answer in sample.answers]
-        tokens = sum(map(len, prompt.segments)) + image + sum(max(room, answer) for answer in original)
+        closed = len(prompt.segments) - 1  # end tokens that the template writes behind answers that were cut off
+        tokens = sum(map(len, prompt.segments)) + image + closed + sum(max(room, answer) for answer in original)
         longest = max(longest, min(tokens, cap))
         if min(tokens, cap) > limit:
             over[sample.sample_id] = min(tokens, cap)

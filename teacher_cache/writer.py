@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,9 +98,7 @@ def write_images(
 def committed_shards(storage: Storage, manifest: Manifest) -> set[int]:
     """Numbers of the shards that are complete. Whether they belong to the manifest is :func:`finish`'s question."""
     numbers = {int(name) for name in storage.names("shards") if name.isdigit()}
-    if storage.local is None:  # an object store: the mark decides
-        numbers = {n for n in numbers if storage.exists(f"{shard_name(n)}/{INDEX}")}
-    return {n for n in numbers if n < manifest.planned_shards}
+    return {n for n in numbers if n < manifest.planned_shards and storage.exists(f"{shard_name(n)}/{INDEX}")}
 
 
 def refuse_foreign_shards(storage: Storage, manifest: Manifest) -> None:
@@ -138,8 +136,9 @@ def finish(storage: Storage, manifest: Manifest) -> Manifest:
             "Run teacher-cache build with the same configuration to make them"
         )
     entries, skipped, tables = [], [], []
+    present: dict[int, Array] = {}
     for number in range(manifest.planned_shards):
-        entry, reasons, table = _entry(storage, manifest, number)
+        entry, reasons, table = _entry(storage, manifest, number, present)
         entries.append(entry)
         skipped += reasons
         tables.append(table)
@@ -157,12 +156,25 @@ def finish(storage: Storage, manifest: Manifest) -> Manifest:
     return done
 
 
-def _entry(storage: Storage, manifest: Manifest, number: int) -> tuple[ShardEntry, list[Skipped], pa.Table]:
-    """The shard's line of the ledger, what it left out and its lines of ``samples.parquet``."""
+def absent_images(places: Array, present: Mapping[int, Array]) -> Iterator[tuple[int, int, int]]:
+    """(line, image shard, image line) of samples whose image line holds none.
+
+    places (M, 2): shard and line of each sample's image, −1 without one · present: by shard, which lines hold an image
+    that could be read when the shard was made; it may have been readable only later, when another shard was.
+    """
+    for line, (shard, row) in enumerate(places.tolist()):
+        if shard in present and not present[shard][row]:
+            yield line, shard, row
+
+
+def _entry(
+    storage: Storage, manifest: Manifest, number: int, present: dict[int, Array]
+) -> tuple[ShardEntry, list[Skipped], pa.Table]:
+    """The shard's line of the ledger, what it left out and its lines of ``samples.parquet``; adds to ``present``."""
     index = storage.read(f"{shard_name(number)}/{INDEX}")
     sums, metadata = read_file_sums(index)
     _check_fingerprint(storage, manifest, shard_name(number), metadata)
-    table = pq.read_table(io.BytesIO(index), columns=["sample_id", "image_id", "tokens", "rows", "positions"])
+    table = pq.read_table(io.BytesIO(index), columns=[*_SAMPLE_COLUMNS, "image_shard", "image_row"])
     skipped = [Skipped(**s) for s in metadata["skipped"]]
     size = manifest.layout["shard_samples"]
     planned = min(size, manifest.planned_samples - number * size)
@@ -177,9 +189,17 @@ def _entry(storage: Storage, manifest: Manifest, number: int) -> tuple[ShardEntr
         images_index = storage.read(f"{images_name(number)}/{INDEX}")
         images_sums, metadata = read_file_sums(images_index)
         _check_fingerprint(storage, manifest, images_name(number), metadata)
-        images = pq.read_metadata(io.BytesIO(images_index)).num_rows
+        present[number] = pq.read_table(io.BytesIO(images_index), columns=["present"])["present"].to_numpy()
+        images = len(present[number])
         byte_count += sum(s.bytes for s in images_sums.values()) + len(images_index)
         images_digest = sha256(images_index)
+    places = np.stack([table[name].to_numpy() for name in ("image_shard", "image_row")], -1)
+    for line, shard, _ in absent_images(places, present):
+        raise CacheError(
+            f"{storage.url}/{shard_name(number)}: sample {table['sample_id'][line]} has an image that could not be "
+            f"read when {images_name(shard)} was made, and can be now. Delete {shard_name(shard)} and "
+            f"{images_name(shard)}, then run teacher-cache build again"
+        )
     answers = answers_name(number)
     answers_digest = sha256(storage.read(answers)) if storage.exists(answers) else ""
     entry = ShardEntry(
@@ -194,6 +214,9 @@ def _entry(storage: Storage, manifest: Manifest, number: int) -> tuple[ShardEntr
         answers_sha256=answers_digest,
     )
     return entry, skipped, _sample_lines(table, number)
+
+
+_SAMPLE_COLUMNS = ("sample_id", "image_id", "tokens", "rows", "positions")
 
 
 def _sample_lines(table: pa.Table, shard: int) -> pa.Table:

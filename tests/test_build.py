@@ -17,14 +17,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PillowImage
+from typer.testing import CliRunner
 
+from pipelines.tiny.prepare import TEACHER
+from teacher_cache.cli import app
 from teacher_cache.config import CacheConfig, ConfigError, DataConfig
 from teacher_cache.manifest import CacheError
 from teacher_cache.reader import TeacherCache
 from teacher_cache.score import answer_only, build_cache, check_answered, check_config
 from teacher_cache.storage import StorageError
 from teacher_cache.teacher import TeacherError
-from teacher_cache.teacher_torch import TorchTeacher, load_processor
+from teacher_cache.teacher_torch import TorchTeacher, checkpoint_digest, load_processor
 
 EXCEPTED = {"cost.json"}  # how long it took; and created_at in the manifest, see contents()
 
@@ -272,6 +275,8 @@ def test_a_model_that_is_no_llava_is_refused(cache_config: CacheConfig, tmp_path
         ("signals", {"temperatures": (2.0,)}, "must contain 1.0"),
         ("signals", {"sampled": 300}, "at most 255"),
         ("signals", {"hidden": "none", "second_last": True}, "second_last needs"),
+        ("signals", {"sampled": 4, "sampled_from": "tail", "top_k": 0}, "sampled_from=tail needs signals.top_k"),
+        ("generation", {"top_p": 0.0}, "top_p: expected 0 < top_p"),
         ("data", {"path": ""}, "data.path: not set"),
         ("teacher", {"model": ""}, "teacher.model: not set"),
     ],
@@ -282,6 +287,62 @@ def test_settings_that_contradict_each_other_are_refused(
     config = replace(cache_config, output="x", **{section: replace(getattr(cache_config, section), **values)})
     with pytest.raises(ConfigError, match=error):
         check_config(config)
+
+
+def test_torch_refuses_a_quantisation_that_it_would_not_apply(cache_config: CacheConfig) -> None:
+    with pytest.raises(TeacherError, match=r"quantization=awq: only vLLM applies it"):
+        TorchTeacher(replace(cache_config.teacher, quantization="awq"), cache_config.generation, cache_config.speed)
+
+
+def test_a_checkpoint_is_the_same_whatever_library_wrote_it(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TEACHER, tmp_path / "teacher"))
+    settings = json.loads((folder / "config.json").read_text())
+
+    def digest_with(**fields: object) -> str:
+        (folder / "config.json").write_text(json.dumps({**settings, **fields}))
+        return checkpoint_digest(str(folder))
+
+    assert digest_with(transformers_version="1.0") == digest_with() == checkpoint_digest(str(TEACHER))
+    assert digest_with(vision_feature_layer=-3) != digest_with()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert digest_with() != checkpoint_digest(str(TEACHER))
+
+
+def test_scales_of_visual_states_are_fitted_on_samples_that_have_an_image(
+    cache_config: CacheConfig, teacher: TorchTeacher, world: Path, tmp_path: Path
+) -> None:
+    lines = json.loads((world / "train.json").read_text())
+    text, shown = ([line for line in lines if ("image" in line) == kind] for kind in (False, True))
+    text = [{**text[0], "id": f"text-{i}"} for i in range(9)]
+    (tmp_path / "data.json").write_text(json.dumps(text + shown[:3]))
+    config = replace(
+        cache_config,
+        output=str(tmp_path / "cache"),
+        data=replace(cache_config.data, path=str(tmp_path / "data.json")),
+        signals=replace(cache_config.signals, codec="int8", calibration_samples=4),
+    )
+    build_cache(config, teacher=teacher, style="quiet")
+    with TeacherCache.open(config.output) as cache:
+        assert {"hidden", "visual"} <= cache.scales.keys()
+
+
+def test_texts_are_those_of_the_records(cache_folder: Path) -> None:
+    with TeacherCache.open(cache_folder) as cache:
+        texts = list(cache.texts())
+        assert [t.sample_id for t in texts] == list(cache.sample_ids())
+        for index in range(0, len(cache), 7):
+            record = cache[index]
+            assert tuple(texts[index].answers) == record.answers
+            assert (texts[index].image_id, texts[index].source) == (record.image_id, record.source)
+
+
+def test_errors_are_shown_as_they_are_written(tmp_path: Path) -> None:
+    """Square brackets are no markup: neither those of an extra's name nor a template's."""
+    (tmp_path / "c.yaml").write_text("output: x\n'[/INST]': 1\n")
+    shown = CliRunner().invoke(app, ["build", str(tmp_path / "c.yaml")])
+    assert shown.exit_code == 1
+    assert "[/INST]" in shown.output
 
 
 def test_sampled_answers_do_not_depend_on_the_batch(cache_config: CacheConfig, world: Path, tmp_path: Path) -> None:

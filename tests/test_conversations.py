@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image as PillowImage
+from PIL.PngImagePlugin import PngInfo
 
 from teacher_cache.config import DataConfig
 from teacher_cache.conversations import (
@@ -51,6 +52,7 @@ def test_image_tag_is_moved_to_the_front_of_the_first_question() -> None:
         ({"id": "a", "conversations": [{"from": "robot", "value": "x"}]}, "a message without from"),
         ({"id": "a", "conversations": []}, "no list of conversations"),
         ({"id": "a", "image": "x"}, "no list of conversations"),
+        (line("<image> a", "b \ud83d"), "not Unicode text: 'b \\ud83d'"),
         ("text", "expected an object"),
     ],
 )
@@ -116,6 +118,14 @@ def test_jsonl_and_parquet_give_what_json_gives(tmp_path: Path) -> None:
     )
 
 
+def test_a_line_of_jsonl_ends_at_its_line_feed_and_nowhere_else(tmp_path: Path) -> None:
+    text = json.dumps(line("<image> one\u2028two\x85three", "a"), ensure_ascii=False)
+    (tmp_path / "d.jsonl").write_text(text + "\n", encoding="utf-8")
+    [sample] = read_conversations(DataConfig(path=str(tmp_path / "d.jsonl")))
+    assert isinstance(sample, Conversation)
+    assert sample.questions == ("one\u2028two\x85three",)
+
+
 def test_parquet_with_image_bytes(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     PillowImage.new("RGB", (3, 2), (9, 8, 7)).save(buffer, "PNG")
@@ -137,8 +147,13 @@ def test_bad_images_are_named(tmp_path: Path) -> None:
     (tmp_path / "link.png").symlink_to(tmp_path.parent / "secret.png")
     side = int(MAX_PIXELS**0.5) + 1
     PillowImage.new("1", (side, side)).save(tmp_path / "huge.png")
+    texts = PngInfo()
+    texts.add_text("comment", "x" * (70 << 20), zip=True)
+    PillowImage.new("RGB", (8, 8)).save(tmp_path / "texts.png", pnginfo=texts)
     expected = {
         "missing.png": "no such file",
+        "texts.png": "cannot be decoded",
+        "nul\x00.png": "cannot be decoded",
         "cut.png": "cannot be decoded",
         "text.png": "cannot be decoded",
         "../secret.png": "leaves the image folder",

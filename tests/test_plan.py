@@ -9,11 +9,21 @@ import pytest
 
 from pipelines.tiny.prepare import TEACHER
 from teacher_cache import lengths as lengths_module
-from teacher_cache.config import PRESETS, CacheConfig, ConfigError, DataConfig, TeacherConfig, load_config
+from teacher_cache.config import (
+    PRESETS,
+    CacheConfig,
+    ConfigError,
+    DataConfig,
+    SignalsConfig,
+    TeacherConfig,
+    build_config,
+    load_config,
+)
 from teacher_cache.manifest import CacheError
 from teacher_cache.model_config import load_model_config
-from teacher_cache.plan import plan_cache
+from teacher_cache.plan import as_preset, plan_cache
 from teacher_cache.plan_cost import GB, Throughput, assumed_throughput, measured_throughput, size_of, teacher_memory
+from teacher_cache.reader import TeacherCache
 from teacher_cache.score import build_cache
 from teacher_cache.storage import Storage
 from tests.store_fixtures import signals
@@ -162,6 +172,36 @@ def test_the_time_of_an_earlier_cache_can_be_counted_with(cache_config, cache_fo
     assert plan.gpu_hours * 3600 == pytest.approx(cost["answer_seconds"] + cost["score_seconds"], rel=0.1)
     with pytest.raises(CacheError, match="manifest"):
         measured_throughput(Storage(tmp_path / "none"))
+
+
+def test_the_time_of_one_pass_does_not_tell_reading_from_writing(cache_folder, tmp_path):
+    shutil.copytree(cache_folder, tmp_path / "c")
+    cost = json.loads((tmp_path / "c/cost.json").read_text())
+    assert cost["one_pass"] is False
+    (tmp_path / "c/cost.json").write_text(json.dumps(cost | {"one_pass": True}))
+    with pytest.raises(ConfigError, match="out of one pass; expected both, of two passes"):
+        measured_throughput(Storage(tmp_path / "c"))
+
+
+def test_answers_that_were_kept_took_no_writing(cache_config, teacher, tmp_path):
+    data = dataclasses.replace(cache_config.data, regenerate_share=0.2)
+    build_cache(
+        dataclasses.replace(cache_config, output=str(tmp_path / "c"), data=data), teacher=teacher, style="quiet"
+    )
+    with TeacherCache.open(tmp_path / "c") as cache:
+        rows = sum(cache[i].rows for i in range(len(cache)) if cache[i].source == "teacher")
+        assert 0 < rows < cache.manifest.counts["rows"] / 2
+    cost = json.loads((tmp_path / "c/cost.json").read_text())
+    rate = measured_throughput(Storage(tmp_path / "c"))
+    assert rate.write_tokens_per_second == pytest.approx(rows / cost["answer_seconds"])
+
+
+def test_another_preset_undoes_what_ones_own_preset_set():
+    small, standard = (
+        build_config(SignalsConfig, {"preset": n, **PRESETS[n], "codec": "int4"}, n) for n in ("small", "standard")
+    )
+    assert as_preset(small, "standard") == dataclasses.replace(standard, preset="small")
+    assert as_preset(dataclasses.replace(standard, top_k=7), "full").top_k == 7
 
 
 @pytest.mark.parametrize(("name", "least", "most"), [("cache", 25, 45), ("cache_2x24gb", 4, 12)])

@@ -2,6 +2,7 @@
 
 import itertools
 import multiprocessing
+import os
 import pickle
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from teacher_cache import storage as storage_module
+from teacher_cache.checksums import file_sum
 from teacher_cache.manifest import CacheError
+from teacher_cache.prefetch import LocalCopy
 from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage, StorageError
 from teacher_cache.writer import committed_shards, finish
@@ -116,6 +119,20 @@ def test_the_prefetch_folder_never_outgrows_its_limit(remote, tmp_path):
             assert _size(tmp_path) <= limit
         deleted = cache._source.deletions
     assert deleted > 0
+
+
+def test_a_copy_under_way_is_never_deleted_to_make_room(tmp_path):
+    """Four files of 3 MB begun at once under a limit of 8 MiB."""
+    storage, data = Storage("memory://under-way"), os.urandom(3_000_000)
+    for number in range(4):
+        storage.write(f"{number}/file", [data])
+    copies = LocalCopy(storage, tmp_path, 8 / 2**10, "generation-of-the-cache")
+    sums = file_sum([data])
+    for number in range(4):
+        copies.begin(f"{number}/file", sums)
+    for number in range(4):
+        assert copies.path(f"{number}/file", sums).stat().st_size == len(data)
+    copies.close()
 
 
 def test_prefetched_shards_are_read_without_waiting(server, s3, tmp_path):

@@ -3,19 +3,26 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from teacher_cache.cli import app
+from teacher_cache.config import as_plain
+from teacher_cache.conversations import read_conversations
 from teacher_cache.manifest import CacheError, read_manifest, write_manifest
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import TeacherRecord
 from teacher_cache.rescore import rescore_cache
-from teacher_cache.score import build_cache
+from teacher_cache.score import build_cache, build_shards, prepare
 from teacher_cache.storage import Storage
-from teacher_cache.verify import Problem, repair_cache, verify_cache
+from teacher_cache.teacher_torch import TorchTeacher
+from teacher_cache.verify import DAMAGED_MANIFEST, Problem, repair_cache, verify_cache
 from teacher_cache.writer import ImagePlace, finish, write_shard
 from tests.store_fixtures import signals, synthetic_cache
 
@@ -191,7 +198,8 @@ def own_copy(cache_folder, tmp_path):
 def _contents(folder):
     files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     manifest = json.loads(files.pop("manifest.json"))
-    files.pop("cost.json", None)
+    for name in ("cost.json", DAMAGED_MANIFEST):
+        files.pop(name, None)
     return files, {k: v for k, v in manifest.items() if k not in ("created_at", "digest")}
 
 
@@ -270,3 +278,99 @@ def test_rescoring_names_the_sample_that_another_teacher_sees_otherwise(cache_co
     assert not report.ok
     assert report.differences[0].sample_id in {r.sample_id for r in records}
     assert f"sample {report.differences[0].sample_id}: " in str(report)
+
+
+def test_the_command_fails_where_the_teacher_disagrees(monkeypatch, cache_config, cache_folder, tmp_path):
+    config = tmp_path / "cache.yaml"
+    config.write_text(yaml.safe_dump(as_plain(dataclasses.replace(cache_config, output=str(cache_folder)))))
+    arguments = ["verify", str(cache_folder), "--rescore", "2", "--config", str(config)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    head = TorchTeacher.head
+    monkeypatch.setattr(TorchTeacher, "head", lambda self: head(self).flip(0))
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 1
+    assert "nats apart (allowed 0.1)" in found.output
+
+
+def test_rescoring_a_cache_without_top_k_says_what_to_do(tmp_path, cache_config, teacher):
+    config = dataclasses.replace(
+        cache_config,
+        output=str(tmp_path / "c"),
+        data=dataclasses.replace(cache_config.data, max_samples=3),
+        signals=dataclasses.replace(cache_config.signals, top_k=0, visual="none"),
+    )
+    build_cache(config, teacher=teacher, style="quiet")
+    with pytest.raises(CacheError, match=r"no top-k to compare with.*fidelity"):
+        rescore_cache(config, 2, teacher=teacher)
+
+
+def test_a_cache_of_another_version_is_not_repaired(own_copy):
+    manifest = own_copy / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    before = manifest.read_bytes()
+    storage = Storage(own_copy)
+    with pytest.raises(CacheError, match="cache format 2, this package reads format 1"):
+        repair_cache(storage, verify_cache(storage, deep=True))
+    assert manifest.read_bytes() == before
+
+
+def test_a_damaged_manifest_is_kept(own_copy):
+    (own_copy / "manifest.json").write_text("{")
+    storage = Storage(own_copy)
+    repair_cache(storage, verify_cache(storage, deep=True))
+    assert (own_copy / DAMAGED_MANIFEST).read_text() == "{"
+
+
+def test_a_shard_is_removed_at_once_or_not_at_all(own_copy, cache_config, cache_folder, teacher, monkeypatch):
+    """Killed while it deletes: the shard is not there any more, and the next build makes it again."""
+
+    def die(path, **_):
+        (Path(path) / "index.parquet").unlink()
+        raise KeyboardInterrupt
+
+    storage = Storage(own_copy)
+    write_manifest(storage, dataclasses.replace(read_manifest(storage), complete=False, files={}, counts={}))
+    with monkeypatch.context() as patch:
+        patch.setattr("teacher_cache.storage.shutil.rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            storage.remove("shards/00001", "index.parquet")
+    assert not (own_copy / "shards/00001").exists()
+    (own_copy / "shards/00000/index.parquet").unlink()  # as older versions could leave it
+    config = dataclasses.replace(cache_config, output=str(own_copy))
+    assert build_cache(config, teacher=teacher, style="quiet").shards_made == 2
+    assert _contents(own_copy) == _contents(cache_folder)
+
+
+def test_an_image_that_could_be_read_too_late_is_found(cache_config, teacher, world, tmp_path, monkeypatch):
+    """Two samples of one image in two shards; the image comes only after the first shard was made."""
+    shutil.copytree(world / "images", tmp_path / "images")
+    lines = json.loads((world / "train.json").read_text())
+    name = next(line["image"] for line in lines if "image" in line)
+    chosen = [line for line in lines if line.get("image") == name][:2]
+    (tmp_path / "data.json").write_text(json.dumps(chosen))
+    config = dataclasses.replace(
+        cache_config,
+        output=str(tmp_path / "cache"),
+        data=dataclasses.replace(
+            cache_config.data, path=str(tmp_path / "data.json"), image_folder=str(tmp_path / "images")
+        ),
+        layout=dataclasses.replace(cache_config.layout, shard_samples=1),
+    )
+    storage = Storage(config.output)
+    hidden = (tmp_path / "images" / name).rename(tmp_path / "hidden.png")
+    samples = read_conversations(config.data)
+    manifest = prepare(config, storage, samples, teacher)
+    build_shards(config, storage, manifest, samples, teacher, [0], "quiet")
+    hidden.rename(tmp_path / "images" / name)
+    with pytest.raises(CacheError, match=r"could not be read when images/00000 was made.*Delete shards/00000"):
+        build_cache(config, teacher=teacher, style="quiet")
+    with monkeypatch.context() as patch:
+        patch.setattr("teacher_cache.writer.absent_images", lambda places, present: ())
+        build_cache(config, teacher=teacher, style="quiet")
+    with TeacherCache.open(config.output) as cache, pytest.raises(CacheError, match="line 0 holds no image"):
+        cache.read_images(cache.read([0]).image_places)
+    report = verify_cache(storage)
+    assert report.shards_at_fault == [0]
+    repair_cache(storage, report)
+    assert build_cache(config, teacher=teacher, style="quiet").samples == 2
+    assert verify_cache(storage, deep=True).ok

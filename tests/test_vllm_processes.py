@@ -7,10 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from teacher_cache.config import CacheConfig
+from teacher_cache.conversations import Conversation
+from teacher_cache.teacher_torch import load_processor
+from teacher_cache.tokenization import assemble, template_by_name, tokenize_prompt
+from teacher_cache.vllm_choice import context_length
 from teacher_cache.vllm_processes import dismiss, environment, kill_when_orphaned, last_error, start_error
 
 DRIVER = """
@@ -77,3 +84,15 @@ def test_the_last_error_is_the_cause_not_what_followed_from_it() -> None:
     cause = "(Worker pid=3) ERROR 11-22 10:00:00 [a.py:1] KeyError: 'a'"
     assert last_error(f"x\n{cause}\nRuntimeError: Engine core initialization failed.") == "KeyError: 'a'"
     assert last_error("nothing of note") == "nothing"
+
+
+def test_the_context_holds_the_end_tokens_of_answers_that_were_cut_off(cache_config: CacheConfig) -> None:
+    """Six turns, every answer as long as allowed: what the template writes behind each is counted too."""
+    _, tokenizer = load_processor(cache_config.teacher)
+    template, room = template_by_name("tiny"), 3
+    config = replace(cache_config, generation=replace(cache_config.generation, max_new_tokens=room))
+    sample = Conversation("six", ("what color is it",) * 6, ("red",) * 6, None)
+    prompt = tokenize_prompt(sample, template, tokenizer)
+    whole = assemble(prompt, [(7,) * room] * 6)
+    description = SimpleNamespace(shape=SimpleNamespace(image_tokens=4))
+    assert context_length(config, [sample], tokenizer, description, 4096) == len(whole.input_ids)
