@@ -27,7 +27,8 @@ class StudentBatch:
     A line holds one sample, or several where they are packed: then ``position_ids`` begin anew with each of them, and
     no sample attends to another (Transformers makes the block-diagonal mask from them, where no other mask is given).
     ``row_weight`` (R,), ``position_weight`` (P,) and ``image_weight`` (I,) are what each row, text position and image
-    counts in the global batch's loss, all divisions included: the loss is a plain weighted sum.
+    counts in the global batch's loss, all divisions included: the loss is a plain weighted sum. ``per_sample`` holds
+    the same weights by the same names where every sample, not every row, weighs the same.
     """
 
     input_ids: Tensor  # (B, S) int64
@@ -49,6 +50,7 @@ class StudentBatch:
     image_token_weight: Tensor  # (I,) likewise, of each of an image's positions
     arrays: dict[str, Tensor]  # the teacher's signals, as stored
     visual: dict[str, Tensor]  # per image with signals, as stored
+    per_sample: dict[str, Tensor]
     position_ids: Tensor | None = None  # (B, S) int64, of packed lines only
 
     def to(self, device: torch.device) -> StudentBatch:
@@ -56,6 +58,10 @@ class StudentBatch:
 
     def pin_memory(self) -> StudentBatch:
         return self.map(lambda tensor: tensor.pin_memory())
+
+    def averaged(self, average: str) -> StudentBatch:
+        """The same batch with the weights of a mean over rows (``row``), or over samples of each one's mean."""
+        return self if average == "row" else dataclasses.replace(self, **self.per_sample)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> StudentBatch:
         """The same batch with every tensor changed."""
@@ -70,13 +76,15 @@ class StudentBatch:
 
 @dataclass(frozen=True)
 class Weights:
-    """What one sample's rows, text positions and image count in the global batch's loss."""
+    """What one sample's rows, text positions and image count in the global batch's loss, and all of it (``sample``)."""
 
     row: float
     position: float
     image: float
     token: float
     """Of one text or image position, where a term covers both."""
+    sample: float
+    """Of the sample's mean, where every sample weighs the same."""
 
 
 def collate(
@@ -110,16 +118,14 @@ def collate(
         places["visual_start"].append(start[is_image])
     rows, texts, images = ([len(a) for a in places[n]] for n in ("row_position", "text_position", "visual_start"))
     line = [b for b, _ in lines]
-    repeated = {
+    owners = {
         "row_sample": np.repeat(line, rows),
         "text_sample": np.repeat(line, texts),
         "visual_sample": np.repeat(line, images),
-        "row_weight": _repeated([w.row for w in weights], rows),
-        "position_weight": _repeated([w.position for w in weights], texts),
-        "image_weight": _repeated([w.image for w in weights], images),
-        "text_token_weight": _repeated([w.token for w in weights], texts),
-        "image_token_weight": _repeated([w.token for w in weights], images),
     }
+    per_row = _weight_arrays(weights, rows, texts, images)
+    shares = [_shares(w.sample, r, t, i, image_tokens) for w, r, t, i in zip(weights, rows, texts, images, strict=True)]
+    per_sample = _weight_arrays(shares, rows, texts, images)
     return StudentBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -130,7 +136,8 @@ def collate(
         visual={name: _tensor(name, a) for name, a in raw.visual.items()},
         position_ids=position_ids if pack else None,
         **{name: torch.from_numpy(np.concatenate(parts)) for name, parts in places.items()},
-        **{name: torch.from_numpy(array) for name, array in repeated.items()},
+        **{name: torch.from_numpy(array) for name, array in (owners | per_row).items()},
+        per_sample={name: torch.from_numpy(array) for name, array in per_sample.items()},
     )
 
 
@@ -154,6 +161,24 @@ def _tensor(name: str, array: Array) -> Tensor:
 
 
 _PLACES = ("row_position", "answer_ids", "text_position", "visual_start")
+
+
+def _shares(sample: float, rows: int, texts: int, images: int, image_tokens: int) -> Weights:
+    """The weight of a sample's mean, shared out over its rows, text positions, image, and text and image positions."""
+    counts = (rows, texts, images, texts + images * image_tokens)
+    return Weights(*(sample / max(count, 1) for count in counts), sample=sample)
+
+
+def _weight_arrays(
+    weights: Sequence[Weights], rows: list[int], texts: list[int], images: list[int]
+) -> dict[str, Array]:
+    return {
+        "row_weight": _repeated([w.row for w in weights], rows),
+        "position_weight": _repeated([w.position for w in weights], texts),
+        "image_weight": _repeated([w.image for w in weights], images),
+        "text_token_weight": _repeated([w.token for w in weights], texts),
+        "image_token_weight": _repeated([w.token for w in weights], images),
+    }
 
 
 def _repeated(values: list[float], counts: list[int]) -> Array:

@@ -48,6 +48,9 @@ class LossSpec:
     layer: Literal["last", "second_last"] = "last"
     space: Literal["logits", "hidden"] = "logits"
     """For ``relation``: the Gram of the logits (LLaVA-KD's code) or of the final hidden states."""
+    average: Literal["row", "sample"] = "row"
+    """``row``: every row (position, image) of the global batch weighs the same; ``sample``: every sample does, as
+    LLAVADI's code divides its distillation losses. Cross-entropy is the mean over rows there and here."""
     pool: int = 0
     """Where the student has fewer image positions: the side its grid has, to which the teacher's is mean-pooled."""
 
@@ -143,8 +146,9 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float = 1.0
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    average: Literal["row", "sample"] = "row"
-    """``row``: every answer token weighs the same; ``sample``: every sample does, as in LLAVADI's code."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """In which numbers products are formed; weights stay in ``student.dtype``. ``auto``: what ``accelerate launch`` was
+    told (``--mixed_precision``), else no."""
     seed: int = 0
     shuffle: Literal["auto", "full", "shards"] = "auto"
     group: Literal["none", "length", "modality"] = "none"

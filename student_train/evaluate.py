@@ -134,7 +134,7 @@ def agreement(student: Student, source: SourceConfig, batch: int = 32) -> Agreem
     manifest = read_manifest(Storage(source.cache))
     exact = manifest.signals["hidden"] != "none"
     spec = LossSpec("forward_kl", source="exact" if exact else "topk")
-    names, _ = needed_arrays([spec, LossSpec("forward_kl")] if manifest.signals["top_k"] else [spec], manifest)
+    names, _ = needed_arrays([spec], manifest)
     opened = CacheSource(source, student.processor.tokenizer, names, [])
     model, prepare = student.model, student.preprocessor
     vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -145,7 +145,7 @@ def agreement(student: Student, source: SourceConfig, batch: int = 32) -> Agreem
         images = [prepare.pixels(i, source.image_folder) for i in raw.images if i is not None]
         made = collate(
             raw,
-            [Weights(1.0, 1.0, 1.0, 1.0)] * len(raw.input_ids),
+            [Weights(1.0, 1.0, 1.0, 1.0, 1.0)] * len(raw.input_ids),
             image_token=prepare.image_token,
             image_tokens=prepare.image_tokens,
             pad=prepare.pad,

@@ -28,7 +28,7 @@ from teacher_cache.conversations import Image
 from teacher_cache.images import load_image, square
 
 Ints = npt.NDArray[np.int64]
-_ZERO = Weights(0.0, 0.0, 0.0, 0.0)
+_ZERO = Weights(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,8 @@ class StepPlan:
         rows, positions = self._rows[numbers], self._positions[numbers]
         images = self._has_image[numbers].astype(np.int64)
         tokens = positions + images * self._image_tokens
-        if self._config.average == "sample":
-            share = 1.0 / len(numbers)
-            columns = [share / np.maximum(c, 1) for c in (rows, positions, images, tokens)]
-        else:
-            columns = [np.full(len(numbers), 1.0 / max(c.sum(), 1)) for c in (rows, positions, images, tokens)]
-        return {int(n): Weights(*map(float, line)) for n, line in zip(numbers, np.stack(columns, 1), strict=True)}
+        each = Weights(*(1.0 / max(int(c.sum()), 1) for c in (rows, positions, images, tokens)), 1.0 / len(numbers))
+        return {int(n): each for n in numbers}
 
     def _source_of(self, number: int) -> int:
         return int(np.searchsorted(self._offsets, number, side="right")) - 1

@@ -53,11 +53,7 @@ def needed_arrays(specs: Sequence[LossSpec], manifest: Manifest) -> tuple[list[s
     visual: set[str] = set()
     for spec in specs:
         if spec.name in LOGIT_LOSSES:
-            names |= {"topk": {"topk_ids", "topk_logprobs", "stats"}, "exact": {"hidden"}}.get(
-                spec.source, {"sampled_ids", "sampled_counts", "stats"}
-            )
-            if spec.source == "sampled" and manifest.signals_config.sampled_from == "tail":
-                names |= {"topk_ids", "topk_logprobs"}
+            names |= _logit_arrays(spec, manifest.signals_config)
         if spec.name in HIDDEN_LOSSES:
             names.add("hidden" if spec.layer == "last" else "hidden_second_last")
         if spec.name == "attention_mse":
@@ -69,6 +65,18 @@ def needed_arrays(specs: Sequence[LossSpec], manifest: Manifest) -> tuple[list[s
     if manifest.signals["codec"] in ("int8", "int4"):
         names |= {f"{n}_scale" for n in names if n.startswith("hidden")}
     return sorted(names), sorted(visual)
+
+
+def _logit_arrays(spec: LossSpec, signals: SignalsConfig) -> set[str]:
+    """Of coarse states ``exact`` takes the tail alone: the head is the stored top-k's (``targets.exact_logits``). A
+    cache has a top-k for answer rows only."""
+    kept = {"topk_ids", "topk_logprobs", "stats"}
+    if spec.source == "topk":
+        return kept
+    if spec.source == "sampled":
+        return {"sampled_ids", "sampled_counts", "stats"} | (kept if signals.sampled_from == "tail" else set())
+    coarse = signals.codec == "int4" or signals.pca > 0
+    return {"hidden"} | (kept if coarse and signals.top_k and spec.tokens == "answer" else set())
 
 
 def check_losses(specs: Sequence[LossSpec], manifest: Manifest, url: str) -> None:
@@ -156,14 +164,15 @@ class DistilledStudent(nn.Module):
         parts: dict[str, Tensor] = {}
         total = self._head_terms(rows, targets, batch, parts)
         for spec in self._specs:
+            weighted = batch.averaged(spec.average)
             if spec.name in HIDDEN_LOSSES:
-                value = self._hidden_term(spec, batch, states, targets, teacher)
+                value = self._hidden_term(spec, weighted, states, targets, teacher)
             elif spec.name in LOGIT_LOSSES and spec.tokens != "answer":
-                value = self._all_token_logits(spec, batch, states, teacher)
+                value = self._all_token_logits(spec, weighted, states, teacher)
             elif spec.name == "attention_mse":
-                value = self._attention_term(batch, states, targets)
+                value = self._attention_term(weighted, states, targets)
             elif spec.name in ("visual_kl", "relation", "similarity_mse"):
-                value = self._visual_term(spec, batch, states, targets, teacher)
+                value = self._visual_term(spec, weighted, states, targets, teacher)
             else:
                 continue
             parts[spec.label] = value.detach()
@@ -194,11 +203,10 @@ class DistilledStudent(nn.Module):
         total = rows.sum() * 0.0
         if not specs:
             return total
-        late = {s.label: s.rows == "llavadi" for s in specs}
-        for is_late in sorted(set(late.values())):
-            group = [s for s in specs if late[s.label] == is_late]
-            weight = batch.row_weight
-            if is_late:
+        for rows_of, average in sorted({(s.rows, s.average) for s in specs}):
+            group = [s for s in specs if (s.rows, s.average) == (rows_of, average)]
+            weight = batch.averaged(average).row_weight
+            if rows_of == "llavadi":
                 weight = weight * ~first_rows(batch.row_sample, batch.row_position)
             head = self.model.get_output_embeddings().weight
             weights: dict[str, float] = {s.name: s.weight for s in group}
@@ -237,7 +245,8 @@ class DistilledStudent(nn.Module):
     ) -> Tensor:
         """A logit loss on all text positions, and on the image positions too for ``tokens: all`` (LLAVADI, table 2)."""
         assert teacher is not None
-        targets = row_targets(batch.arrays, None, teacher.signals, teacher.scales, teacher.head)
+        states_only = {name: array for name, array in batch.arrays.items() if name.startswith("hidden")}
+        targets = row_targets(states_only, None, teacher.signals, teacher.scales, teacher.head)
         weight = batch.text_token_weight if spec.tokens == "all" else batch.position_weight
         rows = states.last[batch.text_sample, batch.text_position]
         if spec.tokens == "all" and len(batch.visual_sample):

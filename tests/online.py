@@ -171,7 +171,6 @@ class Oracle:
         projectors: Any,
         specs: Sequence[LossSpec],
         numbers: Sequence[int],
-        average: str = "row",
     ) -> Tensor:
         """The batch's loss: per term, the mean over its rows (tokens, images), or over samples of the sample's mean."""
         samples, teachers = zip(*(self.asked(n) for n in numbers), strict=True)
@@ -182,7 +181,7 @@ class Oracle:
                 self.values(spec, sample, teacher, student, projectors)
                 for sample, teacher, student in zip(samples, teachers, students, strict=True)
             ]
-            if average == "sample":
+            if spec.average == "sample":
                 means = [v.sum() / max(n, 1) for v, n in values]
                 term = sum(means) / len(means)
             else:
