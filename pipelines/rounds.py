@@ -56,7 +56,7 @@ def train_rounds(
         here = folder / f"round-{number}"
         student_cache(cache, summaries[-1].model, str(here / "cache"), share, sets, seed=number)
         source = dataclasses.replace(config.sources[0], cache=str(here / "cache"), answers="cached")
-        student = dataclasses.replace(config.student, model=summaries[-1].model)
+        student = dataclasses.replace(config.student, model=summaries[-1].model, layers_from="", layers=0)
         summaries.append(fit(dataclasses.replace(config, output=str(here), sources=(source,), student=student)))
     return summaries
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from teacher_cache.config import ConfigError
@@ -187,6 +187,48 @@ def check_fit_config(config: FitConfig) -> None:
         raise ConfigError("sources: none; name at least one teacher cache: sources: [{cache: …, image_folder: …}]")
     for number, source in enumerate(config.sources):
         if bool(source.cache) == bool(source.data):
+_LOGIT_FIELDS = ("source", "temperature", "temperature_squared", "tokens", "average")
+_READS: dict[str, tuple[str, ...]] = {
+    "cross_entropy": (),
+    **dict.fromkeys(LOGIT_LOSSES, _LOGIT_FIELDS),
+    **dict.fromkeys(HIDDEN_LOSSES, ("tokens", "layer", "average")),
+    "jsd": (*_LOGIT_FIELDS, "beta"),
+    "attention_mse": ("average",),
+    "similarity_mse": ("tokens", "average", "pool"),
+    "visual_kl": ("temperature", "temperature_squared", "average", "pool"),
+    "relation": ("space", "average", "pool"),
+}
+
+
+def fields_read(spec: LossSpec) -> set[str]:
+    """The settings that this term reads: rows are those of answers, and only image positions can be pooled."""
+    by_tokens = {"answer": {"rows"}, "text": set(), "all": {"pool"}}[spec.tokens]
+    on_tokens = spec.name in (*LOGIT_LOSSES, *HIDDEN_LOSSES)
+    return {"name", "weight", *_READS[spec.name], *(by_tokens if on_tokens else ())}
+
+
+def check_loss_settings(spec: LossSpec) -> None:
+    """Refuse a setting that the term would not read: it would train something else than the file says.
+
+    Raises
+    ------
+    ConfigError
+    """
+    known = fields_read(spec)
+    for setting in fields(LossSpec):
+        value = getattr(spec, setting.name)
+        if setting.name not in known and value != setting.default:
+            reads = ", ".join(sorted(known - {"name"}))
+            raise ConfigError(
+                f"losses: {spec.label} (tokens: {spec.tokens}) does not read {setting.name}, found "
+                f"{setting.name}: {value}; it reads {reads}. Leave {setting.name} out, or take another loss"
+            )
+    if spec.name == "similarity_mse" and spec.tokens == "all":
+        raise ConfigError(
+            "losses: similarity_mse compares image positions with text ones, found tokens: all; expected answer or text"
+        )
+
+
             raise ConfigError(
                 f"sources[{number}]: set either cache or data, found cache={source.cache!r}, data={source.data!r}"
             )
@@ -202,6 +244,13 @@ def check_fit_config(config: FitConfig) -> None:
         raise ConfigError(
             f"losses: {', '.join(distilled)} need a teacher's signals, but sources[{plain[0]}] has none. "
             "Cache those answers first (data.regenerate=none scores original answers), or keep cross_entropy alone"
+    if config.student.layers_from and config.student.model:
+        raise ConfigError(
+            f"student: model={config.student.model} and layers_from={config.student.layers_from} are both set, and a "
+            "student has one origin. Set student.model='' to cut layers, student.layers_from='' to train the model on"
+        )
+    for loss in config.losses:
+        check_loss_settings(loss)
         )
     if any(loss.name == "attention_mse" for loss in config.losses) and config.student.attention != "eager":
         raise ConfigError("losses: attention_mse needs the attention maps; set student.attention=eager")

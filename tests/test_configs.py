@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -102,6 +104,34 @@ def test_llava_kd_plans_three_stages(name: str, image_tokens: int, layers: int, 
     assert plans["sft"].online_hours == 0
 
 
+DROPPED = [
+    ({"name": "cross_entropy", "tokens": "text"}, "tokens: text"),
+    ({"name": "cross_entropy", "average": "sample"}, "average: sample"),
+    ({"name": "forward_kl", "source": "exact", "tokens": "text", "rows": "llavadi"}, "rows: llavadi"),
+    ({"name": "forward_kl", "beta": 0.3}, "beta: 0.3"),
+    ({"name": "hidden_mse", "tokens": "all", "rows": "llavadi"}, "rows: llavadi"),
+    ({"name": "hidden_cosine", "temperature": 0.7}, "temperature: 0.7"),
+    ({"name": "hidden_mse", "source": "exact"}, "source: exact"),
+    ({"name": "similarity_mse", "tokens": "all"}, "tokens: all"),
+    ({"name": "attention_mse", "pool": 2}, "pool: 2"),
+    ({"name": "relation", "temperature": 2.0}, "temperature: 2.0"),
+    ({"name": "visual_kl", "space": "hidden"}, "space: hidden"),
+]
+
+
+@pytest.mark.parametrize(("loss", "found"), DROPPED, ids=[f"{d['name']} {f}" for d, f in DROPPED])
+def test_setting_that_a_loss_does_not_read_is_refused(loss: dict[str, Any], found: str) -> None:
+    config = FitConfig("out", (SourceConfig(cache="none"),), StudentConfig(model="m", attention="eager"))
+    with pytest.raises(ConfigError, match=f"losses: {loss['name']}.* found {found}"):
+        check_fit_config(replace(config, losses=(LossSpec(**loss),)))
+
+
+def test_student_with_two_origins_is_refused() -> None:
+    student = StudentConfig(model="runs/model", layers_from="teacher")
+    with pytest.raises(ConfigError, match="model=runs/model and layers_from=teacher are both set"):
+        check_fit_config(FitConfig("out", (SourceConfig(cache="none"),), student))
+
+
 def test_tied_embeddings_are_counted_once() -> None:
     model = student_on_meta(
         StudentConfig(language_model="Qwen/Qwen1.5-0.5B", vision_tower="google/siglip-so400m-patch14-384")
@@ -151,7 +181,7 @@ def test_lora_and_four_bit_need_less_memory() -> None:
     losses = (LossSpec("cross_entropy"), LossSpec("forward_kl"))
     full, lora, four_bit = (
         plan_fit(FitConfig("out", (source,), StudentConfig(**parts, **how), losses))
-        for how in ({}, {"train": "lora"}, {"train": "lora", "load_in_4bit": True})
+        for how in ({}, {"train": "lora"}, {"train": "lora", "load_in_4bit": True, "model": "runs/not-there-yet"})
     )
     assert lora.trained < 0.02 * full.trained
     assert four_bit.weight_bytes < 0.5 * lora.weight_bytes < full.weight_bytes

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from pipelines.rounds import student_cache, train_rounds
-from student_train.config import LossSpec
+from student_train.config import LossSpec, StudentConfig
 from teacher_cache.answer import read_answers
 from teacher_cache.config import CacheConfig, DataConfig, SignalsConfig, load_config
 from teacher_cache.conversations import Conversation, DataError, read_conversations
 from teacher_cache.reader import TeacherCache
 from teacher_cache.score import open_teacher
 from teacher_cache.teacher import TeacherError
-from tests.online import Oracle, build, fit_config, student_folder, world
+from tests.online import TEACHER, Oracle, build, fit_config, student_folder, world
 
 SIGNALS = SignalsConfig(preset="standard", top_k=8, codec="float32")
 
@@ -104,6 +104,16 @@ def test_answerer_with_another_tokenizer_is_refused(tmp_path: Path, phase_one: P
     config = load_config(CacheConfig, phase_one, [f"output={tmp_path}/cache", f"teacher.answerer={other}"])
     with pytest.raises(TeacherError, match="its tokenizer is not the teacher's"):
         open_teacher(config, [])
+
+
+def test_later_rounds_of_a_cut_student_train_on_from_what_it_learnt(tmp_path: Path, phase_one: Path) -> None:
+    """Not from the teacher's layers again."""
+    first = build(SIGNALS, max_samples=8)
+    config = fit_config([LossSpec("cross_entropy")], "", cache=first, max_steps=1)
+    config = dataclasses.replace(config, student=StudentConfig(layers_from=str(TEACHER), layers=1))
+    summaries = train_rounds(config, str(phase_one), tmp_path, rounds=1, sets=["data.max_samples=8"])
+    began = json.loads((tmp_path / "round-1" / "run.json").read_text())["config"]["student"]
+    assert (began["model"], began["layers_from"], began["layers"]) == (summaries[0].model, "", 0)
 
 
 def test_rounds_train_on_from_the_student_that_answered(tmp_path: Path, phase_one: Path) -> None:
