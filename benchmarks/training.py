@@ -63,7 +63,8 @@ from teacher_cache.conversations import Skipped, read_conversations
 from teacher_cache.images import load_image
 from teacher_cache.manifest import Manifest, read_manifest
 from teacher_cache.records import TeacherRecord
-from teacher_cache.score import build_cache, make_extractor, open_teacher
+from teacher_cache.score import build_cache, open_teacher
+from teacher_cache.shards import make_extractor
 from teacher_cache.signals import Extractor, wanted_states
 from teacher_cache.storage import Storage
 from teacher_cache.teacher import AnswerRequest, ScoreRequest, Wanted

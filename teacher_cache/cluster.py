@@ -23,14 +23,13 @@ from teacher_cache.manifest import CacheError, Manifest
 from teacher_cache.progress import Style, note, stage
 from teacher_cache.score import (
     BuildSummary,
-    Clock,
-    build_shards,
     check_config,
     finish_build,
     missing_shards,
     open_teacher,
     prepare,
 )
+from teacher_cache.shards import Clock, build_shards
 from teacher_cache.storage import Storage
 from teacher_cache.teacher import Teacher, TeacherError
 

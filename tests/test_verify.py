@@ -19,7 +19,8 @@ from teacher_cache.manifest import CacheError, read_manifest, write_manifest
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import TeacherRecord
 from teacher_cache.rescore import rescore_cache
-from teacher_cache.score import build_cache, build_shards, prepare
+from teacher_cache.score import build_cache, prepare
+from teacher_cache.shards import build_shards
 from teacher_cache.storage import Storage
 from teacher_cache.teacher_torch import TorchTeacher
 from teacher_cache.verify import DAMAGED_MANIFEST, Problem, repair_cache, verify_cache
