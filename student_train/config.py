@@ -90,6 +90,11 @@ class SourceConfig:
     share: float = 1.0
     """Part of this source seen in an epoch (0.5: a fresh half every epoch; 2: twice)."""
     max_samples: int = 0
+    prefetch_folder: str = ""
+    """Where files of a remote cache are copied to; all ranks of a machine may share it. Empty: a temporary folder for
+    each of them (and its loader processes)."""
+    prefetch_gigabytes: float = 20.0
+    """What that folder (or each temporary one) may hold."""
     made_with: str = ""
     """The phase-one file that makes ``cache``, and ``expected``: for a plan only, before the cache is there."""
     expected: ExpectedSize = field(default_factory=ExpectedSize)
@@ -119,6 +124,9 @@ class StudentConfig:
     lora_alpha: int = 32
     load_in_4bit: bool = False
     gradient_checkpointing: bool = False
+    image_mode: Literal["auto", "pad", "crop"] = "auto"
+    """``pad``: to a square with the mean colour, as LLaVA-1.5; ``crop``: what its processor does otherwise (CLIP's cuts
+    the centre out). ``auto``: as the caches' teacher saw them; without a cache, as the student's processor does."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "eager"] = "sdpa"
     vision_features: Literal["compute", "cache"] = "compute"
@@ -179,14 +187,6 @@ class FitConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def check_fit_config(config: FitConfig) -> None:
-    """Settings that are missing or contradict each other, before anything is loaded."""
-    if not config.output:
-        raise ConfigError("output: not set; name a folder for the run")
-    if not config.sources:
-        raise ConfigError("sources: none; name at least one teacher cache: sources: [{cache: …, image_folder: …}]")
-    for number, source in enumerate(config.sources):
-        if bool(source.cache) == bool(source.data):
 _LOGIT_FIELDS = ("source", "temperature", "temperature_squared", "tokens", "average")
 _READS: dict[str, tuple[str, ...]] = {
     "cross_entropy": (),
@@ -229,6 +229,14 @@ def check_loss_settings(spec: LossSpec) -> None:
         )
 
 
+def check_fit_config(config: FitConfig) -> None:
+    """Settings that are missing or contradict each other, before anything is loaded."""
+    if not config.output:
+        raise ConfigError("output: not set; name a folder for the run")
+    if not config.sources:
+        raise ConfigError("sources: none; name at least one teacher cache: sources: [{cache: …, image_folder: …}]")
+    for number, source in enumerate(config.sources):
+        if bool(source.cache) == bool(source.data):
             raise ConfigError(
                 f"sources[{number}]: set either cache or data, found cache={source.cache!r}, data={source.data!r}"
             )
@@ -236,6 +244,13 @@ def check_loss_settings(spec: LossSpec) -> None:
             raise ConfigError(f"sources[{number}].template: plain data needs a template, for example vicuna_v1")
     if not (config.student.model or config.student.language_model or config.student.layers_from):
         raise ConfigError("student: set model (a LLaVA folder), language_model and vision_tower, or layers_from")
+    if config.student.layers_from and config.student.model:
+        raise ConfigError(
+            f"student: model={config.student.model} and layers_from={config.student.layers_from} are both set, and a "
+            "student has one origin. Set student.model='' to cut layers, student.layers_from='' to train the model on"
+        )
+    for loss in config.losses:
+        check_loss_settings(loss)
     if not config.losses:
         raise ConfigError("losses: none; at least {name: cross_entropy}")
     distilled = [loss.name for loss in config.losses if loss.name != "cross_entropy"]
@@ -244,13 +259,6 @@ def check_loss_settings(spec: LossSpec) -> None:
         raise ConfigError(
             f"losses: {', '.join(distilled)} need a teacher's signals, but sources[{plain[0]}] has none. "
             "Cache those answers first (data.regenerate=none scores original answers), or keep cross_entropy alone"
-    if config.student.layers_from and config.student.model:
-        raise ConfigError(
-            f"student: model={config.student.model} and layers_from={config.student.layers_from} are both set, and a "
-            "student has one origin. Set student.model='' to cut layers, student.layers_from='' to train the model on"
-        )
-    for loss in config.losses:
-        check_loss_settings(loss)
         )
     if any(loss.name == "attention_mse" for loss in config.losses) and config.student.attention != "eager":
         raise ConfigError("losses: attention_mse needs the attention maps; set student.attention=eager")
@@ -259,5 +267,17 @@ def check_loss_settings(spec: LossSpec) -> None:
     labels = [loss.label for loss in config.losses]
     if len(set(labels)) < len(labels):
         raise ConfigError(f"losses: one term of each name, found {', '.join(labels)}")
-    if config.train.global_batch < 1 or config.train.micro_batch < 1:
-        raise ConfigError("train.global_batch and train.micro_batch must be at least 1")
+    if config.student.load_in_4bit and (config.student.layers_from or not config.student.model):
+        raise ConfigError(
+            "student.load_in_4bit: only a LLaVA folder (student.model) can be loaded in 4 bits, found layers_from or "
+            "language_model. Train that student once without it, export it, and name its folder as student.model"
+        )
+    _check_train(config.train)
+
+
+def _check_train(train: TrainConfig) -> None:
+    for name in ("global_batch", "micro_batch", "log_every"):
+        if getattr(train, name) < 1:
+            raise ConfigError(f"train.{name}: expected at least 1, found {getattr(train, name)}")
+    if not 0 <= train.seed < 2**63:
+        raise ConfigError(f"train.seed: expected 0 to 2^63 - 1, found {train.seed}")

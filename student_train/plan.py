@@ -43,8 +43,8 @@ from teacher_cache.records import TeacherShape
 from teacher_cache.storage import Storage
 
 GIB = 2**30
-GPU_FLOPS = 125e12
-"""Of one A100 at 40 % of its 312 bf16 TFLOP/s."""
+GPU_FLOPS, FLOAT32_FLOPS = 125e12, 7.8e12
+"""Of one A100 at 40 % of its 312 TFLOP/s in bf16 and float16, of its 19.5 in float32."""
 SHARDED_OVER = 8
 ACTIVATION_BYTES, CHECKPOINTED_BYTES = 34, 2
 """Per layer, token and channel, in 16-bit and without attention scores: Korthikanti et al., 2022, sections 4 and 5."""
@@ -75,6 +75,8 @@ class RunPlan:
     layers: int
     vocabulary: int
     image_tokens: int
+    half: bool
+    """Whether products are formed in bf16 or float16."""
 
     @property
     def state_bytes(self) -> int:
@@ -91,7 +93,7 @@ class RunPlan:
 
     @property
     def gpu_hours(self) -> float:
-        return self.flops / GPU_FLOPS / 3600
+        return self.flops / (GPU_FLOPS if self.half else FLOAT32_FLOPS) / 3600
 
     @property
     def online_hours(self) -> float:
@@ -119,16 +121,17 @@ class RunPlan:
                 f"{size(self.memory_bytes)}; sharded over {SHARDED_OVER}: {size(self.sharded_bytes)}",
             ),
             ("bytes read of the caches", size(self.cache_bytes)),
-            ("GPU hours, estimated", f"{self.gpu_hours:,.1f}"),
+            ("GPU hours, estimated", f"{self.gpu_hours:,.1f}{'' if self.half else IN_FLOAT32}"),
             ("  an online teacher would add", f"{self.online_hours:,.1f}"),
         ]
 
 
 ASSUMPTION = (
     "assumption",
-    f"{GPU_FLOPS / 1e12:g} TFLOP/s a GPU (an A100 at 40 %); 2, 4 and 2 FLOP a parameter and token forward, backward "
-    "and for checkpointing; no loss, loader or evaluation time",
+    f"{GPU_FLOPS / 1e12:g} TFLOP/s a GPU in 16 bits, {FLOAT32_FLOPS / 1e12:g} in float32 (an A100 at 40 %); 2, 4 and 2 "
+    "FLOP a parameter and token forward, backward and for checkpointing; no loss, loader or evaluation time",
 )
+IN_FLOAT32 = " in float32 (train.mixed_precision=bf16 takes a sixteenth)"
 
 
 def plan_file(path: Path, overrides: Sequence[str]) -> list[tuple[str, Any]]:
@@ -207,7 +210,13 @@ def plan_fit(config: FitConfig, known: Mapping[str, StudentConfig] | None = None
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
         image_tokens=image_tokens_of(model.config),
+        half=_in_half(config),
     )
+
+
+def _in_half(config: FitConfig) -> bool:
+    """``auto`` counts as float32: what ``accelerate launch`` will be told is not known here."""
+    return config.train.mixed_precision in ("bf16", "fp16") or config.student.dtype != "float32"
 
 
 @lru_cache(maxsize=8)
@@ -302,7 +311,7 @@ def _ablation_rows(config: AblationConfig) -> list[tuple[str, Any]]:
                 f"{arm.table}: {name}" if arm.table else name,
                 f"{seeds} × {plan.steps:,} steps, {plan.trained:,} trained, {size(plan.memory_bytes)} a GPU "
                 f"({size(plan.sharded_bytes)} sharded), reads {size(plan.cache_bytes)}, "
-                f"{plan.gpu_hours:,.1f} GPU hours{prepared}",
+                f"{plan.gpu_hours:,.1f} GPU hours{'' if plan.half else IN_FLOAT32}{prepared}",
             )
         )
     rows.append(("steps, all", sum(p.steps for p in plans.values()) * seeds))
@@ -370,7 +379,7 @@ def _weight_bytes(model: Any, config: StudentConfig, bytes_each: int) -> int:
 
 
 def _activation_bytes(config: FitConfig, text: Any, longest: float) -> int:
-    tokens = config.train.micro_batch * longest
+    tokens = config.train.micro_batch * longest * (1 if _in_half(config) else 2)
     if not config.student.gradient_checkpointing:
         return int(ACTIVATION_BYTES * text.num_hidden_layers * tokens * text.hidden_size)
     return int((CHECKPOINTED_BYTES * text.num_hidden_layers + ACTIVATION_BYTES) * tokens * text.hidden_size)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
@@ -292,12 +293,16 @@ def make_accelerator(config: FitConfig) -> Accelerator:
     """One process, DDP or FSDP, as ``torchrun`` or ``accelerate launch`` started us.
 
     Parameters that no loss reaches (the end of a trained tower, the output head without a loss on it) must be looked
-    for by DDP; elsewhere there are none, and looking costs a pass over the graph.
+    for by DDP; elsewhere there are none, and looking costs a pass over the graph. Accelerate keeps the precision of the
+    first run in a process for all; a later stage has its own.
     """
     head = any(loss.name in ("cross_entropy", *LOGIT_LOSSES) for loss in config.losses)
     unused = config.student.train_vision or not head
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=unused, gradient_as_bucket_view=True)]
+    AcceleratorState._reset_state()
+    precision = config.train.mixed_precision
     return Accelerator(
+        mixed_precision=None if precision == "auto" else precision,
         cpu=not torch.accelerator.is_available(),  # unless told so, Accelerate overlooks torchrun on a CPU
         log_with=config.train.tracker or None,
         project_dir=config.output,

@@ -14,8 +14,25 @@ from typer.testing import CliRunner
 from pipelines.llavadi.instruct_ids import instruct_ids
 from student_train.ablate import AblationConfig, plan_runs
 from student_train.cli import app
-from student_train.config import ExpectedSize, FitConfig, LossSpec, SourceConfig, StudentConfig, check_fit_config
-from student_train.plan import GIB, plan_ablation, plan_file, plan_fit, plan_stages, source_manifest, student_on_meta
+from student_train.config import (
+    ExpectedSize,
+    FitConfig,
+    LossSpec,
+    SourceConfig,
+    StudentConfig,
+    TrainConfig,
+    check_fit_config,
+)
+from student_train.plan import (
+    GIB,
+    IN_FLOAT32,
+    plan_ablation,
+    plan_file,
+    plan_fit,
+    plan_stages,
+    source_manifest,
+    student_on_meta,
+)
 from student_train.stages import StagesConfig, stage_configs
 from teacher_cache.config import CacheConfig, ConfigError, load_config
 from teacher_cache.manifest import CacheError
@@ -24,6 +41,7 @@ from teacher_cache.score import check_config
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "pipelines").glob("**/*.yaml"))
+RECIPES = [p for p in FILES if p.parent.name.startswith("llava") and not p.name.startswith("cache")]
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +204,27 @@ def test_lora_and_four_bit_need_less_memory() -> None:
     assert lora.trained < 0.02 * full.trained
     assert four_bit.weight_bytes < 0.5 * lora.weight_bytes < full.weight_bytes
     assert four_bit.memory_bytes < lora.memory_bytes < full.memory_bytes
+
+
+def test_hours_in_float32_are_not_those_of_bf16() -> None:
+    expected = ExpectedSize(samples=100, rows_per_sample=10, tokens_per_sample=50)
+    source = SourceConfig(cache="none", made_with="pipelines/llavadi/cache.yaml", expected=expected)
+    student = StudentConfig(
+        language_model="mtgv/MobileLLaMA-1.4B-Base", vision_tower="openai/clip-vit-large-patch14-336"
+    )
+    plain, mixed = (
+        plan_fit(FitConfig("out", (source,), student, train=TrainConfig(mixed_precision=precision)))
+        for precision in ("no", "bf16")
+    )
+    assert plain.gpu_hours == pytest.approx(16 * mixed.gpu_hours, rel=0.01)
+    assert plain.activation_bytes == pytest.approx(2 * mixed.activation_bytes, abs=1)
+    assert "float32" in dict(plain.rows())["GPU hours, estimated"]
+    assert "float32" not in dict(mixed.rows())["GPU hours, estimated"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_full_size_recipes_train_in_bf16(path: Path) -> None:
+    assert not [value for _, value in plan_file(path, []) if IN_FLOAT32 in str(value)]
 
 
 def test_plan_command_prints_steps_and_the_assumption() -> None:

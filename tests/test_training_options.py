@@ -118,6 +118,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(config: FitConfig) -> N
     assert_same(variant(config, "stored"), variant(config, "recomputed", gradient_checkpointing=True))
 
 
+def test_mixed_precision_is_each_runs_own(config: FitConfig) -> None:
+    """Also after a run with another one in the same process, as stages may have them. Weights stay in float32."""
+    found = []
+    for precision in ("auto", "bf16", "auto"):
+        run = Run.prepare(variant(config, "precision", losses=ALL_TOKENS, train={"mixed_precision": precision}))
+        assert {p.dtype for p in run.student.parameters()} == {torch.float32}
+        found.append(losses_and_gradients(run)[0])
+    plain, mixed, again = found
+    assert plain == again
+    for one, two in zip(plain, mixed, strict=True):
+        assert one != two
+        assert one == pytest.approx(two, rel=0.03, abs=1e-3)
+
+
 def test_frozen_tower_keeps_no_activations(config: FitConfig) -> None:
     """What autograd keeps is counted, with the tower frozen and with it trained."""
 
