@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +19,7 @@ from teacher_cache.conversations import Conversation, DataError, Image, Skipped,
 from teacher_cache.manifest import CacheError
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import Array, rows_among_positions
+from teacher_cache.storage import Storage
 from teacher_cache.tokenization import (
     assemble,
     template_by_name,
@@ -73,18 +77,29 @@ class Source(Protocol):
 
     def read(self, indices: Sequence[int]) -> RawBatch: ...
 
+    def images(self) -> Iterator[Image]:
+        """The image of every sample that has one, in order; no array is read."""
+        ...
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Begin to copy what :meth:`read` will need of these shards, in the order in which they are needed."""
+        ...
+
 
 class CacheSource:
     """A teacher cache; ``names`` are the arrays that the losses need, others are not read."""
 
     def __init__(self, config: SourceConfig, tokenizer: Any, names: Sequence[str], visual: Sequence[str]) -> None:
-        self.cache = TeacherCache.open(config.cache, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
+        self.cache = _open_cache(self._with_folder(config), tokenizer)
+        weakref.finalize(self, self.cache.close)  # before the folder goes: the last finalizer is called first
         self.image_folder = config.image_folder
         self._embedded = _embedded_images(config)
         self._check_names(names, [s.name for s in self.cache.manifest.arrays])
         self._check_names(visual, [s.name for s in self.cache.manifest.image_arrays])
         self._names, self._visual = list(names), list(visual)
         self._size = min(config.max_samples or len(self.cache), len(self.cache))
+        self._room = _shards_in(config.prefetch_gigabytes, self.cache)
+        self._begun: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return self._size
@@ -130,6 +145,28 @@ class CacheSource:
             visual=self.cache.read_images(batch.image_places[with_image], self._visual) if self._visual else {},
         )
 
+    def images(self) -> Iterator[Image]:
+        for start in range(0, self._size, 1024):
+            batch = self.cache.read(range(start, min(start + 1024, self._size)), [])
+            yield from (image for image in map(self._image, batch.image_ids) if image is not None)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """No more shards than the prefetch folder holds: a later one would take the place of one still in use."""
+        wanted = shards[: self._room]
+        self.cache.prefetch(
+            [n for n in wanted if n not in self._begun], ["input_ids", "loss_mask", *self._names, *self._visual]
+        )
+        self._begun = frozenset(wanted)
+
+    def _with_folder(self, config: SourceConfig) -> SourceConfig:
+        """With a temporary folder for a remote cache, if none is named: this process's loader processes share it, and
+        it goes with this object."""
+        if config.prefetch_folder or Storage(config.cache).local is not None:
+            return config
+        folder = tempfile.mkdtemp(prefix="teacher-cache-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return replace(config, prefetch_folder=folder)
+
     def _image(self, image_id: str) -> Image | None:
         if not image_id:
             return None
@@ -174,7 +211,7 @@ class PlainSource:
     @classmethod
     def from_cache(cls, config: SourceConfig, tokenizer: Any) -> PlainSource:
         """The original answers of the samples in a cache: the same questions and images, another teacher."""
-        with TeacherCache.open(config.cache, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)) as cache:
+        with _open_cache(config, tokenizer) as cache:
             embedded = _embedded_images(config)
             size = min(config.max_samples or len(cache), len(cache))
             records = (cache[i] for i in range(size))
@@ -223,6 +260,12 @@ class PlainSource:
             visual={},
         )
 
+    def images(self) -> Iterator[Image]:
+        return (image for image in self._images if image is not None)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Everything is in memory."""
+
 
 def open_source(config: SourceConfig, tokenizer: Any, names: Sequence[str], visual: Sequence[str]) -> Source:
     """The source a config names; refuses a cache of another tokenizer or without the needed signals."""
@@ -231,6 +274,21 @@ def open_source(config: SourceConfig, tokenizer: Any, names: Sequence[str], visu
     if config.answers == "original":
         return PlainSource.from_cache(config, tokenizer)
     return CacheSource(config, tokenizer, names, visual)
+
+
+def _open_cache(config: SourceConfig, tokenizer: Any) -> TeacherCache:
+    return TeacherCache.open(
+        config.cache,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        prefetch_folder=config.prefetch_folder or None,
+        prefetch_gigabytes=config.prefetch_gigabytes,
+    )
+
+
+def _shards_in(gigabytes: float, cache: TeacherCache) -> int:
+    """How many shards of mean size fit; at least one."""
+    shards = len(cache.shard_starts) - 1
+    return max(int(gigabytes * 2**30 * shards / max(cache.manifest.counts["bytes"], 1)), 1)
 
 
 def _embedded_images(config: SourceConfig) -> dict[str, Image]:

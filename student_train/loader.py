@@ -7,6 +7,7 @@ than another repeats a sample with weight zero, because DDP and FSDP need every 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from student_train.batch import StudentBatch, Weights, collate
 from student_train.config import TrainConfig
 from student_train.dataset import CacheSource, Source
-from student_train.features import ImageFeatures
-from student_train.order import epoch_batches
+from student_train.features import ImageFeatures, image_key
+from student_train.order import BLOCK_SHARDS, epoch_batches, rank_part, shards_of
 from teacher_cache.conversations import Image
 from teacher_cache.images import load_image, square
 
@@ -41,6 +42,8 @@ class MicroBatch:
     weights: tuple[Weights, ...]
     last: bool
     """The last micro-batch of its step on this rank: gradients are exchanged here."""
+    coming: tuple[tuple[int, int], ...] = ()
+    """(source, shard) that this step and those after it need, in the order of need: what to copy of remote caches."""
 
 
 class StepPlan:
@@ -59,7 +62,10 @@ class StepPlan:
         starts = [s.shard_starts[:-1] + o for s, o in zip(sources, self._offsets[:-1], strict=True)]
         self._shard_starts = np.concatenate([*starts, self._offsets[-1:]])
         self._remote = any(isinstance(s, CacheSource) and s.cache.is_remote for s in sources)
+        self._shard_sources = [n for n, s in enumerate(sources) for _ in s.shard_starts[1:]]
+        self._first_shards = [self._shard_sources.index(n) for n in range(len(sources))]
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._shards = lru_cache(maxsize=2 * self._steps_ahead)(self._make_shards)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -79,16 +85,37 @@ class StepPlan:
         """This rank's part of ``step``; every rank has as many."""
         numbers = self.global_batch(step)
         weights = self._weights(numbers)
-        parts = [self._split(numbers[r::ranks]) for r in range(ranks)]
+        parts = [self._split(rank_part(numbers, r, ranks)) for r in range(ranks)]
         count = max(len(part) for part in parts)
         mine = parts[rank] + [numbers[:1]] * (count - len(parts[rank]))
         real = len(parts[rank])
+        coming = self.coming_shards(step, rank, ranks)
         return [
-            self._micro(step, chunk, weights if place < real else {}, place == count - 1)
+            self._micro(step, chunk, weights if place < real else {}, place == count - 1, coming)
             for place, chunk in enumerate(mine)
         ]
 
-    def _micro(self, step: int, chunk: Ints, weights: dict[int, Weights], last: bool) -> MicroBatch:
+    def coming_shards(self, step: int, rank: int, ranks: int) -> tuple[tuple[int, int], ...]:
+        """(source, shard) of this rank's part of ``step`` and of the steps after it, in the order of need: as far ahead
+        as a block of shards lasts, so that the next block is copied while this one is used. Nothing if all is local."""
+        if not self._remote:
+            return ()
+        steps = range(step, min(step + self._steps_ahead, self.steps - 1) + 1)
+        return tuple(dict.fromkeys(place for s in steps for place in self._shards(s, rank, ranks)))
+
+    @property
+    def _steps_ahead(self) -> int:
+        samples_per_shard = len(self._rows) / max(len(self._shard_sources), 1)
+        return math.ceil(BLOCK_SHARDS * samples_per_shard / self._config.global_batch)
+
+    def _make_shards(self, step: int, rank: int, ranks: int) -> list[tuple[int, int]]:
+        numbers = shards_of(rank_part(self.global_batch(step), rank, ranks), self._shard_starts)
+        sources = self._shard_sources
+        return [(sources[n], n - self._first_shards[sources[n]]) for n in numbers]
+
+    def _micro(
+        self, step: int, chunk: Ints, weights: dict[int, Weights], last: bool, coming: tuple[tuple[int, int], ...]
+    ) -> MicroBatch:
         source = self._source_of(int(chunk[0]))
         return MicroBatch(
             step,
@@ -96,6 +123,7 @@ class StepPlan:
             tuple(int(n - self._offsets[source]) for n in chunk),
             tuple(weights.get(int(n), _ZERO) for n in chunk),
             last,
+            coming,
         )
 
     def _split(self, numbers: Ints) -> list[Ints]:
@@ -178,12 +206,13 @@ class MicroBatches(Dataset[StudentBatch]):
         self._pixels: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     def __getitem__(self, micro: MicroBatch) -> tuple[MicroBatch, StudentBatch]:  # type: ignore[override]
+        self._prefetch(micro.coming)
         source = self._sources[micro.source]
         raw = source.read(micro.indices)
         images = [image for image in raw.images if image is not None]
         pixel_values = image_features = None
         if images and self._features is not None:
-            image_features = self._features.read([image.image_id for image in images])
+            image_features = self._features.read([image_key(image, source.image_folder) for image in images])
         elif images:
             pixel_values = torch.stack([self._pixel_values(image, source.image_folder) for image in images])
         batch = collate(
@@ -198,10 +227,16 @@ class MicroBatches(Dataset[StudentBatch]):
         )
         return micro, batch
 
+    def _prefetch(self, coming: Sequence[tuple[int, int]]) -> None:
+        """In the process that reads, because it is the one that waits."""
+        for number, source in enumerate(self._sources if coming else ()):
+            source.prefetch([shard for of, shard in coming if of == number])
+
     def _pixel_values(self, image: Image, folder: str) -> torch.Tensor:
-        found = self._pixels.get(image.image_id)
+        key = image_key(image, folder)
+        found = self._pixels.get(key)
         if found is None:
-            found = self._pixels[image.image_id] = self._preprocessor.pixels(image, folder)
+            found = self._pixels[key] = self._preprocessor.pixels(image, folder)
             while len(self._pixels) > self._limit:
                 self._pixels.popitem(last=False)
         return found

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from torch import nn
 
 from student_train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, whole_weights
@@ -362,7 +362,7 @@ def run_fingerprint(config: FitConfig, sources: list[Source]) -> str:
     for name in ("gradient_checkpointing", "vision_features"):
         plain["student"].pop(name)
     for source in plain["sources"]:
-        for name in ("image_folder", "cache", "made_with", "expected"):
+        for name in ("image_folder", "cache", "prefetch_folder", "prefetch_gigabytes", "made_with", "expected"):
             source.pop(name)
     caches = [s.cache.manifest.fingerprint if isinstance(s, CacheSource) else len(s) for s in sources]
     return digest([plain, caches])
@@ -399,7 +399,7 @@ def _open_sources(config: FitConfig, tokenizer: Any) -> list[Source]:
 def _features(
     config: FitConfig, model: Any, sources: list[Source], preprocessor: Preprocessor, accelerator: Accelerator
 ) -> ImageFeatures | None:
-    """Features of a frozen tower, once per image; computed by the main process, read by all."""
+    """Features of a frozen tower, once per image; listed and computed by the main process, read by all."""
     if config.student.vision_features == "compute":
         return None
     if config.student.train_vision:
@@ -409,17 +409,13 @@ def _features(
     def tower(pixels: torch.Tensor) -> torch.Tensor:
         return vision_features(llava, pixels.to(accelerator.device, model.dtype))
 
-    def images() -> Any:
-        for source in sources:
-            for start in range(0, len(source), 256):
-                raw = source.read(range(start, min(start + 256, len(source))))
-                yield from ((i, source.image_folder) for i in raw.images if i is not None)
-
-    weights = digest([[n, float(p.float().sum())] for n, p in llava.vision_tower.named_parameters()])
-    with accelerator.main_process_first():
-        return compute_features(
-            Path(config.output).parent, images(), tower, preprocessor.pixels, digest([weights, preprocessor.image_mode])
-        )
+    folder = [""]
+    if accelerator.is_main_process:
+        images = ((image, source.image_folder) for source in sources for image in source.images())
+        weights = digest([[n, float(p.float().sum())] for n, p in llava.vision_tower.named_parameters()])
+        seen_as = digest([weights, preprocessor.image_mode])
+        folder = [str(compute_features(Path(config.output).parent, images, tower, preprocessor.pixels, seen_as))]
+    return ImageFeatures(Path(broadcast_object_list(folder)[0]))
 
 
 def _teacher_side(config: FitConfig, source: Source, model: Any, device: torch.device) -> TeacherSide | None:

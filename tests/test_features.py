@@ -1,0 +1,104 @@
+"""An image is what lies in its file: of the same name in another folder, or written again, it is another."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PillowImage
+from PIL import ImageOps
+
+from student_train.config import FitConfig, LossSpec, SourceConfig
+from student_train.dataset import CacheSource
+from student_train.features import ImageFeatures, compute_features
+from student_train.loader import make_loader
+from student_train.trainer import Run
+from teacher_cache.conversations import DataError, Image
+from teacher_cache.manifest import CacheError
+from tests.training_fixtures import tiny_fit
+
+
+@pytest.fixture
+def config(tmp_path: Path, cache_folder: Path, world: Path) -> FitConfig:
+    """The samples twice: with their images, and with others of the same names in another folder."""
+    (tmp_path / "inverted").mkdir()
+    for path in (world / "images").glob("*.png"):
+        with PillowImage.open(path) as image:
+            ImageOps.invert(image.convert("RGB")).save(tmp_path / "inverted" / path.name)
+    plain = tiny_fit(tmp_path, cache_folder, world, max_steps=1, global_batch=12, micro_batch=12)
+    one = replace(plain.sources[0], max_samples=6)
+    return replace(
+        plain, sources=(one, replace(one, image_folder=str(tmp_path / "inverted"))), losses=(LossSpec("cross_entropy"),)
+    )
+
+
+@pytest.mark.parametrize("kept", ["compute", "cache"])
+def test_images_of_one_name_in_two_folders_are_two(config: FitConfig, kept: str) -> None:
+    run = Run.prepare(replace(config, student=replace(config.student, vision_features=kept)))
+    seen = []
+    for micro, batch in make_loader(run.dataset, run.plan, range(1), 0, 1, 0, False):
+        values = batch.pixel_values if kept == "compute" else batch.image_features
+        assert values is not None
+        order = np.argsort([i for i in micro.indices if run.dataset._sources[micro.source].has_image[i]])
+        assert len(order) == len(values) > 1
+        seen.append(values[torch.from_numpy(order)])
+    assert len(seen) == 2
+    assert all(not torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
+def paint(path: Path, colour: int) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    PillowImage.new("RGB", (4, 4), (colour,) * 3).save(path)
+    return path
+
+
+def features(folder: Path, images: Path) -> float:
+    """Of ``000.png`` by a tower that gives the mean colour."""
+
+    def pixels(image: Image, where: str) -> torch.Tensor:
+        with PillowImage.open(Path(where) / image.path) as opened:
+            return torch.from_numpy(np.array(opened, np.float32)).permute(2, 0, 1)
+
+    image = Image("000.png", path="000.png")
+    found = compute_features(folder, [(image, str(images))], lambda p: p.mean((1, 2, 3)).reshape(-1, 1, 1), pixels, "t")
+    return ImageFeatures(found).read([str(images / "000.png")]).item()
+
+
+def test_features_of_an_image_that_was_written_again_are_computed_again(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    paint(first / "000.png", 10)
+    paint(second / "000.png", 20)
+    assert (features(tmp_path, first), features(tmp_path, second)) == (10, 20)
+    made = len(list(tmp_path.glob("vision-features-*")))
+    assert features(tmp_path, first) == 10
+    assert len(list(tmp_path.glob("vision-features-*"))) == made
+    paint(first / "000.png", 30)
+    assert features(tmp_path, first) == 30
+    (first / "000.png").unlink()
+    with pytest.raises(DataError, match=r"first/000\.png: an image of the training data cannot be found"):
+        features(tmp_path, first)
+
+
+def test_images_are_listed_without_reading_an_array(tmp_path: Path, cache_folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from pipelines.tiny.prepare import TEACHER
+
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    shutil.copytree(cache_folder, tmp_path / "cache")
+    for name in ("shards", "images"):
+        for path in (tmp_path / "cache" / name).glob("*/*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+    whole, bare = (
+        CacheSource(SourceConfig(cache=str(c)), tokenizer, [], []) for c in (cache_folder, tmp_path / "cache")
+    )
+    with pytest.raises(CacheError):
+        bare.read([0])
+    assert [i.image_id for i in bare.images()] == [
+        r.image_id for r in map(whole.cache.__getitem__, range(len(whole))) if r.image_id
+    ]
