@@ -34,19 +34,25 @@ def relation_loss(teacher_gram: Tensor, student_gram: Tensor) -> Tensor:
 def hidden_gram(states: Tensor) -> Tensor:
     """H·Hᵀ of states (B, N, d) → (B, N, N), float32."""
     states = wide(states)
-    return states @ states.mT
+    return _product(states, states.mT)
 
 
 def logit_gram(states: Tensor, head_square: Tensor) -> Tensor:
     """logits·logitsᵀ of states (B, N, d) → (B, N, N), float32; ``head_square`` (d, d) from :func:`head_square`."""
     states = wide(states)
-    return (states @ head_square) @ states.mT
+    return _product(_product(states, head_square), states.mT)
 
 
 def head_square(head: Tensor) -> Tensor:
     """WᵀW (d, d) float32 of an output head (V, d): once per step for the student, once per run for the teacher."""
     head = wide(head)
-    return head.T @ head
+    return _product(head.T, head)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right as they are: autocast would make a Gram float16, whose largest number is 65,504, or bfloat16."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
 
 
 def student_gram(states: Tensor, head_weight: Tensor, space: Space) -> Tensor:

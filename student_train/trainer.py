@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -93,6 +94,8 @@ class Run:
     cpu_seconds: float = 0.0
     waiting: float = 0.0
     last: dict[str, float] | None = None
+    ended: bool = False
+    """By ``max_seconds``, before the last step of the plan."""
 
     @classmethod
     def prepare(cls, config: FitConfig) -> Run:
@@ -136,11 +139,11 @@ class Run:
         facts = load_checkpoint(path, self.student, self.optimizer, self.fingerprint)
         self.step, self.samples = facts["step"], facts["samples"]
         self.seconds, self.cpu_seconds, self.waiting = facts["seconds"], facts["cpu_seconds"], facts["waiting"]
-        self.last = facts["last"]
+        self.last, self.ended = facts["last"], facts.get("ended", False)
 
     def train(self, style: Style = "auto") -> None:
         accelerator, train, plan = self.accelerator, self.config.train, self.plan
-        steps = range(self.step, plan.steps)
+        steps = range(self.step, self.step if self.ended else plan.steps)
         loader = make_loader(
             self.dataset,
             plan,
@@ -159,7 +162,7 @@ class Run:
             for micro, batch in on_device(loader, accelerator.device):
                 self.waiting += time.monotonic() - mark
                 if not sums:  # what a model draws (dropout) is a function of the step, so that resuming is exact
-                    torch.manual_seed((train.seed << 40) + (accelerator.process_index << 28) + micro.step)
+                    torch.manual_seed(step_seed(train.seed, accelerator.process_index, micro.step))
                 self._backward(batch, micro.source, micro.last, sums)
                 if micro.last:
                     self._update(plan.steps)
@@ -172,7 +175,8 @@ class Run:
                         self._log(sums, log)
                     sums = {}
                     shown.advance(1, **({"loss": self.last["loss"]} if self.last else {}), waiting=self._waiting())
-                    if self._out_of_time():
+                    self.ended = self._out_of_time()
+                    if self.ended:
                         break
                     if train.checkpoint_every and self.step % train.checkpoint_every == 0:
                         self._checkpoint()
@@ -266,6 +270,7 @@ class Run:
             "cpu_seconds": self.cpu_seconds,
             "waiting": self.waiting,
             "last": self.last,
+            "ended": self.ended,
             "fingerprint": self.fingerprint,
         }
         main = self.accelerator.is_main_process
@@ -308,6 +313,11 @@ def make_accelerator(config: FitConfig) -> Accelerator:
         project_dir=config.output,
         kwargs_handlers=handlers,
     )
+
+
+def step_seed(seed: int, rank: int, step: int) -> int:
+    """63 bits that no two (seed, rank, step) share but by chance, however large they are."""
+    return int(np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def learning_rate_factor(step: int, steps: int, train: TrainConfig) -> float:

@@ -104,6 +104,23 @@ def test_relation_loss_ignores_scale_and_is_zero_for_equal_relations() -> None:
     assert (relations.relation_loss(gram, -gram) - 2).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("space", ["logits", "hidden"])
+def test_relation_loss_is_that_of_float32_under_autocast(space: relations.Space, dtype: torch.dtype) -> None:
+    """Inner products of real states are far beyond 65,504, float16's largest number."""
+    images = ImageTargets(TOKENS, states=decoded(60 * TEACHER_STATES.float()), head=TEACHER_HEAD.float())
+    states, head = 60 * STUDENT_STATES.float(), STUDENT_HEAD.float()
+
+    def value() -> Tensor:
+        student = relations.student_gram(states, head, space)
+        return relations.relation_loss(relations.teacher_gram(images, space), student)
+
+    expected = value()
+    with torch.autocast("cpu", dtype=dtype):
+        assert relations.student_gram(states, head, space).dtype == torch.float32
+        assert torch.equal(value(), expected)
+
+
 # Visual forward KL
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from student_train.batch import StudentBatch, pack_lines
-from student_train.config import FitConfig, LossSpec, TrainConfig, check_fit_config
+from student_train.config import FitConfig, LossSpec, StudentConfig, TrainConfig, check_fit_config
 from student_train.loader import MicroBatch, make_loader
-from student_train.trainer import Run, fit, make_optimizer
+from student_train.trainer import Run, fit, make_optimizer, step_seed
 from teacher_cache.config import ConfigError
 from tests.training_fixtures import largest_difference, tiny_fit, weights
 
@@ -192,6 +192,41 @@ def test_eight_bit_optimizer_goes_on_from_its_checkpoint(config: FitConfig, monk
             fit(parts, "quiet")
     fit(parts, "quiet")
     assert largest_difference(whole, parts) == 0
+
+
+@pytest.mark.parametrize("origin", [{"layers_from": "a"}, {"language_model": "a", "vision_tower": "b"}])
+def test_four_bit_needs_a_llava_folder(config: FitConfig, origin: dict[str, str]) -> None:
+    student = StudentConfig(**origin, train="lora", load_in_4bit=True)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"load_in_4bit: only a LLaVA folder .* found layers_from or language_model"):
+        check_fit_config(replace(config, student=student))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("log_every", 0, "train.log_every: expected at least 1, found 0"),
+        ("global_batch", 0, "train.global_batch: expected at least 1, found 0"),
+        ("seed", -1, r"train.seed: expected 0 to 2\^63 - 1, found -1"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(config: FitConfig, name: str, value: int, error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        check_fit_config(variant(config, "refused", train={name: value}))
+
+
+def test_a_date_is_a_seed_and_every_step_and_rank_draws_its_own(config: FitConfig) -> None:
+    assert fit(variant(config, "dated", train={"seed": 20260101, "max_steps": 1}), "quiet").steps == 1
+    seeds = {step_seed(seed, rank, step) for seed in (0, 1, 2**24, 2**63 - 1) for rank in (0, 1) for step in (0, 1, 9)}
+    assert len(seeds) == 24
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_run_that_time_ended_is_finished_again_without_a_step(config: FitConfig) -> None:
+    timed = variant(config, "timed", train={"max_seconds": 1e-6})
+    assert fit(timed, "quiet").steps == 1
+    before = weights(timed)
+    assert fit(timed, "quiet").steps == 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(timed).items())
 
 
 def test_four_bit_student_is_trained_by_adapters_and_exported_in_full(config: FitConfig) -> None:
