@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from student_train.stages import merge
 from teacher_cache.manifest import CacheError, read_manifest
 from teacher_cache.storage import Storage
 
 if TYPE_CHECKING:
-    from student_train.ablate import AblationConfig
+    from student_train.ablate import AblationConfig, ArmConfig
 
 Results = Mapping[tuple[str, int], Mapping[str, Any]]
 COSTS = ("cpu_seconds", "seconds", "peak_megabytes", "steps")
@@ -46,6 +47,7 @@ def make_table(config: AblationConfig, results: Results) -> dict[str, Any]:
                 "name": name,
                 "note": arm.note,
                 "table": arm.table,
+                "distilled": _is_distilled(config, arm),
                 "seeds": {str(s): v for s, v in values.items()},
                 "mean": {m: _mean([v[m] for v in values.values()]) for m in metrics},
                 "deviation": {m: _deviation([v[m] for v in values.values()]) for m in metrics},
@@ -62,6 +64,12 @@ def make_table(config: AblationConfig, results: Results) -> dict[str, Any]:
         "teacher": teacher_cost(config),
         "global_batch": config.base.get("train", {}).get("global_batch", 0),
     }
+
+
+def _is_distilled(config: AblationConfig, arm: ArmConfig) -> bool:
+    """Whether a loss of the arm asks the teacher; cross-entropy asks for its answers only, which lie in the data."""
+    losses = merge(config.base, arm.set).get("losses", [])
+    return any(loss["name"] != "cross_entropy" for loss in losses)
 
 
 def teacher_cost(config: AblationConfig) -> dict[str, Any]:
@@ -81,8 +89,8 @@ def teacher_cost(config: AblationConfig) -> dict[str, Any]:
 def teacher_text(table: Mapping[str, Any]) -> str:
     """What the teacher costs each student as more of them share the cache, beside running it online.
 
-    Online it would score every batch of every run again: a scoring pass over the data for each epoch (answers are
-    regenerated beforehand in both cases).
+    Online it would score every batch of a distilled student again: a scoring pass over the data for each epoch of the
+    longest of them. Cross-entropy needs no live teacher, and answers are regenerated beforehand in both cases.
     """
     teacher = table["teacher"]
     if not teacher.get("score_seconds"):
@@ -94,12 +102,13 @@ def teacher_text(table: Mapping[str, Any]) -> str:
         f"The teacher: {teacher['answer_seconds']:.1f} s of answering and {teacher['score_seconds']:.1f} s of scoring "
         f"and writing, once. A student's share as more use the cache: {shares}."
     )
-    epochs = max(arm["steps"] for arm in table["arms"]) * table.get("global_batch", 0) / max(teacher["samples"], 1)
+    steps = max((arm["steps"] for arm in table["arms"] if arm["distilled"]), default=0)
+    epochs = steps * table.get("global_batch", 0) / max(teacher["samples"], 1)
     online = epochs * teacher["score_seconds"]
     if online:
         text += (
             f" Online it would score again at every step: {epochs:.0f} epochs × {teacher['score_seconds']:.1f} s = "
-            f"{online:.0f} s for each student, so scoring ahead pays from student {math.ceil(1 / epochs)} on."
+            f"{online:.0f} s for each distilled student, so scoring ahead pays from student {math.ceil(1 / epochs)} on."
         )
     return text
 
