@@ -1,7 +1,8 @@
 """One cache, many students, one table: an ablation file, its runs in parallel, and what came out with its spread.
 
-A run is done when its ``scores.json`` is there and was made with the same settings, so an ablation that was stopped
-goes on where it was, and a line added to the file adds just its own runs.
+A run is done when its ``scores.json`` is there and was made with the same settings, from the same caches and after the
+same runs of the arms it needs, so an ablation that was stopped goes on where it was, and a line added to the file adds
+just its own runs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from student_train.config import FitConfig
+from student_train.origin import Origin, cache_fingerprint, changed, sources_origin
 from student_train.stages import merge
 from teacher_cache.config import ConfigError, as_plain, build_config
 from teacher_cache.manifest import digest
@@ -138,7 +141,7 @@ def run_one(config: AblationConfig, run: RunSpec) -> None:
     summary = fit(fit_config, "quiet")
     options = _filled(config.score_options, seed=run.seed, runs=str(run.folder.parent))
     scores = _function(config.score)(summary.model, **options) if config.score else {}
-    text = json.dumps({"scores": scores, "settings": _settings(config, run)}, indent=1)
+    text = json.dumps({"scores": scores, "origin": run_origin(config, run)}, indent=1)
     temporary = run.folder / ".scores.json.tmp"
     temporary.write_text(text, encoding="utf-8")
     temporary.rename(run.folder / "scores.json")
@@ -146,11 +149,15 @@ def run_one(config: AblationConfig, run: RunSpec) -> None:
 
 def _run_all(config: AblationConfig, runs: Sequence[RunSpec], done: Callable[[RunSpec], None]) -> None:
     """Runs in parallel processes; one starts when those it needs are done. The first failure stops the rest."""
-    workers, gpus = _workers(config)
+    gpus = _gpus()
+    workers = config.workers or len(gpus) or os.cpu_count() or 1
+    slots: queue.SimpleQueue[str] = queue.SimpleQueue()  # a run takes the place of one that ended, on its GPU
+    for number in range(workers):
+        slots.put(gpus[number % len(gpus)] if gpus else "")
     finished = {name: threading.Event() for name in (r.name for r in runs)}
     failed = threading.Event()
 
-    def work(number: int, run: RunSpec) -> None:
+    def work(run: RunSpec) -> None:
         try:
             for other in _needs(config.arms[run.arm]):
                 finished[f"{other}-seed{run.seed}"].wait()
@@ -158,9 +165,11 @@ def _run_all(config: AblationConfig, runs: Sequence[RunSpec], done: Callable[[Ru
                 return
             run = _matched(config, run)
             if not _is_done(config, run):
-                _spawn(
-                    config, run, gpus[number % len(gpus)] if gpus else None, max((os.cpu_count() or 1) // workers, 1)
-                )
+                gpu = slots.get()
+                try:
+                    _spawn(config, run, gpu, max((os.cpu_count() or 1) // workers, 1))
+                finally:
+                    slots.put(gpu)
             done(run)
         except BaseException:
             failed.set()
@@ -169,18 +178,18 @@ def _run_all(config: AblationConfig, runs: Sequence[RunSpec], done: Callable[[Ru
             finished[run.name].set()
 
     with ThreadPoolExecutor(workers) as threads:
-        for future in [threads.submit(work, n, run) for n, run in enumerate(runs)]:
+        for future in [threads.submit(work, run) for run in runs]:
             future.result()
 
 
-def _spawn(config: AblationConfig, run: RunSpec, gpu: int | None, threads: int) -> None:
+def _spawn(config: AblationConfig, run: RunSpec, gpu: str, threads: int) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     job = run.folder / "job.json"
     plain = {"ablation": as_plain(config), "arm": run.arm, "seed": run.seed, "tree": run.tree}
     job.write_text(json.dumps(plain, indent=1), encoding="utf-8")
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
-    if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    if gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     with (run.folder / "output.txt").open("w", encoding="utf-8") as output:
         code = subprocess.call(
             [sys.executable, "-m", "student_train.ablate", str(job)], env=environment, stdout=output, stderr=output
@@ -197,11 +206,14 @@ def _is_done(config: AblationConfig, run: RunSpec) -> bool:
     path = run.folder / "scores.json"
     if not path.is_file():
         return False
-    if json.loads(path.read_text(encoding="utf-8"))["settings"] == _settings(config, run):
+    other = changed(_recorded(run.folder), run_origin(config, run))
+    if not other:
         return True
+    prepared = _filled(config.arms[run.arm].prepare, seed=run.seed, runs=str(run.folder.parent)).get("output", "")
+    folders = [str(run.folder), *([prepared] if prepared else [])]
     raise ConfigError(
-        f"{run.folder}: a finished run of this name has other settings. Delete the folder to run it anew, or give the "
-        "arm another name"
+        f"{run.folder}: a finished run of this name has other {', '.join(other)}, or that was not recorded. Delete "
+        f"{' and '.join(folders)} to run it anew, or give the arm another name"
     )
 
 
@@ -223,8 +235,27 @@ def _matched(config: AblationConfig, run: RunSpec) -> RunSpec:
     return RunSpec(run.arm, run.seed, run.folder, merge(run.tree, {"train": {"max_steps": steps}}))
 
 
-def _settings(config: AblationConfig, run: RunSpec) -> str:
-    return digest([run.tree, config.score, config.score_options, as_plain(config.arms[run.arm])["prepare"]])
+def run_origin(config: AblationConfig, run: RunSpec) -> Origin:
+    """What decides the scores of a run: settings, caches (the one that scores, too), and the runs that it needs, each
+    with what that was made from."""
+    runs = run.folder.parent
+    arm = config.arms[run.arm]
+    options = _filled(config.score_options, seed=run.seed, runs=str(runs))
+    score_cache = options.get("cache", "")
+    needed = {f"run {other}-seed{run.seed}": _recorded(runs / f"{other}-seed{run.seed}") for other in _needs(arm)}
+    return {
+        "settings": digest([run.tree, config.score, config.score_options, as_plain(arm)["prepare"]]),
+        **sources_origin(build_config(FitConfig, run.tree, f"arms.{run.arm}").sources),
+        **({f"score_options.cache ({score_cache})": cache_fingerprint(score_cache)} if score_cache else {}),
+        **{name: digest(origin) for name, origin in needed.items()},
+    }
+
+
+def _recorded(folder: Path) -> Origin:
+    """The origin of the finished run in ``folder``; empty where none is recorded."""
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    origin: Origin = scores.get("origin", {})
+    return origin
 
 
 def _needs(arm: ArmConfig) -> list[str]:
@@ -243,11 +274,14 @@ def _in_order(config: AblationConfig) -> list[str]:
     return order
 
 
-def _workers(config: AblationConfig) -> tuple[int, list[int]]:
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES is to name it for a run."""
     import torch
 
-    gpus = list(range(torch.cuda.device_count()))
-    return config.workers or len(gpus) or os.cpu_count() or 1, gpus
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(n) for n in range(count)]
+    return [name.strip() for name in names[:count]]
 
 
 def _filled(tree: Any, **names: Any) -> Any:

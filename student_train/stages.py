@@ -1,7 +1,8 @@
 """Several stages of training in one file, each with its own data and losses, the checkpoint handed on.
 
 LLaVA's two stages (projector, then everything) and LLaVA-KD's three (distilled pre-training, supervised fine-tuning,
-distilled fine-tuning) are such files. Every stage resumes by itself; a finished one is not run again.
+distilled fine-tuning) are such files. Every stage resumes by itself; a finished one is not run again, and one that was
+begun with other settings, from other data or from another student is refused.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Any
 
 import yaml
 
+from student_train.checkpoint import latest_checkpoint
 from student_train.config import FitConfig
-from student_train.trainer import FitSummary, fit
+from student_train.origin import Origin, changed, model_digest, sources_origin
+from student_train.trainer import FitSummary, deciding_settings, fit
 from teacher_cache.config import ConfigError, build_config, load_config
+from teacher_cache.manifest import digest
 from teacher_cache.progress import Style, note
 
 
@@ -37,12 +41,45 @@ def fit_file(path: Path, overrides: Sequence[str], style: Style = "auto") -> lis
     summaries: list[FitSummary] = []
     for name, config in stage_configs(load_config(StagesConfig, path, overrides)):
         note(f"stage {name}: {', '.join(f'{loss.weight:g}·{loss.label}' for loss in config.losses)}", style)
+        _check_begun(name, config)
         done = Path(config.output) / "summary.json"
         if done.is_file() and (Path(config.output) / "model").is_dir():
             summaries.append(FitSummary(**json.loads(done.read_text(encoding="utf-8"))))
             continue
         summaries.append(fit(config, style))
     return summaries
+
+
+def stage_origin(config: FitConfig) -> Origin:
+    """What decides the result of a stage: its settings, its data, and the student that it starts from."""
+    student = config.student.model
+    return {
+        "settings": digest(deciding_settings(config)),
+        **sources_origin(config.sources),
+        f"student.model ({student})": model_digest(student),
+    }
+
+
+def _check_begun(name: str, config: FitConfig) -> None:
+    """Record what the stage is made from (``origin.json``), or compare: once a step of it is kept, that must stand.
+
+    Raises
+    ------
+    ConfigError
+        It was begun with something else.
+    """
+    folder = Path(config.output)
+    now, path = stage_origin(config), folder / "origin.json"
+    if (folder / "summary.json").is_file() or latest_checkpoint(folder / "checkpoints") is not None:
+        then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if other := changed(then, now):
+            raise ConfigError(
+                f"{folder}: stage {name} was begun with other {', '.join(other)}, or that was not recorded. Delete "
+                "the folder, and those of the stages after it, to run it anew, or choose another output"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
 
 def has_stages(path: Path) -> bool:

@@ -354,8 +354,14 @@ def make_optimizer(student: nn.Module, train: TrainConfig) -> torch.optim.Optimi
 
 
 def run_fingerprint(config: FitConfig, sources: list[Source]) -> str:
-    """A digest of what decides the result: settings (not where or how fast it runs) and the caches' content."""
-    plain = as_plain(config)
+    """A digest of what decides the result: settings and the caches' content."""
+    caches = [s.cache.manifest.fingerprint if isinstance(s, CacheSource) else len(s) for s in sources]
+    return digest([deciding_settings(config), caches])
+
+
+def deciding_settings(config: FitConfig) -> dict[str, Any]:
+    """Plain data: the settings, without those that say where or how fast it runs."""
+    plain: dict[str, Any] = as_plain(config)
     plain.pop("output")
     for name in (
         "micro_batch",
@@ -374,8 +380,7 @@ def run_fingerprint(config: FitConfig, sources: list[Source]) -> str:
     for source in plain["sources"]:
         for name in ("image_folder", "cache", "prefetch_folder", "prefetch_gigabytes", "made_with", "expected"):
             source.pop(name)
-    caches = [s.cache.manifest.fingerprint if isinstance(s, CacheSource) else len(s) for s in sources]
-    return digest([plain, caches])
+    return plain
 
 
 def _cache_facts(cache: TeacherCache) -> dict[str, Any]:

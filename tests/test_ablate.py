@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import pytest
 
 from pipelines.tiny.prepare import TEACHER
 from pipelines.tiny.student import write_student
-from student_train.ablate import AblationConfig, ArmConfig, ablate, plan_runs
-from student_train.stages import StagesConfig, stage_configs
-from student_train.table import as_csv, as_markdown, as_text, make_table
+from student_train.ablate import AblationConfig, ArmConfig, _run_all, ablate, plan_runs, run_one
+from student_train.stages import StagesConfig, fit_file, stage_configs
+from student_train.table import as_csv, as_markdown, as_text, make_table, teacher_text
 from teacher_cache.config import ConfigError, build_config
+from teacher_cache.manifest import read_manifest, write_manifest
+from teacher_cache.storage import Storage
 
 
 def ablation(output: Path, **over: Any) -> AblationConfig:
@@ -109,6 +113,107 @@ def test_an_ablation_goes_on_where_it_was_and_refuses_other_settings(
     base["train"]["max_steps"] = 3
     with pytest.raises(ConfigError, match="has other settings"):
         ablate(ablation(tmp_path / "out", **settings), "quiet")
+
+
+def test_online_cost_is_that_of_the_longest_distilled_arm(tmp_path: Path) -> None:
+    """600 steps of 32 over 638 samples are 30 epochs; the arm that matches CPU seconds is longer, and asks none."""
+    losses = [{"name": "cross_entropy"}, {"name": "forward_kl"}]
+    arms = {"a": ArmConfig(), "long": ArmConfig(), "kl": ArmConfig(set={"losses": losses})}
+    costs = {"cpu_seconds": 2.0, "seconds": 3.0, "peak_megabytes": 4.0}
+    steps = {"a": 600, "long": 770, "kl": 600}
+    results = {(a, s): {**costs, "steps": n, "scores": {"vqa": 1.0}} for a, n in steps.items() for s in (0, 1)}
+    teacher = {"answer_seconds": 3.8, "score_seconds": 1.929, "samples": 638}
+    table = make_table(replace(ablation(tmp_path), arms=arms), results) | {"teacher": teacher, "global_batch": 32}
+    assert "30 epochs × 1.9 s = 58 s for each distilled student" in teacher_text(table)
+    table["arms"] = [arm for arm in table["arms"] if arm["name"] != "kl"]
+    assert "Online" not in teacher_text(table)
+
+
+def test_a_run_takes_the_gpu_of_the_one_that_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent may use GPUs 4 and 7. The first run ends first; the third starts while the second still runs."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    order: list[tuple[str, str]] = []
+    third_runs = threading.Event()
+
+    def call(command: list[str], *, env: dict[str, str], **_: Any) -> int:
+        name = Path(command[-1]).parent.name
+        order.append((name, env["CUDA_VISIBLE_DEVICES"]))
+        if len(order) == 1:
+            second.wait(10)
+        elif len(order) == 2:
+            second.set()
+            assert third_runs.wait(10)
+        else:
+            third_runs.set()
+        return 0
+
+    second = threading.Event()
+    monkeypatch.setattr("student_train.ablate.subprocess.call", call)
+    config = ablation(tmp_path, arms={"a": {}}, seeds=[0, 1, 2, 3])
+    _run_all(config, plan_runs(config), lambda run: None)
+    assert [gpu for _, gpu in order[:2]] == ["4", "7"]
+    assert [gpu for _, gpu in order[2:]] == ["4", "4"]
+
+
+def test_finished_runs_stand_on_their_cache_and_on_the_runs_they_need(
+    tmp_path: Path, cache_folder: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_student(tmp_path / "student", teacher=TEACHER, seed=0)
+    shutil.copytree(cache_folder, tmp_path / "cache")
+    base: dict[str, Any] = {
+        "sources": [{"cache": str(tmp_path / "cache"), "image_folder": str(world / "images")}],
+        "student": {"model": str(tmp_path / "student")},
+        "train": {"max_steps": 1, "global_batch": 4, "threads": 1},
+    }
+    arms: dict[str, Any] = {"a": {}, "b": {"needs": ["a"]}}
+    over = {"base": base, "arms": arms, "seeds": [0], "score": "tests.test_ablate:count_files", "workers": 1}
+    monkeypatch.setattr("student_train.ablate._spawn", lambda config, run, gpu, threads: run_one(config, run))
+
+    def again(**more: Any) -> None:
+        ablate(ablation(tmp_path / "out", **over, **more), "quiet")
+
+    again()
+    again()
+    arms["a"] = {"set": {"train": {"learning_rate": 1e-3}}}
+    shutil.rmtree(tmp_path / "out/runs/a-seed0")
+    with pytest.raises(ConfigError, match=r"b-seed0: .* other run a-seed0, .*\. Delete .*b-seed0 to run it anew"):
+        again()
+    shutil.rmtree(tmp_path / "out/runs/b-seed0")
+    again()
+    storage = Storage(tmp_path / "cache")
+    manifest = read_manifest(storage)
+    write_manifest(storage, replace(manifest, teacher=manifest.teacher | {"weights": "another teacher"}))
+    with pytest.raises(ConfigError, match=r"a-seed0: .* has other sources\[0\] \(.*cache\)"):
+        again()
+    shutil.rmtree(tmp_path / "cache")  # gone, and so not another
+    again()
+
+
+def test_a_finished_stage_stands_only_for_its_settings_and_its_student(
+    tmp_path: Path, cache_folder: Path, world: Path
+) -> None:
+    write_student(tmp_path / "student", teacher=TEACHER, seed=0)
+    tree = {
+        "output": str(tmp_path / "out"),
+        "base": {
+            "sources": [{"cache": str(cache_folder), "image_folder": str(world / "images")}],
+            "student": {"model": str(tmp_path / "student")},
+            "train": {"max_steps": 1, "global_batch": 4, "threads": 1, "warmup_share": 0},
+        },
+        "stages": {"a": {}, "b": {}},
+    }
+    path = tmp_path / "stages.yaml"
+    path.write_text(json.dumps(tree))
+    first = fit_file(path, [], "quiet")
+    mark = (tmp_path / "out/b/summary.json").stat().st_mtime_ns
+    assert fit_file(path, [], "quiet") == first
+    assert (tmp_path / "out/b/summary.json").stat().st_mtime_ns == mark
+    with pytest.raises(ConfigError, match=r"out/a: stage a was begun with other settings, .* Delete the folder"):
+        fit_file(path, ["stages.a.train.seed=7"], "quiet")
+    shutil.rmtree(tmp_path / "out/a")
+    with pytest.raises(ConfigError, match=r"out/b: stage b was begun with other student\.model \(.*out/a/model\)"):
+        fit_file(path, ["stages.a.train.seed=7"], "quiet")
 
 
 def test_stages_hand_their_model_on() -> None:
