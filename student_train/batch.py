@@ -61,7 +61,10 @@ class StudentBatch:
 
     def averaged(self, average: str) -> StudentBatch:
         """The same batch with the weights of a mean over rows (``row``), or over samples of each one's mean."""
-        return self if average == "row" else dataclasses.replace(self, **self.per_sample)
+        if average == "row":
+            return self
+        weights: dict[str, Any] = dict(self.per_sample)
+        return dataclasses.replace(self, **weights)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> StudentBatch:
         """The same batch with every tensor changed."""
@@ -165,8 +168,13 @@ _PLACES = ("row_position", "answer_ids", "text_position", "visual_start")
 
 def _shares(sample: float, rows: int, texts: int, images: int, image_tokens: int) -> Weights:
     """The weight of a sample's mean, shared out over its rows, text positions, image, and text and image positions."""
-    counts = (rows, texts, images, texts + images * image_tokens)
-    return Weights(*(sample / max(count, 1) for count in counts), sample=sample)
+    return Weights(
+        row=sample / max(rows, 1),
+        position=sample / max(texts, 1),
+        image=sample / max(images, 1),
+        token=sample / max(texts + images * image_tokens, 1),
+        sample=sample,
+    )
 
 
 def _weight_arrays(

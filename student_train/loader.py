@@ -139,7 +139,8 @@ class StepPlan:
         rows, positions = self._rows[numbers], self._positions[numbers]
         images = self._has_image[numbers].astype(np.int64)
         tokens = positions + images * self._image_tokens
-        each = Weights(*(1.0 / max(int(c.sum()), 1) for c in (rows, positions, images, tokens)), 1.0 / len(numbers))
+        row, position, image, token = (1.0 / max(int(c.sum()), 1) for c in (rows, positions, images, tokens))
+        each = Weights(row, position, image, token, sample=1.0 / len(numbers))
         return {int(n): each for n in numbers}
 
     def _source_of(self, number: int) -> int:
