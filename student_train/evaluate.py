@@ -17,6 +17,7 @@ from student_train.config import LossSpec, SourceConfig
 from student_train.dataset import CacheSource
 from student_train.loader import Preprocessor
 from student_train.objective import needed_arrays, teacher_side
+from student_train.processor import own_image_mode
 from student_train.scores import vqa_accuracy, yes_no_scores
 from student_train.targets import row_loss, row_targets
 from teacher_cache.config import DataConfig
@@ -58,11 +59,11 @@ class Student:
 
 
 def preprocessor_of(model: Any, processor: Any) -> Preprocessor:
-    """The student's own preprocessing: LLaVA-1.5's padding unless its processor crops to the centre."""
+    """The student's own preprocessing, by its processor."""
     tokenizer, image_processor = processor.tokenizer, processor.image_processor
     return Preprocessor(
         image_processor=image_processor,
-        image_mode="crop" if getattr(image_processor, "do_center_crop", False) else "pad",
+        image_mode=own_image_mode(image_processor),
         image_token=image_token_id(tokenizer),
         image_tokens=image_tokens_of(model.config),
         pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
@@ -206,8 +207,7 @@ TeacherAnswers = Mapping[tuple[str, str], str]
 def teacher_answers(cache: str) -> TeacherAnswers:
     """The first answers of a cache that its teacher gave itself."""
     with TeacherCache.open(cache) as opened:
-        records = (opened[i] for i in range(len(opened)))
-        return {(r.sample_id, _bare(r.questions[0])): r.answers[0] for r in records if r.source == "teacher"}
+        return {(t.sample_id, _bare(t.questions[0])): t.answers[0] for t in opened.texts() if t.source == "teacher"}
 
 
 def write_predictions(

@@ -24,6 +24,11 @@ class StudentLlava(LlavaHf):
         super().__init__(**arguments)
         self._image_processor = OptionalImages(self._image_processor)  # type: ignore[has-type]
 
+    @property
+    def eot_token_id(self) -> int:
+        """Of the student's template: ChatML's end token is not the end token of Qwen's base tokenizer."""
+        return int(self.model.generation_config.eos_token_id)
+
 
 class OptionalImages:
     """A processor for which no images and an empty list of them are the same."""

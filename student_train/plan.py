@@ -33,6 +33,7 @@ from student_train.config import (
 from student_train.head_loss import default_chunk_rows
 from student_train.losses import HiddenProjector
 from student_train.objective import check_losses, needed_arrays
+from student_train.processor import check_image_mode, image_mode
 from student_train.stages import StagesConfig, stage_configs
 from student_train.student import LORA_TARGETS, choose_trainable, composed_config, composed_vocabulary
 from teacher_cache.config import CacheConfig, ConfigError, build_config, load_config
@@ -178,8 +179,10 @@ def plan_fit(config: FitConfig, known: Mapping[str, StudentConfig] | None = None
     parts = student.language_model and not (Path(student.model) / "config.json").is_file()
     model = student_on_meta(dataclasses.replace(student, model="") if parts else student)
     manifests = [source_manifest(s) for s in config.sources]
+    mode = image_mode(student, {s.cache: m for s, m in zip(config.sources, manifests, strict=True) if s.cache})
     for source, manifest in zip(config.sources, manifests, strict=True):
         if _distils(source):
+            check_image_mode(config.losses, mode, manifest, source.cache)
             check_losses(config.losses, manifest, source.cache)
             _check_fit(config.losses, manifest, image_tokens_of(model.config))
     projectors = _projector_parameters(config, model, manifests)

@@ -34,6 +34,7 @@ from student_train.objective import (
     teacher_side,
     vision_features,
 )
+from student_train.processor import prepare_processor
 from student_train.relations import head_square
 from student_train.student import load_student, merge_adapters
 from teacher_cache.config import ConfigError, as_plain
@@ -41,6 +42,7 @@ from teacher_cache.manifest import digest, read_manifest
 from teacher_cache.progress import Style, stage
 from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage
+from teacher_cache.tokenization import Template
 from teacher_cache.writer import HEAD
 
 
@@ -82,6 +84,7 @@ class Run:
     accelerator: Accelerator
     student: nn.Module
     processor: Any
+    template: Template
     optimizer: torch.optim.Optimizer
     plan: StepPlan
     dataset: MicroBatches
@@ -104,6 +107,7 @@ class Run:
             torch.set_num_threads(train.threads)
         accelerator = make_accelerator(config)
         model, processor = load_student(config.student, train.seed)
+        template = prepare_processor(processor, config)
         sources = _open_sources(config, processor.tokenizer)
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,6 +127,7 @@ class Run:
             accelerator=accelerator,
             student=student,
             processor=processor,
+            template=template,
             optimizer=optimizer,
             plan=plan,
             dataset=MicroBatches(sources, preprocessor, features, train.pixel_cache, train.pack),
@@ -227,7 +232,7 @@ class Run:
             merge_adapters(model)
         if self.config.student.load_in_4bit:
             model = model.dequantize()
-        save_student(model, self.processor, folder)
+        save_student(model, self.processor, folder, self.template)
 
     def _backward(self, batch: Any, source: int, last: bool, sums: dict[str, torch.Tensor]) -> None:
         accelerator = self.accelerator

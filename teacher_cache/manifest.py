@@ -81,7 +81,7 @@ class Manifest:
         return stats_names(self.signals_config)
 
 
-_TEACHER_SETTINGS = ("template", "max_length", "quantization")
+_TEACHER_SETTINGS = ("template", "max_length", "quantization", "image_mode")
 _CONTENT = ("teacher", "data", "generation", "signals", "layout", "planned_samples", "format_version")
 
 

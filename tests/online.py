@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def student_folder(seed: int = 0) -> str:
     return str(folder)
 
 
-def build(signals: SignalsConfig, **data: Any) -> str:
+def build(signals: SignalsConfig, image_mode: Literal["pad", "crop"] = "pad", **data: Any) -> str:
     """A cache of the tiny world with these signals, in a new folder."""
     output = tempfile.mkdtemp(prefix="cache-") + "/cache"
     build_cache(
@@ -55,7 +55,12 @@ def build(signals: SignalsConfig, **data: Any) -> str:
             output=output,
             data=DataConfig(**{"path": str(world() / "train.json"), "image_folder": str(world() / "images"), **data}),
             teacher=TeacherConfig(
-                model=str(TEACHER), backend="torch", dtype="float32", template="tiny", max_length=256
+                model=str(TEACHER),
+                backend="torch",
+                dtype="float32",
+                template="tiny",
+                image_mode=image_mode,
+                max_length=256,
             ),
             generation=GenerationConfig(max_new_tokens=40),
             signals=signals,

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jinja2
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
     CLIPVisionModel,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -23,14 +32,26 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from pipelines.tiny.models import vision_config
-from student_train.config import LossSpec, StudentConfig
-from student_train.evaluate import preprocessor_of
+from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfig
+from student_train.evaluate import Student, preprocessor_of
+from student_train.export import export_run, save_student
+from student_train.plan import plan_fit
+from student_train.processor import prepare_processor
 from student_train.student import load_student
-from student_train.trainer import fit
-from teacher_cache.config import ConfigError
-from teacher_cache.images import image_tokens_of
-from teacher_cache.tokenization import image_token_id, tokenizer_fingerprint
-from tests.online import TEACHER, fit_config
+from student_train.trainer import Run, fit
+from teacher_cache.config import ConfigError, SignalsConfig
+from teacher_cache.conversations import Conversation
+from teacher_cache.conversations import Image as ConversationImage
+from teacher_cache.images import image_tokens_of, square
+from teacher_cache.manifest import CacheError
+from teacher_cache.tokenization import (
+    image_token_id,
+    template_by_name,
+    tokenize_answer,
+    tokenize_prompt,
+    tokenizer_fingerprint,
+)
+from tests.online import TEACHER, build, fit_config
 
 WORDS = 60
 
@@ -144,3 +165,129 @@ def test_wrong_parts_are_named(tmp_path: Path) -> None:
         load_student(StudentConfig(model=str(TEACHER), load_in_4bit=True), 0)
     with pytest.raises(ConfigError, match="not a LLaVA folder"):
         load_student(StudentConfig(model=str(tmp_path)), 0)
+
+
+def chatml_student(folder: Path) -> StudentConfig:
+    """Parts whose tokenizer has ChatML's tokens, and Qwen's template: content as a string alone."""
+    save_language(folder / "language")
+    save_tower(folder / "tower")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "language")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder / "language")
+    return StudentConfig(language_model=str(folder / "language"), vision_tower=str(folder / "tower"))
+
+
+@pytest.mark.parametrize("begins", [False, True], ids=["", "the tokenizer writes <s> by itself"])
+@pytest.mark.parametrize("name", ["vicuna_v1", "chatml", "plain"])
+def test_exported_chat_template_writes_what_the_student_was_trained_on(tmp_path: Path, name: str, begins: bool) -> None:
+    """A string or parts, with and without an image, over two turns: the ids of ``tokenize_prompt``."""
+    _, processor = load_student(chatml_student(tmp_path), 0)
+    if begins:
+        processor.tokenizer.add_bos_token = True
+    source = SourceConfig(data="none", template=name)
+    template = prepare_processor(processor, FitConfig("out", (source,)))
+    processor.save_pretrained(tmp_path / "exported")
+    exported = AutoProcessor.from_pretrained(tmp_path / "exported", backend="pil")
+    blank = Image.new("RGB", (32, 32))
+    token, asked, answered = image_token_id(exported.tokenizer), ("what colour", "is it red"), ("red ", "the square")
+    for image, turns in [(None, 1), (ConversationImage("0.png"), 1), (ConversationImage("0.png"), 2)]:
+        conversation = Conversation("a", asked[:turns], answered[:turns], image)
+        answers = [tokenize_answer(a, template, exported.tokenizer) for a in answered[:turns]]
+        expected = tokenize_prompt(conversation, template, exported.tokenizer).before(turns - 1, answers)
+        text = exported.apply_chat_template(
+            messages(asked, answered, turns, image is not None), add_generation_prompt=True
+        )
+        ids = exported(text=text, images=[blank] if image else None)["input_ids"][0]
+        expanded = np.repeat(expected, np.where(np.array(expected) == token, 4, 1))
+        assert list(ids) == expanded.tolist(), text
+        if not image and template.questions:
+            plain = [{"role": "user", "content": asked[0]}]
+            assert exported.apply_chat_template(plain, add_generation_prompt=True) == text
+    with pytest.raises(jinja2.TemplateError, match="the student knows the roles user and assistant"):
+        exported.apply_chat_template([{"role": "system", "content": "be brief"}])
+
+
+def messages(asked: Sequence[str], answered: Sequence[str], turns: int, image: bool) -> list[dict[str, Any]]:
+    out: list[dict[str, Any]] = []
+    for turn in range(turns):
+        if turn:
+            out.append({"role": "assistant", "content": [{"type": "text", "text": answered[turn - 1]}]})
+        shown = [{"type": "image"}] if image and not turn else []
+        out.append({"role": "user", "content": [*shown, {"type": "text", "text": asked[turn]}]})
+    return out
+
+
+def test_generation_of_an_exported_student_stops_at_its_templates_end(tmp_path: Path) -> None:
+    model, processor = load_student(chatml_student(tmp_path), 0)
+    save_student(model, processor, tmp_path / "exported", template_by_name("chatml"))
+    found = GenerationConfig.from_pretrained(tmp_path / "exported").eos_token_id
+    assert found == processor.tokenizer.convert_tokens_to_ids("<|im_end|>") != processor.tokenizer.eos_token_id
+
+
+def cropping_student(folder: Path) -> StudentConfig:
+    """Composed, with the processor of OpenAI's CLIP: the centre is cut out."""
+    save_language(folder / "language")
+    save_tower(folder / "tower")
+    size = {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 32}}
+    CLIPImageProcessorPil(**size).save_pretrained(folder / "tower")
+    return StudentConfig(
+        language_model=str(folder / "language"), vision_tower=str(folder / "tower"), tokenizer=str(TEACHER)
+    )
+
+
+@functools.cache
+def cache_of(mode: Literal["pad", "crop"]) -> str:
+    """A cache of the tiny world whose teacher saw images in this mode."""
+    return build(SignalsConfig(preset="full", top_k=8, hidden="text", visual="states"), mode, max_samples=8)
+
+
+@pytest.mark.parametrize("mode", ["pad", "crop"])
+def test_student_sees_images_as_the_caches_teacher_did_and_its_export_shows_them_so(
+    tmp_path: Path, mode: Literal["pad", "crop"]
+) -> None:
+    """By itself CLIP's processor cuts the ends off a wide image; the export loads in plain Transformers."""
+    config = fit_config([LossSpec("cross_entropy")], tmp_path / "run", cache=cache_of(mode), max_steps=1)
+    config = dataclasses.replace(config, student=cropping_student(tmp_path))
+    run = Run.prepare(config)
+    exported = AutoProcessor.from_pretrained(run_and_export(run, tmp_path), backend="pil")
+    colours = np.random.default_rng(0).integers(0, 255, (40, 90, 3), np.uint8)
+    wide = Image.fromarray(colours)
+    clip = AutoImageProcessor.from_pretrained(tmp_path / "tower", backend="pil")
+    expected = clip([square(wide, tuple(clip.image_mean), mode)], return_tensors="pt")["pixel_values"]
+    for processor in (run.processor, exported):
+        assert torch.equal(processor.image_processor([wide], return_tensors="pt")["pixel_values"], expected)
+    wide.save(tmp_path / "wide.png")
+    again = Student.load(run_and_export(run, tmp_path)).preprocessor
+    assert torch.equal(again.pixels(ConversationImage("wide.png", path="wide.png"), str(tmp_path)), expected[0])
+    card = export_run(tmp_path / "run", tmp_path / "card") / "README.md"
+    assert ("padded to a square" in card.read_text(encoding="utf-8")) == (mode == "pad")
+
+
+def run_and_export(run: Run, folder: Path) -> Path:
+    if not (folder / "run" / "model").is_dir():
+        run.train("quiet")
+        run.finish()
+    return folder / "run" / "model"
+
+
+def test_losses_on_image_positions_refuse_a_student_that_sees_other_parts_of_the_image(tmp_path: Path) -> None:
+    for loss in (LossSpec("hidden_mse", tokens="all"), LossSpec("visual_kl"), LossSpec("attention_mse")):
+        config = fit_config([loss], tmp_path / "run", cache=cache_of("pad"))
+        config = dataclasses.replace(config, student=dataclasses.replace(config.student, image_mode="crop"))
+        with pytest.raises(CacheError, match=f"image_mode=pad, the student sees them with crop.*{loss.name}"):
+            Run.prepare(config)
+        with pytest.raises(CacheError, match="image_mode=pad, the student sees them with crop"):
+            plan_fit(config)
+    Run.prepare(dataclasses.replace(config, losses=(LossSpec("hidden_mse"),)))
+
+
+def test_caches_of_two_image_modes_need_a_choice(tmp_path: Path) -> None:
+    config = fit_config([LossSpec("forward_kl")], tmp_path / "run", cache=cache_of("pad"))
+    both = (*config.sources, dataclasses.replace(config.sources[0], cache=cache_of("crop")))
+    with pytest.raises(ConfigError, match=r"several ways .*pad.*crop.*Set student\.image_mode"):
+        Run.prepare(dataclasses.replace(config, sources=both))
+    student = dataclasses.replace(config.student, image_mode="pad")
+    Run.prepare(dataclasses.replace(config, sources=both, student=student))
