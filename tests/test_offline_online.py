@@ -245,6 +245,7 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     stopped = Run.prepare(first)
     stopped._out_of_time = lambda: stopped.step == 3  # type: ignore[method-assign]
     stopped.train("quiet")
+    stopped.ended = False  # killed: what ended by its time does not go on
     stopped._checkpoint()
     resumed = Run.prepare(first)
     resumed.restore()
