@@ -249,6 +249,8 @@ def check_fit_config(config: FitConfig) -> None:
             f"student: model={config.student.model} and layers_from={config.student.layers_from} are both set, and a "
             "student has one origin. Set student.model='' to cut layers, student.layers_from='' to train the model on"
         )
+    if config.student.layers and not config.student.layers_from:
+        raise ConfigError("student.layers says how many layers to take from layers_from, which is not set")
     for loss in config.losses:
         check_loss_settings(loss)
     if not config.losses:

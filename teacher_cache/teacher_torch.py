@@ -328,6 +328,7 @@ _PROCESSING = [
     "crop_size",
     "do_resize",
     "do_center_crop",
+    "do_pad",
     "do_rescale",
     "do_normalize",
     "do_convert_rgb",

@@ -148,6 +148,8 @@ def test_student_with_two_origins_is_refused() -> None:
     student = StudentConfig(model="runs/model", layers_from="teacher")
     with pytest.raises(ConfigError, match="model=runs/model and layers_from=teacher are both set"):
         check_fit_config(FitConfig("out", (SourceConfig(cache="none"),), student))
+    with pytest.raises(ConfigError, match="layers_from, which is not set"):
+        check_fit_config(FitConfig("out", (SourceConfig(cache="none"),), StudentConfig(model="runs/model", layers=2)))
 
 
 def test_tied_embeddings_are_counted_once() -> None:
