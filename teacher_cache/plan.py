@@ -86,8 +86,8 @@ class CachePlan:
             ("free space", "not known (object store)" if self.free_bytes is None else _size(self.free_bytes)),
             ("fits", {None: "not known", True: "yes", False: "NO: free space or choose a smaller preset"}[self.fits]),
             *self.memory.as_rows(),
-            ("GPU hours", f"{self.gpu_hours:,.1f}"),
-            ("cost", f"{self.dollars:,.0f} $ at {rate.dollars_per_hour:g} $ an hour"),
+            ("GPU hours", _few_digits(self.gpu_hours)),
+            ("cost", f"{_few_digits(self.dollars)} $ at {rate.dollars_per_hour:g} $ an hour"),
             (
                 "throughput of one GPU",
                 f"{rate.read_tokens_per_second:,.0f} tokens/s read, {rate.write_tokens_per_second:,.0f} written "
@@ -357,6 +357,10 @@ def _notes(
     if not folder or not Path(folder).is_dir():
         notes.append("data.image_folder not found: all images are taken to be there")
     return tuple(notes)
+
+
+def _few_digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 
 def _size(size: int) -> str:
