@@ -152,7 +152,8 @@ def _litdata(folder: Path, samples: list[Sample]) -> tuple[One, Many | None]:
     writer.done()
     writer.merge()
     data = StreamingDataset(str(root))
-    return lambda i: data[i], None
+    # It hands out views of the mapped chunk; a copy is what everybody else gives, and what reads the bytes.
+    return lambda i: {name: tensor.clone() for name, tensor in data[i].items()}, None
 
 
 def _tensorstore(folder: Path, samples: list[Sample]) -> tuple[One, Many]:
