@@ -346,15 +346,16 @@ def test_errors_are_shown_as_they_are_written(tmp_path: Path) -> None:
 
 
 def test_sampled_answers_do_not_depend_on_the_batch(cache_config: CacheConfig, world: Path, tmp_path: Path) -> None:
-    """Per-sample seeds: another batch size gives the same answers."""
+    """Per-sample seeds: another batch size, and another place in another shard, give the same answers."""
     found = []
-    for size in (4, 64):
+    for size, shard in ((4, 16), (64, 5)):
         generation = replace(cache_config.generation, temperature=1.0, top_p=0.95, seed=5)
         config = replace(
             cache_config,
             output=str(tmp_path / str(size)),
             generation=generation,
             data=replace(cache_config.data, max_samples=12),
+            layout=replace(cache_config.layout, shard_samples=shard),
             speed=replace(cache_config.speed, answer_batch=size),
         )
         build_cache(config, style="quiet")

@@ -77,6 +77,7 @@ def test_logits_rebuilt_from_states_and_head_equal_the_teachers(
     cache_folder: Path, teacher: TorchTeacher, world: Path
 ) -> None:
     with TeacherCache.open(cache_folder) as cache:
+        np.testing.assert_array_equal(cache.head, teacher.head().numpy())
         record = cache[1]
         logits, _, ids = dense(teacher, record, world / "images")
         rebuilt = record.arrays["hidden"].astype(np.float32) @ cache.head.T.astype(np.float32)
