@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.manifest import CacheError, write_manifest
+from teacher_cache.manifest import CacheError, read_manifest, write_manifest
 from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage
-from teacher_cache.writer import committed_shards, finish
+from teacher_cache.writer import ImagePlace, committed_shards, finish, write_shard
 from tests.store_fixtures import signals, synthetic_cache
 
 
@@ -255,3 +255,12 @@ def test_unchecked_reading_is_a_choice(tmp_path):
         TeacherCache(made.storage, checked=False).read([0]).arrays["topk_ids"][0, 0]
         != made.records[0].arrays["topk_ids"][0, 0]
     )
+
+
+def test_a_shard_that_lost_a_sample_is_refused(tmp_path: Path) -> None:
+    """Cached + skipped = input is counted again when a build ends, shard by shard."""
+    made = synthetic_cache(tmp_path / "c")
+    manifest = dataclasses.replace(read_manifest(made.storage), complete=False, files={}, counts={})
+    write_shard(made.storage, manifest, 0, made.records[:3], [ImagePlace()] * 3, [])
+    with pytest.raises(CacheError, match=r"shards/00000: 3 cached \+ 0 skipped samples, expected 4"):
+        finish(made.storage, manifest)
