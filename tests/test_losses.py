@@ -209,8 +209,9 @@ def test_topk_divergence_is_a_lower_bound_of_the_dense_one(rows, vocabulary, dat
     extra = {"beta": 0.3} if name == "jsd" else {}
     dense = DENSE[name](teacher, student, temperature=temperature, **extra)
     assert loss(student).shape == (rows,)
-    assert (loss(student) <= dense + 1e-9).all()
-    assert (loss(student) >= -1e-9).all()
+    # The tail is 1 − Σ of what is kept: where next to nothing is left, its logarithm has few digits left, too.
+    assert (loss(student) <= dense + 1e-5).all()
+    assert (loss(student) >= -1e-5).all()
 
 
 def test_what_the_bucketed_forward_kl_lacks_is_tail_mass_times_the_kl_of_the_tails() -> None:
