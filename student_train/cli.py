@@ -75,21 +75,6 @@ def evaluate(
 
 
 @app.command()
-def score(
-    benchmark: Annotated[str, typer.Argument(help="pope, textvqa, gqa, science_qa, mme or mmbench")],
-    answers: Annotated[Path, typer.Argument(help="answers in LLaVA's JSONL (question_id, text)")],
-    annotations: Annotated[list[Path], typer.Argument(help="the benchmark's own files, in the order its docs name")],
-    as_json: Json = False,
-) -> None:
-    """An answer file scored as the benchmark's official script does."""
-    from student_train.scores import score_file
-
-    with _errors():
-        facts = score_file(benchmark, answers, annotations)
-    _show(facts, as_json)
-
-
-@app.command()
 def lmms_eval(
     model: Path,
     tasks: Annotated[str, typer.Option(help="comma-separated, for example gqa,pope,mme")],
@@ -102,7 +87,7 @@ def lmms_eval(
     offline: bool = False,
     as_json: Json = False,
 ) -> None:
-    """Run lmms-eval on an exported student: the full road to GQA, ScienceQA, TextVQA, POPE, MME, MMBench."""
+    """Run lmms-eval on an exported student: the one road to GQA, ScienceQA, TextVQA, POPE, MME, MMBench."""
     from student_train.lmms import run_lmms_eval
 
     with _errors():

@@ -15,10 +15,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from student_train.batch import Weights, collate
 from student_train.config import LossSpec, SourceConfig
 from student_train.dataset import CacheSource
+from student_train.evaluation.scores import vqa_accuracy, yes_no_scores
 from student_train.loader import Preprocessor
 from student_train.objective import needed_arrays, teacher_side
 from student_train.processor import own_image_mode
-from student_train.scores import vqa_accuracy, yes_no_scores
 from student_train.targets import row_loss, row_targets
 from teacher_cache.config import DataConfig
 from teacher_cache.conversations import IMAGE_TAG, Conversation, Skipped, read_conversations

@@ -15,6 +15,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pipelines.tiny.questions import VISUAL_QUESTIONS, parse_caption
 from pipelines.tiny.tokenizer import IMAGE, prompt_text
+from student_train.evaluation.scores import hallucination
 
 LONGEST_ANSWER = 24  # four objects of three words, three "and", `</s>`, and room to go wrong
 
@@ -62,21 +63,14 @@ def answer(
 
 def score(samples: Sequence[dict[str, Any]], answers: Sequence[str]) -> Score:
     """Compare answers with the truth in the samples of a dev or test split."""
-    right: Counter[str] = Counter()
-    asked: Counter[str] = Counter()
-    stated = invented = present = missed = 0
-    for sample, given in zip(samples, answers, strict=True):
-        truth = sample["conversations"][1]["value"]
-        asked[sample["question_type"]] += 1
-        right[sample["question_type"]] += given == truth
-        if sample["question_type"] == "describe":
-            true_objects, given_objects = parse_caption(truth), parse_caption(given)
-            stated += len(given_objects)
-            invented += sum(thing not in true_objects for thing in given_objects)
-            present += len(true_objects)
-            missed += sum(thing not in given_objects for thing in true_objects)
+    truths = [sample["conversations"][1]["value"] for sample in samples]
+    kinds = [sample["question_type"] for sample in samples]
+    asked = Counter(kinds)
+    right = Counter(kind for kind, truth, given in zip(kinds, truths, answers, strict=True) if given == truth)
+    captions = [i for i, kind in enumerate(kinds) if kind == "describe"]
+    objects = hallucination([parse_caption(answers[i]) for i in captions], [parse_caption(truths[i]) for i in captions])
     accuracy = {name: right[name] / count for name, count in asked.items()}
-    return Score(accuracy, dict(asked), invented / max(1, stated), missed / max(1, present))
+    return Score(accuracy, dict(asked), objects.hallucinated, objects.missed)
 
 
 def score_world(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path, split: str) -> Score:

@@ -15,7 +15,7 @@ from student_train.evaluate import (
     teacher_answers,
     write_predictions,
 )
-from student_train.scores import yes_no_scores
+from student_train.evaluation.scores import yes_no_scores
 
 
 def score_student(model: str, world: str, split: str, cache: str = "") -> dict[str, float]:
