@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
+from teacher_cache.store.names import INDEX as INDEX
+
 BLOCK_BYTES = 1 << 20
 """Files are checksummed in blocks of this size, so that a reader checks what it touches and no more."""
-INDEX = "index.parquet"
-"""The index of a folder: written last, so a folder without it does not exist."""
 METADATA_KEY = b"teacher_cache"
 """Where an index keeps the checksums: the key in the Parquet file's metadata."""
 

@@ -17,8 +17,9 @@ import zarr
 
 from teacher_cache.arrays import ArrayLayout, data_file, layout_from_metadata, view
 from teacher_cache.checksums import BLOCK_BYTES, INDEX, FileSum, read_file_sums, sha256
-from teacher_cache.manifest import CacheError
+from teacher_cache.manifest import CacheError, Manifest
 from teacher_cache.records import Array, Axis
+from teacher_cache.store.names import array_files, known_names
 
 REPAIR = "run teacher-cache verify --repair with the cache's configuration"
 COUNTS: dict[Axis, tuple[str, str]] = {
@@ -49,13 +50,17 @@ class ShardFolder:
     """The index in memory, the arrays mapped on first use.
 
     ``digest``: sha256 of the index from the ledger; None where there is no ledger to trust. ``url`` is for messages.
+    ``manifest`` says which arrays, and so which files, there can be.
     """
 
-    def __init__(self, files: Files, name: str, digest: str | None, checked: bool, url: str) -> None:
+    def __init__(
+        self, files: Files, name: str, digest: str | None, checked: bool, url: str, manifest: Manifest
+    ) -> None:
         self._files, self._name, self._checked, self._url = files, name, checked, url
         self._digest = digest
         index = self._read_index()
         self._sums, self.extra = read_file_sums(index)
+        known_names(self._sums, folder_files(manifest, name), f"{url}/{name}/{INDEX}")
         self._arrays: dict[str, MappedArray | ZarrArray] = {}
         #: (images,) of an images folder: which lines hold an image that could be read
         self.present: npt.NDArray[np.bool_] | None = None
@@ -140,8 +145,8 @@ class ShardFolder:
 
     def _checked_path(self, file: str, sums: FileSum) -> Path:
         where = f"{self._url}/{self._name}/{file}"
-        path = self._files.path(f"{self._name}/{file}", sums)
         try:
+            path = self._files.path(f"{self._name}/{file}", sums)
             size = path.stat().st_size
         except FileNotFoundError:
             raise CacheError(f"{where}: expected {sums.bytes:,} bytes, found no file; {REPAIR}") from None
@@ -162,6 +167,12 @@ class ShardFolder:
                 check_whole(path.read_bytes(), sums, where)
             return ZarrArray(path, layout)
         return MappedArray(path, layout, sums if self._checked else None, where)
+
+
+def folder_files(manifest: Manifest, name: str) -> set[str]:
+    """Every file, but the index, that the folder ``shards/00000`` or ``images/00000`` of this cache may hold."""
+    specs = manifest.image_arrays if name.startswith("images/") else manifest.arrays
+    return {"zarr.json"}.union(*(array_files(spec.name, 1 + len(spec.shape)) for spec in specs))
 
 
 class MappedArray:

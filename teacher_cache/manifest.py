@@ -15,19 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from teacher_cache.config import CacheConfig, SignalsConfig, as_plain, build_config
+from teacher_cache.errors import CacheError as CacheError
+from teacher_cache.errors import CacheVersionError as CacheVersionError
 from teacher_cache.records import ArraySpec, TeacherShape, image_arrays, record_arrays, stats_names
 from teacher_cache.storage import Storage
+from teacher_cache.store.names import MANIFEST as MANIFEST
+from teacher_cache.store.names import SIDE_FILES, known_names
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-
-
-class CacheError(ValueError):
-    """A cache that may not be used: other version, other tokenizer, incomplete, corrupted, made from other data."""
-
-
-class CacheVersionError(CacheError):
-    """A whole cache of another format version: nothing in it is broken."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +128,7 @@ def read_manifest(storage: Storage) -> Manifest:
         )
     if digest(plain) != claimed or _canonical(plain | {"digest": claimed}) != text:
         raise CacheError(f"{storage.url}/{MANIFEST}: the file was changed after it was written; {_RESTORE}")
+    known_names(plain["files"], SIDE_FILES, f"{storage.url}/{MANIFEST}")
     fingerprint = plain.pop("fingerprint")
     manifest = Manifest(**plain)
     if manifest.fingerprint != fingerprint:

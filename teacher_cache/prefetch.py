@@ -18,6 +18,7 @@ from pathlib import Path
 from teacher_cache.checksums import FileSum, bad_block_of_file
 from teacher_cache.manifest import CacheError
 from teacher_cache.storage import Storage
+from teacher_cache.store.names import inside
 
 THREADS = 4
 _TRANSFERS = 3
@@ -29,10 +30,10 @@ class LocalFiles:
 
     def __init__(self, storage: Storage) -> None:
         assert storage.local is not None
-        self._root, self._storage = storage.local, storage
+        self._storage = storage
 
     def path(self, name: str, expected: FileSum) -> Path:
-        return self._root / name
+        return self._storage.local_file(name)
 
     def begin(self, name: str, expected: FileSum) -> None:
         """Nothing to copy."""
@@ -62,7 +63,8 @@ class LocalCopy:
         self.deletions = 0
         self._own = folder is None
         self._folder = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="teacher-cache-"))
-        self._root = self._folder / generation[:16]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._root = inside(self._folder, generation[:16])
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="prefetch")
         self._under_way: dict[str, Future[Path]] = {}
         self._under_way_bytes = 0
@@ -79,7 +81,7 @@ class LocalCopy:
 
     def path(self, name: str, expected: FileSum) -> Path:
         """The local copy of ``name``; errors of the copying thread surface here."""
-        target = self._root / name
+        target = inside(self._root, name)
         for _ in range(_TRANSFERS):  # another process may delete a copy just before we use it
             future = self.begin(name, expected)
             try:
@@ -107,7 +109,7 @@ class LocalCopy:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _copy(self, name: str, expected: FileSum) -> Path:
-        target = self._root / name
+        target = inside(self._root, name)
         with contextlib.suppress(FileNotFoundError):
             if target.stat().st_size == expected.bytes:
                 os.utime(target)
@@ -125,7 +127,7 @@ class LocalCopy:
         fetched = target.with_name(f"{_TEMPORARY}{os.getpid()}-{target.name}")
         for _ in range(_TRANSFERS):
             try:
-                self._remote.download(name, fetched)
+                self._remote.download(name, fetched, expected.bytes)
             except FileNotFoundError:
                 raise CacheError(f"{self._remote.url}/{name}: missing; {_REPAIR}") from None
             if bad_block_of_file(fetched, expected) is None:

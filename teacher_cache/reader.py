@@ -250,7 +250,7 @@ class TeacherCache:
         digests = self._digests[shard_name]
         for number in range(len(digests)):
             name = shard_name(number)
-            folder = ShardFolder(self._fresh_source(), name, digests[number].as_py(), True, self.storage.url)
+            folder = self._open_folder(name, digests[number].as_py(), True)
             for line, texts in enumerate(folder.texts.to_pylist()):
                 yield SampleTexts(folder.sample_ids[line].as_py(), folder.image_ids[line].as_py(), **texts)
 
@@ -328,18 +328,21 @@ class TeacherCache:
     def _folder(self, name: Any, number: int) -> ShardFolder:
         key = name(number)
         with self._lock:
-            source = self._fresh_source()
+            self._fresh_source()
             folder = self._folders.get(key)
             if folder is not None:
                 self._folders.move_to_end(key)
                 return folder
         digest = self._digests[name][number].as_py()
-        folder = ShardFolder(source, key, digest, self._checked, self.storage.url)
+        folder = self._open_folder(key, digest, self._checked)
         with self._lock:
             self._folders[key] = folder
             while len(self._folders) > _OPEN_FOLDERS:
                 self._folders.popitem(last=False)
         return folder
+
+    def _open_folder(self, name: str, digest: str, checked: bool) -> ShardFolder:
+        return ShardFolder(self._fresh_source(), name, digest, checked, self.storage.url, self.manifest)
 
     def _open_source(self) -> LocalFiles | LocalCopy:
         self._process, self._deletions = os.getpid(), 0

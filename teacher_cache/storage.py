@@ -12,12 +12,15 @@ import errno
 import os
 import random
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+
+from teacher_cache.store import names
 
 Parts = Iterable[bytes | memoryview]
 T = TypeVar("T")
@@ -58,23 +61,36 @@ class Storage:
         self.__init__(state["url"], state["options"])  # type: ignore[misc]
 
     def path(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        """The address of ``name`` ("" for the root) as the file system knows it; names that leave are refused."""
+        return f"{self._root}/{names.plain_name(name, self.url) if name else name}"
+
+    def local_file(self, name: str) -> Path:
+        """The regular file ``name`` of a local cache; ``CacheError`` for a link that leaves, or no file."""
+        assert self.local is not None
+        return names.regular_file(self.local, name)
 
     def exists(self, name: str) -> bool:
         if self.local is not None:
-            return (self.local / name).exists()
+            return names.inside(self.local, name).exists()
         return bool(self._retry("look for", name, lambda: self._fs.exists(self.path(name))))
 
-    def read(self, name: str) -> bytes:
-        """The whole file; ``FileNotFoundError`` when there is none."""
+    def read(self, name: str, at_most: int | None = None) -> bytes:
+        """The whole file; ``FileNotFoundError`` when there is none.
+
+        With ``at_most`` a file of more bytes ends in a ``CacheError``, whatever the server said of its size.
+        """
         if self.local is not None:
-            with _explained("read", str(self.local / name)):
-                return (self.local / name).read_bytes()
-        return bytes(self._retry("read", name, lambda: self._fs.cat_file(self.path(name))))
+            with _explained("read", f"{self.local}/{name}"):
+                return names.read_inside(self.local, name, at_most)
+        if at_most is None:
+            return bytes(self._retry("read", name, lambda: self._fs.cat_file(self.path(name))))
+        with tempfile.TemporaryDirectory(prefix="teacher-cache-") as folder:
+            self.download(name, target := Path(folder, "file"), at_most)
+            return target.read_bytes()
 
     def size(self, name: str) -> int:
         if self.local is not None:
-            return (self.local / name).stat().st_size
+            return names.file_size(self.local, name)
         return int(self._retry("look up", name, lambda: self._fs.info(self.path(name)))["size"])
 
     def size_or_none(self, name: str) -> int | None:
@@ -87,7 +103,7 @@ class Storage:
     def names(self, folder: str) -> list[str]:
         """Entries of ``folder`` (last part of the name), sorted; none when it does not exist."""
         if self.local is not None:
-            path = self.local / folder
+            path = names.inside(self.local, folder)
             return sorted(p.name for p in path.iterdir()) if path.is_dir() else []
         with contextlib.suppress(FileNotFoundError):
             entries = self._retry("list", folder, lambda: self._fs.ls(self.path(folder), detail=False))
@@ -100,7 +116,7 @@ class Storage:
             data = b"".join(parts)
             self._retry("write", name, lambda: self._fs.pipe_file(self.path(name), data))
             return
-        target = self.local / name
+        target = names.inside(self.local, name)
         with _explained("write", str(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
@@ -120,7 +136,7 @@ class Storage:
             for name in ordered:
                 self.write(f"{folder}/{name}", files[name])
             return
-        target = self.local / folder
+        target = names.inside(self.local, folder)
         temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
         with _explained("write", str(target)):
             try:
@@ -144,14 +160,16 @@ class Storage:
         """Delete what a killed process left of ``folder``; nothing that was committed."""
         if self.local is None:
             return
-        target = self.local / folder
+        target = names.inside(self.local, folder)
         for left in target.parent.glob(f".{target.name}.tmp-*"):
+            if left.is_symlink():  # a stranger's: never followed
+                left.unlink()
             shutil.rmtree(left, ignore_errors=True)
 
     def remove(self, folder: str, mark: str) -> None:
         """Delete a committed folder: at once, or not at all."""
         if self.local is not None:
-            target = self.local / folder
+            target = names.inside(self.local, folder)
             with _explained("delete", str(target)), contextlib.suppress(FileNotFoundError):
                 aside = target.with_name(f".{target.name}.tmp-old-{os.getpid()}")
                 target.rename(aside)
@@ -165,18 +183,20 @@ class Storage:
     def remove_file(self, name: str) -> None:
         """Delete one file, if it is there."""
         if self.local is not None:
-            (self.local / name).unlink(missing_ok=True)
+            names.inside(self.local, name).unlink(missing_ok=True)
             return
         with contextlib.suppress(FileNotFoundError):
             self._retry("delete", name, lambda: self._fs.rm_file(self.path(name)))
 
-    def download(self, name: str, target: Path) -> None:
-        """Copy a remote file to ``target``, which appears complete or not at all."""
+    def download(self, name: str, target: Path, at_most: int) -> None:
+        """Copy a remote file to ``target``, which appears complete or not at all; ``at_most`` bytes are written."""
         temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}-{random.getrandbits(32):08x}")
         with _explained("write", str(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self._retry("read", name, lambda: self._fs.get_file(self.path(name), str(temporary)))
+                limit = lambda: _AtMost(f"{self.url}/{name}", at_most)  # noqa: E731
+                get = lambda: self._fs.get_file(self.path(name), str(temporary), callback=limit())  # noqa: E731
+                self._retry("read", name, get)
                 temporary.replace(target)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -229,8 +249,22 @@ def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
+class _AtMost(fsspec.callbacks.Callback):  # type: ignore[misc]
+    """Ends a transfer that brings more than it should: a server may send without end."""
+
+    def __init__(self, where: str, bytes_: int) -> None:
+        super().__init__()
+        self._where, self._limit = where, bytes_
+
+    def relative_update(self, inc: int = 1) -> None:
+        super().relative_update(inc)
+        if self.value > self._limit:
+            raise names.too_large(self._where, None, self._limit)
+
+
 def _write_file(path: Path, parts: Parts) -> None:
-    with path.open("wb") as file:
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:  # a new file: a link that lies in its place is not followed
         for part in parts:
             file.write(part)
         file.flush()

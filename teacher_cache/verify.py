@@ -11,9 +11,9 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,8 @@ from teacher_cache.writer import (
     images_name,
     shard_name,
 )
+
+T = TypeVar("T")
 
 DAMAGED_MANIFEST = "manifest.damaged.json"
 """Where ``repair_cache`` keeps a manifest that cannot be read."""
@@ -109,8 +111,12 @@ def repair_cache(storage: Storage, report: VerifyReport) -> list[int]:
     Raises
     ------
     CacheError
-        The cache is of another format version: there is nothing to repair.
+        The cache is of another format version (there is nothing to repair), or a folder is a link that leads out of
+        the cache (nothing is removed).
     """
+    doomed = [name(shard) for shard in report.shards_at_fault for name in (shard_name, images_name)]
+    for name in doomed:
+        storage.exists(name)  # raises for a link that leaves, before anything is changed
     try:
         manifest = read_manifest(storage)
         write_manifest(storage, dataclasses.replace(manifest, complete=False, files={}, counts={}))
@@ -121,11 +127,12 @@ def repair_cache(storage: Storage, report: VerifyReport) -> list[int]:
             storage.write(DAMAGED_MANIFEST, [storage.read(MANIFEST)])
         storage.remove_file(MANIFEST)
     for problem in report.problems:
-        if problem.file in (HEAD, SCALES) or problem.file.startswith("answers/"):
+        if problem.file in (HEAD, SCALES) or (
+            problem.shard is not None and problem.file == answers_name(problem.shard)
+        ):
             storage.remove_file(problem.file)
-    for shard in report.shards_at_fault:
-        storage.remove(shard_name(shard), INDEX)
-        storage.remove(images_name(shard), INDEX)
+    for name in doomed:
+        storage.remove(name, INDEX)
     return report.shards_at_fault
 
 
@@ -161,17 +168,24 @@ class _Check:
     def _side_files(self, manifest: Manifest) -> None:
         for name, expected in manifest.files.items():
             if not self.deep and name in (HEAD, SCALES):
-                if not self.storage.exists(name):
-                    self.problems.append(Problem("missing", name))
+                self._try(name, None, lambda name=name: self.storage.size(name))
                 continue
-            try:
-                data = self.storage.read(name)
-            except FileNotFoundError:
-                self.problems.append(Problem("missing", name))
+            data = self._try(name, None, lambda name=name: self.storage.read(name))
+            if data is None:
                 continue
             self.bytes_read += len(data)
             if sha256(data) != expected:
                 self.problems.append(Problem("changed after it was written (sha256 differs)", name))
+
+    def _try(self, name: str, number: int | None, look: Callable[[], T]) -> T | None:
+        """What ``look`` finds; None, and a problem, where it cannot."""
+        try:
+            return look()
+        except FileNotFoundError:
+            self.problems.append(Problem("missing", name, number))
+        except (CacheError, OSError) as error:
+            self.problems.append(Problem(str(error), name, number))
+        return None
 
     def _ledger(self, manifest: Manifest) -> pa.Table | None:
         """The ledger where it can be trusted."""
@@ -221,7 +235,7 @@ class _Check:
     ) -> ShardFolder | None:
         """The folder, if its index can be trusted; sizes and (deep) checksums of its files are checked."""
         try:
-            folder = ShardFolder(files, name, digest, True, self.storage.url)
+            folder = ShardFolder(files, name, digest, True, self.storage.url, manifest)
         except (CacheError, OSError, ValueError, KeyError) as error:
             self.problems.append(Problem(str(error), f"{name}/{INDEX}", number))
             return None
@@ -236,14 +250,17 @@ class _Check:
         file = name.split("/", 2)[2]
         expected = folder.sums[file]
         if not self.deep:
-            found = self.storage.size_or_none(name)
-            if found != expected.bytes:
-                shown = "no file" if found is None else f"{found:,} bytes"
+            found = self._try(name, number, lambda: self.storage.size_or_none(name) or 0)
+            if found is not None and found != expected.bytes:
+                shown = f"{found:,} bytes" if found else "no file, or an empty one"
                 self.problems.append(Problem(f"expected {expected.bytes:,} bytes, found {shown}", name, number))
             return
         try:
             path = files.path(name, expected)
             block = bad_block_of_file(path, expected)
+        except FileNotFoundError:
+            self.problems.append(Problem(f"expected {expected.bytes:,} bytes, found no file", name, number))
+            return
         except (CacheError, OSError) as error:
             self.problems.append(Problem(str(error), name, number))
             return
@@ -257,14 +274,11 @@ class _Check:
         name = answers_name(number)
         if digest == "":
             return None
-        try:
-            data = self.storage.read(name) if self.deep else b""
-        except FileNotFoundError:
-            data = None
-        if data is None or (not self.deep and not self.storage.exists(name)):
-            self.problems.append(Problem("missing", name, number))
-            return None
         if not self.deep:
+            self._try(name, number, lambda: self.storage.size(name))
+            return None
+        data = self._try(name, number, lambda: self.storage.read(name))
+        if data is None:
             return None
         self.bytes_read += len(data)
         if digest is not None and sha256(data) != digest:

@@ -19,12 +19,12 @@ from teacher_cache.conversations import Skipped
 from teacher_cache.manifest import FORMAT_VERSION, CacheError, Manifest, write_manifest
 from teacher_cache.records import Array, ArraySpec, TeacherRecord, line_counts
 from teacher_cache.storage import Parts, Storage
-
-LEDGER = "shards.parquet"
-SAMPLES = "samples.parquet"
-SKIPPED = "skipped.jsonl"
-HEAD = "head.safetensors"
-SCALES = "scales.safetensors"
+from teacher_cache.store.names import GROUPS
+from teacher_cache.store.names import HEAD as HEAD
+from teacher_cache.store.names import LEDGER as LEDGER
+from teacher_cache.store.names import SAMPLES as SAMPLES
+from teacher_cache.store.names import SCALES as SCALES
+from teacher_cache.store.names import SKIPPED as SKIPPED
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def _side_files(storage: Storage, manifest: Manifest) -> dict[str, str]:
 
 def _groups(manifest: Manifest) -> list[str]:
     """The Zarr groups above those of the shards, so that plain zarr opens the cache as one hierarchy."""
-    return ["zarr.json", "shards/zarr.json", *(["images/zarr.json"] if manifest.image_arrays else [])]
+    return [name for name in GROUPS if manifest.image_arrays or not name.startswith("images/")]
 
 
 _LEDGER_SCHEMA = pa.schema(

@@ -183,7 +183,7 @@ def test_final_refusals_are_not_tried_again(remote, monkeypatch):
 
 def test_a_download_appears_whole_or_not_at_all(remote, monkeypatch, tmp_path):
     remote.write("x", [b"data"])
-    remote.download("x", tmp_path / "deep/x")
+    remote.download("x", tmp_path / "deep/x", 4)
     assert (tmp_path / "deep/x").read_bytes() == b"data"
 
     def half(self, _, target, **__):
@@ -192,7 +192,7 @@ def test_a_download_appears_whole_or_not_at_all(remote, monkeypatch, tmp_path):
 
     monkeypatch.setattr(type(remote._fs), "get_file", half)
     with pytest.raises(StorageError, match="could not read it in 5 tries"):
-        remote.download("x", tmp_path / "y")
+        remote.download("x", tmp_path / "y", 4)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep"]
 
 
