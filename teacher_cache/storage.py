@@ -194,12 +194,14 @@ class Storage:
         with _explained("write", str(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                limit = lambda: _AtMost(f"{self.url}/{name}", at_most)  # noqa: E731
-                get = lambda: self._fs.get_file(self.path(name), str(temporary), callback=limit())  # noqa: E731
-                self._retry("read", name, get)
+                self._retry("read", name, lambda: self._fetch(name, temporary, at_most))
                 temporary.replace(target)
             finally:
                 temporary.unlink(missing_ok=True)
+
+    def _fetch(self, name: str, target: Path, at_most: int) -> None:
+        limit = _AtMost(f"{self.url}/{name}", at_most)
+        self._fs.get_file(self.path(name), str(target), callback=limit)
 
     def free_bytes(self) -> int | None:
         """Free space where the cache lies; None for an object store."""

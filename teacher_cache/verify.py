@@ -13,6 +13,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -168,9 +169,9 @@ class _Check:
     def _side_files(self, manifest: Manifest) -> None:
         for name, expected in manifest.files.items():
             if not self.deep and name in (HEAD, SCALES):
-                self._try(name, None, lambda name=name: self.storage.size(name))
+                self._try(name, None, partial(self.storage.size, name))
                 continue
-            data = self._try(name, None, lambda name=name: self.storage.read(name))
+            data = self._try(name, None, partial(self.storage.read, name))
             if data is None:
                 continue
             self.bytes_read += len(data)
