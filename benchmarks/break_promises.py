@@ -38,7 +38,7 @@ BREAKS = (
     Break(
         1,
         "rows taken at the answer token, not before it",
-        "teacher_cache/teacher.py",
+        "teacher_cache/data/rows.py",
         "return Positions(answers - 1,",
         "return Positions(answers,",
         "tests/test_row_rule.py",
@@ -55,8 +55,8 @@ BREAKS = (
         2,
         "the student's rows one position late",
         "student_train/batch.py",
-        'places["row_position"].append(start[mask] - 1)',
-        'places["row_position"].append(start[mask])',
+        'places["row_position"].append(offset + positions.rows)',
+        'places["row_position"].append(offset + positions.rows + 1)',
         "tests/test_offline_online.py",
     ),
     Break(

@@ -330,11 +330,13 @@ class PhaseOne:
 
     def _batches(self) -> Iterator[tuple[list[int], object]]:
         """The batches that scoring makes, without running it."""
-        from teacher_cache.teacher import row_positions
+        from teacher_cache.data.rows import positions_of
         from teacher_cache.teacher_torch import _token_batches
 
         shape, token = self.manifest.shape, self.manifest.image_token
-        positions = [row_positions(r.sample, token, shape.image_tokens) for r in self.requests]
+        positions = [
+            positions_of(r.sample.input_ids, r.sample.loss_mask, token, shape.image_tokens) for r in self.requests
+        ]
         order = sorted(range(len(positions)), key=lambda i: (self.requests[i].image is None, positions[i].length, i))
         for places in _token_batches(order, self.requests, positions, self.config.speed.score_batch_tokens):
             yield places, None

@@ -1,8 +1,7 @@
 """From samples to one micro-batch of tensors, in the student's own image-token count.
 
-The cache keeps one placeholder for an image; here it is expanded to the student's N. The row rule was applied when
-the cache was made: row r of the cache belongs to answer token r, and the student's position that predicts that token
-is the one before it (``row_position``). Nothing is shifted anywhere else.
+The cache keeps one placeholder for an image; here it is expanded to the student's N, and ``data.rows`` says which
+of the student's positions predict the answer tokens: row r of the cache belongs to answer token r.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from student_train.dataset import RawBatch
+from teacher_cache.data.rows import expand, positions_of
 from teacher_cache.records import Array
 
 
@@ -102,23 +102,22 @@ def collate(
     pack: bool = False,
 ) -> StudentBatch:
     """Right-padded tensors; ``image_tokens`` is the student's N. ``pack`` fills lines with several samples."""
-    lengths = [len(ids) + int((ids == image_token).sum()) * (image_tokens - 1) for ids in raw.input_ids]
+    samples = list(zip(raw.input_ids, raw.loss_mask, strict=True))
+    found = [positions_of(ids, mask, image_token, image_tokens) for ids, mask in samples]
+    lengths = [positions.length for positions in found]
     lines = pack_lines(lengths) if pack else [(line, 0) for line in range(len(lengths))]
     input_ids = torch.full((1 + lines[-1][0], max(lengths)), pad, dtype=torch.int64)
     attention_mask, position_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
     places: dict[str, list[Array]] = {name: [] for name in _PLACES}
-    for (b, offset), length, ids, mask in zip(lines, lengths, raw.input_ids, raw.loss_mask, strict=True):
-        is_image = ids == image_token
-        width = np.where(is_image, image_tokens, 1)
-        start = offset + np.cumsum(width) - width
-        input_ids[b, offset : offset + length] = torch.from_numpy(np.repeat(ids, width))
-        attention_mask[b, offset : offset + length] = 1
-        position_ids[b, offset : offset + length] = torch.arange(length)
-        text = start[~is_image]
-        places["row_position"].append(start[mask] - 1)
+    for (b, offset), (ids, mask), positions in zip(lines, samples, found, strict=True):
+        taken = slice(offset, offset + positions.length)
+        input_ids[b, taken] = torch.from_numpy(expand(ids, image_token, image_tokens))
+        attention_mask[b, taken] = 1
+        position_ids[b, taken] = torch.arange(positions.length)
+        places["row_position"].append(offset + positions.rows)
         places["answer_ids"].append(ids[mask])
-        places["text_position"].append(text[text < offset + length - 1])
-        places["visual_start"].append(start[is_image])
+        places["text_position"].append(offset + positions.text)
+        places["visual_start"].append(offset + positions.images)
     rows, texts, images = ([len(a) for a in places[n]] for n in ("row_position", "text_position", "visual_start"))
     line = [b for b, _ in lines]
     owners = {

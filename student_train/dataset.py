@@ -16,9 +16,10 @@ import numpy.typing as npt
 from student_train.config import SourceConfig
 from teacher_cache.config import DataConfig
 from teacher_cache.conversations import Conversation, DataError, Image, Skipped, read_conversations
+from teacher_cache.data.rows import rows_among_text, text_positions
 from teacher_cache.manifest import CacheError
 from teacher_cache.reader import TeacherCache
-from teacher_cache.records import Array, rows_among_positions
+from teacher_cache.records import Array
 from teacher_cache.storage import Storage
 from teacher_cache.tokenization import (
     assemble,
@@ -132,7 +133,7 @@ class CacheSource:
         offsets = np.cumsum(batch.counts["position"]) - batch.counts["position"]
         token = self.cache.manifest.image_token
         row_index = [
-            offset + rows_among_positions(ids, mask, token)
+            offset + rows_among_text(ids, mask, token)
             for ids, mask, offset in zip(input_ids, loss_mask, offsets, strict=True)
         ]
         with_image = batch.image_places[:, 0] >= 0
@@ -235,7 +236,7 @@ class PlainSource:
 
     @property
     def positions(self) -> Ints:
-        return self.lengths - 1 - self.has_image
+        return np.asarray(text_positions(self.lengths, self.has_image))
 
     @property
     def lengths(self) -> Ints:

@@ -22,6 +22,7 @@ from student_train.processor import own_image_mode
 from student_train.targets import row_loss, row_targets
 from teacher_cache.config import DataConfig
 from teacher_cache.conversations import IMAGE_TAG, Conversation, Skipped, read_conversations
+from teacher_cache.data.rows import expand
 from teacher_cache.images import image_tokens_of
 from teacher_cache.manifest import read_manifest
 from teacher_cache.reader import TeacherCache
@@ -105,7 +106,7 @@ def _generate(
     prompts = []
     for conversation in conversations:
         segment = np.asarray(tokenize_prompt(conversation, form, tokenizer).segments[0])
-        prompts.append(np.repeat(segment, np.where(segment == prepare.image_token, prepare.image_tokens, 1)))
+        prompts.append(expand(segment, prepare.image_token, prepare.image_tokens))
     length = max(len(p) for p in prompts)
     ids = torch.full((len(prompts), length), prepare.pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)

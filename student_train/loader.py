@@ -26,6 +26,7 @@ from student_train.dataset import CacheSource, Source
 from student_train.features import ImageFeatures, image_key
 from student_train.order import BLOCK_SHARDS, epoch_batches, rank_part, shards_of
 from teacher_cache.conversations import Image
+from teacher_cache.data.rows import expanded_length
 from teacher_cache.images import load_image, square
 
 Ints = npt.NDArray[np.int64]
@@ -58,7 +59,8 @@ class StepPlan:
         self._rows = np.concatenate([s.rows for s in sources])
         self._positions = np.concatenate([s.positions for s in sources])
         self._has_image = np.concatenate([s.has_image for s in sources])
-        self._lengths = np.concatenate([s.lengths for s in sources]) + self._has_image * (image_tokens - 1)
+        tokens, images = np.concatenate([s.lengths for s in sources]), self._has_image.astype(np.int64)
+        self._lengths = expanded_length(tokens, images, images * image_tokens)
         starts = [s.shard_starts[:-1] + o for s, o in zip(sources, self._offsets[:-1], strict=True)]
         self._shard_starts = np.concatenate([*starts, self._offsets[-1:]])
         self._remote = any(isinstance(s, CacheSource) and s.cache.is_remote for s in sources)

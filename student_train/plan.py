@@ -37,6 +37,7 @@ from student_train.processor import check_image_mode, image_mode
 from student_train.stages import StagesConfig, stage_configs
 from student_train.student import LORA_TARGETS, choose_trainable, composed_config, composed_vocabulary
 from teacher_cache.config import CacheConfig, ConfigError, build_config, load_config
+from teacher_cache.data.rows import expanded_length, text_positions
 from teacher_cache.images import image_tokens_of
 from teacher_cache.manifest import CacheError, Manifest, new_manifest, read_manifest
 from teacher_cache.model_config import load_model_config
@@ -283,7 +284,7 @@ def source_manifest(source: SourceConfig) -> Manifest:
         "samples": expected.samples,
         "rows": round(expected.samples * expected.rows_per_sample),
         "tokens": round(expected.samples * expected.tokens_per_sample),
-        "positions": round(expected.samples * (expected.tokens_per_sample - 1 - expected.image_share)),
+        "positions": round(expected.samples * float(text_positions(expected.tokens_per_sample, expected.image_share))),
         "images": expected.images,
         "with_image": round(expected.samples * expected.image_share),
     }
@@ -346,7 +347,7 @@ class _Mean:
             counts = manifest.counts
             seen = int(source.share * min(source.max_samples or counts["samples"], counts["samples"]))
             images = counts.get("with_image", counts["tokens"] - counts["samples"] - counts["positions"])
-            mean = (counts["tokens"] + images * (image_tokens - 1)) / max(counts["samples"], 1)
+            mean = expanded_length(counts["tokens"], images, images * image_tokens) / max(counts["samples"], 1)
             samples, tokens = samples + seen, tokens + seen * mean
             longest = max(longest, mean, float(manifest.teacher.get("max_length", 0)) if source.cache else 0.0)
         return cls(samples, -(-samples // config.train.global_batch), tokens / max(samples, 1), longest)
@@ -447,7 +448,7 @@ def _scoring_flops(config: FitConfig, manifests: Sequence[Manifest]) -> float:
         if _distils(source):
             counts, tokens = manifest.counts, manifest.counts["tokens"]
             images = counts.get("with_image", tokens - counts["samples"] - counts["positions"])
-            tokens += images * (manifest.shape.image_tokens - 1)
+            tokens = expanded_length(tokens, images, images * manifest.shape.image_tokens)
             total += source.share * 2 * _teacher_parameters(str(manifest.teacher.get("model", ""))) * tokens
     return total
 

@@ -156,7 +156,7 @@ def row_targets(
 
     arrays: by the names of ``records.record_arrays``, as stored, samples one after another · scales: by the name of the
     states, from :func:`scales_on` · row_index (R,): with ``signals.hidden: text``, which of the batch's lines of
-    ``hidden`` are rows' (``records.rows_among_positions``, shifted by the samples before).
+    ``hidden`` are rows' (``rows.rows_among_text``, shifted by the samples before).
     """
     lines = row_index if signals.hidden == "text" else None
     return RowTargets(

@@ -19,6 +19,7 @@ import torch
 from PIL import Image as PillowImage
 
 from teacher_cache.conversations import Conversation
+from teacher_cache.data.rows import expanded_length
 from teacher_cache.manifest import CacheError, Manifest, digest
 from teacher_cache.progress import Style, note
 from teacher_cache.storage import Storage
@@ -67,7 +68,7 @@ def answer_conversations(
     conversation that outgrows ``max_length`` tokens is answered no further: it has fewer answers than questions.
     ``source`` is written beside new answers: teacher or student.
     """
-    extra = teacher.description.shape.image_tokens - 1
+    image_tokens = teacher.description.shape.image_tokens
     originals = [
         [tokenize_answer(a, template, teacher.tokenizer) for a in c.answers]
         if not c.regenerate or history == "original"
@@ -88,7 +89,8 @@ def answer_conversations(
         if not conversation.regenerate or turn == len(conversation.questions):
             return None
         ids = prompts[i].before(turn, originals[i] if history == "original" else samples[i].answers)
-        if len(ids) + (extra if images[i] is not None else 0) >= max_length:
+        shown = int(images[i] is not None)
+        if expanded_length(len(ids), shown, shown * image_tokens) >= max_length:
             return None
         last = turn + 1 == len(conversation.questions)
         drawn = answer_seed(seed, conversation.sample_id, turn)

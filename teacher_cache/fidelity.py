@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from teacher_cache.codecs import decode, is_coarse, with_exact_head
 from teacher_cache.config import CacheConfig
+from teacher_cache.data.rows import rows_among_text
 from teacher_cache.reader import TeacherCache
-from teacher_cache.records import Array, TeacherRecord, rows_among_positions
+from teacher_cache.records import Array, TeacherRecord
 from teacher_cache.storage import Storage
 from teacher_cache.teacher import Teacher
 
@@ -254,7 +255,7 @@ def _row_states(cache: TeacherCache, record: TeacherRecord) -> Array | None:
     states = decode(arrays["hidden"], arrays.get("hidden_scale"), signals.codec, cache.scales_of("hidden"))
     if signals.hidden == "rows":
         return states
-    return states[rows_among_positions(arrays["input_ids"], arrays["loss_mask"], cache.manifest.image_token)]
+    return states[rows_among_text(arrays["input_ids"], arrays["loss_mask"], cache.manifest.image_token)]
 
 
 def _exact_states(

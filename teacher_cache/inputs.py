@@ -12,6 +12,7 @@ from PIL import Image as PillowImage
 
 from teacher_cache.config import CacheConfig
 from teacher_cache.conversations import Conversation, Skipped
+from teacher_cache.data.rows import expanded_length
 from teacher_cache.images import ImageError, load_image
 from teacher_cache.teacher import Teacher
 from teacher_cache.tokenization import Prompt, TokenizedSample, template_by_name, tokenize_prompt
@@ -91,4 +92,4 @@ def unfit_sample(config: CacheConfig, teacher: Teacher, sample: TokenizedSample)
 
 def _expanded_length(teacher: Teacher, ids: np.ndarray[Any, Any]) -> int:
     images = int(np.count_nonzero(ids == teacher.description.image_token))
-    return len(ids) + images * (teacher.description.shape.image_tokens - 1)
+    return int(expanded_length(len(ids), images, images * teacher.description.shape.image_tokens))

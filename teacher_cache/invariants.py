@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 
 from teacher_cache.checksums import BLOCK_BYTES
 from teacher_cache.codecs import ChannelScales, decode
+from teacher_cache.data.rows import rows_among_text, text_positions
 from teacher_cache.folder import COUNTS, ShardFolder
 from teacher_cache.manifest import Manifest
-from teacher_cache.records import Array, ArraySpec, rows_among_positions
+from teacher_cache.records import Array, ArraySpec
 
 Fault = tuple[str, str, str]
 """(what, array, sample_id)"""
@@ -148,7 +149,7 @@ def _masks(folder: ShardFolder, manifest: Manifest) -> Iterator[Fault]:
             yield f"{supervised} supervised tokens, but {numbers[3]} rows", "loss_mask", sample
             return
         images = int(np.count_nonzero(tokens == manifest.image_token))
-        if len(tokens) - 1 - images != numbers[5] or images > 1:
+        if text_positions(len(tokens), images) != numbers[5] or images > 1:
             yield f"{images} images and {len(tokens)} tokens do not make {numbers[5]} positions", "input_ids", sample
             return
         if len(mask) and (mask[0] or (mask & (tokens == manifest.image_token)).any()):
@@ -234,7 +235,7 @@ def _row_states(folder: ShardFolder, manifest: Manifest, scales: Any, line: int)
     if signals["hidden"] == "rows":
         return states
     tokens, mask = (folder.lines(n, int(numbers[0]), int(numbers[1])) for n in ("input_ids", "loss_mask"))
-    return states[rows_among_positions(tokens, mask, manifest.image_token)]
+    return states[rows_among_text(tokens, mask, manifest.image_token)]
 
 
 def _logprobs(states: npt.NDArray[np.float32], head: Array) -> npt.NDArray[np.float64]:

@@ -22,6 +22,7 @@ from teacher_cache.arrays import ArrayLayout, chunk_rows_for, zarr_metadata
 from teacher_cache.checksums import BLOCK_BYTES
 from teacher_cache.config import PRESETS, CacheConfig, SignalsConfig
 from teacher_cache.conversations import Conversation, read_conversations
+from teacher_cache.data.rows import expanded_length, text_positions
 from teacher_cache.lengths import Lengths, conversation_lengths, load_tokenizer
 from teacher_cache.model_config import load_model_config
 from teacher_cache.plan_cost import TeacherMemory, Throughput, assumed_throughput, size_of, teacher_memory
@@ -146,10 +147,11 @@ def plan_cache(
     )
     array_bytes = world.array_bytes(config.signals, config)
     rate = throughput or assumed_throughput(size_of(model).language, dollars_per_hour)
-    image = np.array([c.image is not None for c in conversations], np.bool_) * (shape.image_tokens - 1)
+    image = np.array([c.image is not None for c in conversations], np.int64)
+    prompt = expanded_length(lengths.prompt, image, image * shape.image_tokens)
     anew = kept & np.array([c.regenerate and c.sample_id not in answered for c in conversations], np.bool_)
-    whole = lengths.prompt + lengths.answers + image
-    hours = rate.hours(whole[kept].sum(), (lengths.prompt + image)[anew].sum(), lengths.answers[anew].sum())
+    whole = prompt + lengths.answers
+    hours = rate.hours(whole[kept].sum(), prompt[anew].sum(), lengths.answers[anew].sum())
     return CachePlan(
         samples=int(kept.sum()),
         skipped=len(samples) - int(kept.sum()),
@@ -199,7 +201,7 @@ class _World:
 
     @property
     def position(self) -> npt.NDArray[np.int64]:
-        return self.token - 1 - self.image
+        return np.asarray(text_positions(self.token, self.image))
 
     def lines(self, axis: Axis) -> npt.NDArray[np.int64]:
         """(shards,) lines of ``axis`` in every shard."""
@@ -296,18 +298,18 @@ def _kept(
     conversations: Sequence[Conversation], lengths: Lengths, shape: TeacherShape, config: CacheConfig
 ) -> npt.NDArray[np.bool_]:
     """(M,) which conversations are cached: those that fit, and whose image is there."""
-    image = np.array([c.image is not None for c in conversations], np.bool_)
-    expanded = lengths.prompt + lengths.answers + image * (shape.image_tokens - 1)
+    image = np.array([c.image is not None for c in conversations], np.int64)
+    expanded = expanded_length(lengths.prompt, image, image * shape.image_tokens) + lengths.answers
     folder = Path(config.data.image_folder)
     if not config.data.image_folder or not folder.is_dir():
-        return expanded <= config.teacher.max_length
+        return np.asarray(expanded <= config.teacher.max_length)
     known: dict[str, bool] = {}
     for conversation in conversations:
         picture = conversation.image
         if picture is not None and picture.image_id not in known:
             known[picture.image_id] = bool(picture.data) or (folder / picture.path).is_file()
     there = np.array([c.image is None or known[c.image.image_id] for c in conversations], np.bool_)
-    return (expanded <= config.teacher.max_length) & there
+    return np.asarray((expanded <= config.teacher.max_length) & there)
 
 
 def _images_by_shard(samples: Sequence[Any], size: int) -> dict[int, int]:

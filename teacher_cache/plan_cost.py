@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from teacher_cache.config import CacheConfig, ConfigError
+from teacher_cache.data.rows import expanded_length
 from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage
 
@@ -64,7 +65,8 @@ def measured_throughput(storage: Storage, dollars_per_hour: float = 2.0) -> Thro
     """
     with TeacherCache(storage) as cache:
         counts, image_tokens = cache.manifest.counts, cache.manifest.shape.image_tokens
-        read = counts["tokens"] + int(cache.has_image().sum()) * (image_tokens - 1)
+        images = int(cache.has_image().sum())
+        read = expanded_length(counts["tokens"], images, images * image_tokens)
         rows = zip(cache.counts("row").tolist(), cache.texts(), strict=True)
         written = sum(count for count, text in rows if text.source != "original")
     cost = json.loads(storage.read("cost.json")) if storage.exists("cost.json") else {}

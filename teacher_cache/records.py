@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from teacher_cache.config import SignalsConfig
+from teacher_cache.data.rows import text_positions
 
 Axis = Literal["token", "row", "position", "image"]
 Array = npt.NDArray[Any]
@@ -140,14 +141,4 @@ def line_counts(input_ids: Array, loss_mask: Array, image_token: int) -> dict[Ax
     """Lines per axis of one sample: T, R and P = text positions but the last token's."""
     tokens = len(input_ids)
     images = int(np.count_nonzero(input_ids == image_token))
-    return {"token": tokens, "row": int(np.count_nonzero(loss_mask)), "position": max(tokens - 1 - images, 0)}
-
-
-def rows_among_positions(input_ids: Array, loss_mask: Array, image_token: int) -> npt.NDArray[np.int64]:
-    """(R,) which of the P text positions predict the answer tokens: token j is predicted at position j − 1.
-
-    The token before an answer token is always text, since a template puts words between the image and the answer.
-    """
-    text = input_ids != image_token
-    rank = np.cumsum(text) - 1
-    return rank[np.flatnonzero(loss_mask) - 1].astype(np.int64)
+    return {"token": tokens, "row": int(np.count_nonzero(loss_mask)), "position": int(text_positions(tokens, images))}

@@ -17,6 +17,7 @@ from teacher_cache.answer import AnsweredSample, answer_conversations, answer_te
 from teacher_cache.codecs import ChannelScales
 from teacher_cache.config import CacheConfig
 from teacher_cache.conversations import Conversation, Skipped
+from teacher_cache.data.rows import positions_of
 from teacher_cache.inputs import Samples, ShardInput, unfit_sample
 from teacher_cache.manifest import Manifest
 from teacher_cache.progress import Stage, Style, note, stage
@@ -24,7 +25,7 @@ from teacher_cache.reader import scales_from_bytes
 from teacher_cache.records import Array, TeacherRecord
 from teacher_cache.signals import Extractor, wanted_states
 from teacher_cache.storage import Storage
-from teacher_cache.teacher import SampleStates, ScoreRequest, Teacher, TeacherCrashed, pick, row_positions
+from teacher_cache.teacher import SampleStates, ScoreRequest, Teacher, TeacherCrashed, pick
 from teacher_cache.tokenization import TokenizedSample, assemble, template_by_name
 from teacher_cache.visual import owned_images, plan_images
 from teacher_cache.writer import SCALES, ImagePlace, answers_name, write_images, write_shard
@@ -213,7 +214,8 @@ def _states(
         for i in batch:
             hidden, answered[i].hidden = answered[i].hidden, None  # freed as soon as it is used
             assert hidden is not None
-            positions = row_positions(tokenized[i], description.image_token, description.shape.image_tokens)
+            ids, mask = tokenized[i].input_ids, tokenized[i].loss_mask
+            positions = positions_of(ids, mask, description.image_token, description.shape.image_tokens)
             states.append(pick(positions, wanted, hidden.to(extractor.head.device)))
         yield batch, states
     rest = sorted(set(range(len(answered))) - set(captured))

@@ -1,9 +1,4 @@
-"""What a teacher can do (a Protocol), and the row rule: the one place where the shift is done.
-
-The state at position p of a causal language model gives the distribution of token p + 1. Row r of the cache is the
-distribution and the state for *answer token r*, so it is taken one position before that token, in the sequence whose
-image placeholder is expanded to N image positions.
-"""
+"""What a teacher can do: a Protocol, its requests and what it hands out."""
 
 from __future__ import annotations
 
@@ -11,11 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image as PillowImage
 
+from teacher_cache.data.rows import Positions
 from teacher_cache.records import TeacherShape
 from teacher_cache.tokenization import Ids, TokenizedSample
 
@@ -161,34 +155,6 @@ def answers_in_rounds(
             if then is not None and (after := then(request, given)) is not None:
                 following[place] = after
         asked = following
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Positions of one sample in its expanded sequence: rows (R,), text (P,), visual (N,) int64."""
-
-    rows: npt.NDArray[np.int64]
-    text: npt.NDArray[np.int64]
-    visual: npt.NDArray[np.int64]
-    length: int
-
-
-def row_positions(sample: TokenizedSample, image_token: int, image_tokens: int) -> Positions:
-    """Where the states of ``sample`` stand once its placeholder is ``image_tokens`` positions: the row rule."""
-    is_image = sample.input_ids == image_token
-    width = np.where(is_image, image_tokens, 1)
-    start = np.cumsum(width) - width
-    length = int(width.sum())
-    answers = start[sample.loss_mask]
-    assert not len(answers) or answers[0] > 0, "an answer token needs a position before it"
-    text = start[~is_image]
-    visual = (start[is_image][:, None] + np.arange(image_tokens)).reshape(-1)
-    return Positions(answers - 1, text[text < length - 1], visual, length)
-
-
-def expand(input_ids: npt.NDArray[np.int64], image_token: int, image_tokens: int) -> npt.NDArray[np.int64]:
-    """``input_ids`` with each placeholder repeated ``image_tokens`` times, as the model reads them."""
-    return np.repeat(input_ids, np.where(input_ids == image_token, image_tokens, 1))
 
 
 def pick(

@@ -14,6 +14,7 @@ from PIL import Image as PillowImage
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
 from teacher_cache.config import GenerationConfig, SpeedConfig, TeacherConfig
+from teacher_cache.data.rows import expand, positions_of
 from teacher_cache.images import image_tokens_of, square
 from teacher_cache.records import TeacherShape
 from teacher_cache.teacher import (
@@ -26,9 +27,7 @@ from teacher_cache.teacher import (
     Then,
     Wanted,
     answers_in_rounds,
-    expand,
     pick,
-    row_positions,
 )
 from teacher_cache.tokenization import end_token_id, image_token_id, template_by_name, tokenizer_fingerprint
 from teacher_cache.weights import checkpoint_folder
@@ -101,7 +100,7 @@ class TorchTeacher:
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
         shape, token = self._description.shape, self._description.image_token
-        positions = [row_positions(r.sample, token, shape.image_tokens) for r in requests]
+        positions = [positions_of(r.sample.input_ids, r.sample.loss_mask, token, shape.image_tokens) for r in requests]
         order = sorted(range(len(requests)), key=lambda i: (requests[i].image is None, positions[i].length, i))
         for places in _token_batches(order, requests, positions, self._speed.score_batch_tokens):
             hidden, second_last, attention = self._forward([requests[i] for i in places], wanted)

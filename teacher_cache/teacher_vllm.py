@@ -22,6 +22,7 @@ from PIL import Image as PillowImage
 from teacher_cache import vllm_session
 from teacher_cache.config import CacheConfig
 from teacher_cache.conversations import IMAGE_TAG, Conversation, Skipped
+from teacher_cache.data.rows import expand, positions_of
 from teacher_cache.images import square
 from teacher_cache.teacher import (
     Answer,
@@ -32,9 +33,7 @@ from teacher_cache.teacher import (
     TeacherError,
     Then,
     Wanted,
-    expand,
     pick,
-    row_positions,
 )
 from teacher_cache.teacher_torch import describe_teacher, load_processor
 from teacher_cache.vllm_choice import (
@@ -174,7 +173,8 @@ class VllmTeacher:
         jobs = [self._score_job(place, request) for place, request in enumerate(requests)]
         for job, outcome in self._run(self._scoring_mode, jobs):
             hidden, second_last = self._checked(job, outcome)
-            positions = row_positions(requests[job.place].sample, token, shape.image_tokens)
+            sample = requests[job.place].sample
+            positions = positions_of(sample.input_ids, sample.loss_mask, token, shape.image_tokens)
             yield [job.place], [pick(positions, wanted, hidden, second_last if wanted.second_last else None)]
 
     def _answer_job(self, place: int, request: AnswerRequest) -> Job:

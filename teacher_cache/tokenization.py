@@ -101,7 +101,7 @@ class TokenizedSample:
 
     input_ids: (T,) int64, one placeholder for the image · loss_mask: (T,) bool, true at answer tokens, the
     end-of-answer token included. The mask names the *answer tokens*; which position predicts them is the teacher's
-    business (``teacher.row_positions``).
+    business (``data.rows``).
     """
 
     sample_id: str

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from teacher_cache import vllm_session
 from teacher_cache.config import CacheConfig, TeacherConfig
 from teacher_cache.conversations import Conversation, Skipped
+from teacher_cache.data.rows import expanded_length
 from teacher_cache.teacher import TeacherDescription, TeacherError
 from teacher_cache.tokenization import template_by_name, tokenize_answer, tokenize_prompt
 from teacher_cache.vllm_session import LENGTH_MARGIN
@@ -120,10 +121,11 @@ def context_length(
         if isinstance(sample, Skipped):
             continue
         prompt = tokenize_prompt(sample, template, tokenizer)
-        image = description.shape.image_tokens - 1 if sample.image is not None else 0
+        shown = int(sample.image is not None)
         original = [len(tokenize_answer(answer, template, tokenizer)) for answer in sample.answers]
         closed = len(prompt.segments) - 1  # end tokens that the template writes behind answers that were cut off
-        tokens = sum(map(len, prompt.segments)) + image + closed + sum(max(room, answer) for answer in original)
+        tokens = sum(map(len, prompt.segments)) + closed + sum(max(room, answer) for answer in original)
+        tokens = expanded_length(tokens, shown, shown * description.shape.image_tokens)
         longest = max(longest, min(tokens, cap))
         if min(tokens, cap) > limit:
             over[sample.sample_id] = min(tokens, cap)

@@ -15,11 +15,12 @@ from teacher_cache.calibration import scales_to_bytes
 from teacher_cache.codecs import ChannelScales, fit_channel_scales
 from teacher_cache.config import PRESETS, CacheConfig, DataConfig, LayoutConfig, SignalsConfig, TeacherConfig
 from teacher_cache.conversations import Skipped
+from teacher_cache.data.rows import positions_of
 from teacher_cache.manifest import Manifest, new_manifest, write_manifest
 from teacher_cache.records import TeacherRecord, TeacherShape
 from teacher_cache.signals import Extractor
 from teacher_cache.storage import Storage
-from teacher_cache.teacher import SampleStates, TeacherDescription, row_positions
+from teacher_cache.teacher import SampleStates, TeacherDescription
 from teacher_cache.tokenization import TokenizedSample
 from teacher_cache.writer import HEAD, SCALES, ImagePlace, finish, write_images, write_shard
 
@@ -140,7 +141,7 @@ def _tokens(random: np.random.Generator, i: int) -> TokenizedSample:
 
 def _states(random: np.random.Generator, extractor: Extractor, sample: TokenizedSample) -> SampleStates:
     shape = extractor.shape
-    at = row_positions(sample, IMAGE_TOKEN, shape.image_tokens)
+    at = positions_of(sample.input_ids, sample.loss_mask, IMAGE_TOKEN, shape.image_tokens)
     hidden = torch.from_numpy(random.normal(size=(at.length, shape.hidden_size)).astype(np.float32))
     second = torch.from_numpy(random.normal(size=(at.length, shape.hidden_size)).astype(np.float32))
     return SampleStates(

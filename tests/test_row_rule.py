@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from hypothesis import strategies as st
 from teacher_cache.codecs import decode
 from teacher_cache.config import CacheConfig
 from teacher_cache.conversations import Image
+from teacher_cache.data.rows import expand, expanded_length, positions_of, rows_among_text, text_positions
 from teacher_cache.images import load_image, square
 from teacher_cache.reader import TeacherCache
-from teacher_cache.records import line_counts, rows_among_positions
+from teacher_cache.records import line_counts
 from teacher_cache.score import build_cache
-from teacher_cache.teacher import ScoreRequest, Wanted, row_positions
+from teacher_cache.teacher import ScoreRequest, Wanted
 from teacher_cache.teacher_torch import TorchTeacher
 from teacher_cache.tokenization import TokenizedSample
 
@@ -57,9 +59,7 @@ def test_rows_equal_a_dense_forward_pass_at_the_predicting_position(
             assert (stored[:, 0] >= wanted.max(-1).values - 1e-2).all()
             lse = record.arrays["stats"][:, list(cache.manifest.stats_names).index("lse@1")]
             np.testing.assert_allclose(lse, torch.logsumexp(logits[places - 1], -1), atol=1e-3)
-            rows = rows_among_positions(
-                record.arrays["input_ids"], record.arrays["loss_mask"], cache.manifest.image_token
-            )
+            rows = rows_among_text(record.arrays["input_ids"], record.arrays["loss_mask"], cache.manifest.image_token)
             kept = record.arrays["hidden"][rows].astype(np.float32)
             np.testing.assert_allclose(kept, states[places - 1].numpy(), atol=5e-3)
 
@@ -111,7 +111,7 @@ def test_every_codec_rebuilds_the_states(
 @given(
     st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5)), min_size=1, max_size=5), st.booleans(), st.integers(1, 9)
 )
-def test_row_positions_equal_a_plain_loop(turns: list[tuple[int, int]], has_image: bool, image_tokens: int) -> None:
+def test_positions_equal_a_plain_loop(turns: list[tuple[int, int]], has_image: bool, image_tokens: int) -> None:
     ids: list[int] = []
     mask: list[bool] = []
     for turn, (prompt, answer) in enumerate(turns):
@@ -122,14 +122,14 @@ def test_row_positions_equal_a_plain_loop(turns: list[tuple[int, int]], has_imag
     expanded: list[tuple[int, int]] = []  # (placeholder index, id)
     for place, token in enumerate(ids):
         expanded += [(place, token)] * (image_tokens if token == IMAGE else 1)
-    found = row_positions(sample, IMAGE, image_tokens)
+    found = positions_of(sample.input_ids, sample.loss_mask, IMAGE, image_tokens)
     assert found.length == len(expanded)
     assert found.rows.tolist() == [p - 1 for p, (place, _) in enumerate(expanded) if mask[place]]
     assert found.text.tolist() == [p for p, (_, t) in enumerate(expanded[:-1]) if t != IMAGE]
     assert found.visual.tolist() == [p for p, (_, t) in enumerate(expanded) if t == IMAGE]
     counts = line_counts(sample.input_ids, sample.loss_mask, IMAGE)
     assert (counts["row"], counts["position"]) == (len(found.rows), len(found.text))
-    assert (found.text[rows_among_positions(sample.input_ids, sample.loss_mask, IMAGE)] == found.rows).all()
+    assert (found.text[rows_among_text(sample.input_ids, sample.loss_mask, IMAGE)] == found.rows).all()
 
 
 def test_padding_and_batch_do_not_change_a_samples_states(
@@ -168,3 +168,56 @@ def test_visual_states_do_not_depend_on_the_conversation(
             line = stored.setdefault(image_id, cache.read_images(place[None])["visual"][0].astype(np.float32))
             np.testing.assert_allclose(line, mine, atol=5e-3)
         assert len(stored) < sum(bool(i) for i in batch.image_ids)  # some images have several conversations
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.one_of(st.none(), st.integers(1, 4)), min_size=1, max_size=12),
+    st.lists(st.integers(1, 9), min_size=12, max_size=12),
+)
+def test_rows_and_text_do_not_depend_on_how_many_positions_an_image_has(
+    runs: list[int | None], widths: list[int]
+) -> None:
+    """Images anywhere, each of its own width: a plain loop over the expanded sequence finds the same positions."""
+    ids, mask = [1], [False]
+    for run in runs:
+        ids += [IMAGE, 2] if run is None else [3] * run + [4]
+        mask += [False, False] if run is None else [True] * run + [False]
+    ids_, mask_ = np.array(ids), np.array(mask)
+    each = np.array(widths[: int((ids_ == IMAGE).sum())], np.int64)
+    found = positions_of(ids_, mask_, IMAGE, each)
+    rows, text, visual, place, image = [], [], [], 0, 0
+    for token, answer in zip(ids, mask, strict=True):
+        if answer:
+            rows.append(place - 1)
+        if token == IMAGE:
+            visual += range(place, place + each[image])
+            place, image = place + int(each[image]), image + 1
+        else:
+            text.append(place)
+            place += 1
+    assert found.length == place == len(expand(ids_, IMAGE, each))
+    assert found.rows.tolist() == rows
+    assert found.visual.tolist() == visual
+    assert found.text.tolist() == [p for p in text if p < place - 1]
+    assert found.text[rows_among_text(ids_, mask_, IMAGE)].tolist() == rows
+    assert len(found.text) == text_positions(len(ids), image)
+    assert found.length == expanded_length(len(ids), image, int(each.sum()))
+
+
+def test_the_shift_is_done_in_one_file() -> None:
+    """A state before an answer token, or an image's width less its placeholder, anywhere else is a second row rule."""
+    root = Path(__file__).parents[1]
+    before = r"(mask\w*\]|nonzero\([^)]*mask[^)]*\)|answers|start\w*\[\w+\]) - 1"
+    spelled = re.compile(before + r"|image_tokens\)? - 1")
+    found = [
+        f"{path.relative_to(root)}: {line.strip()}"
+        for package in ("teacher_cache", "student_train")
+        for path in sorted((root / package).rglob("*.py"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if spelled.search(line)
+    ]
+    assert found == [
+        "teacher_cache/data/rows.py: return Positions(answers - 1, text[text < length - 1], "
+        "np.flatnonzero(expanded), start[is_image], length)"
+    ]

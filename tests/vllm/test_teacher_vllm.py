@@ -29,6 +29,7 @@ from student_train.trainer import fit
 from teacher_cache.answer import AnsweredSample, answer_conversations
 from teacher_cache.config import CacheConfig, as_plain
 from teacher_cache.conversations import Conversation
+from teacher_cache.data.rows import positions_of
 from teacher_cache.images import load_image
 from teacher_cache.reader import TeacherCache
 from teacher_cache.score import build_cache
@@ -43,7 +44,6 @@ from teacher_cache.teacher import (
     TeacherError,
     Wanted,
     pick,
-    row_positions,
 )
 from teacher_cache.teacher_torch import TorchTeacher
 from teacher_cache.teacher_vllm import VllmTeacher
@@ -94,7 +94,9 @@ def captured_states(teacher: Teacher, answered: Answered) -> list[SampleStates]:
     states = []
     for sample, tokenized in zip(answered.samples, answered.tokenized, strict=True):
         assert sample.hidden is not None
-        positions = row_positions(tokenized, description.image_token, description.shape.image_tokens)
+        positions = positions_of(
+            tokenized.input_ids, tokenized.loss_mask, description.image_token, description.shape.image_tokens
+        )
         assert len(sample.hidden) == positions.length - 1, "every position but the last token's"
         states.append(pick(positions, WANTED, sample.hidden))
     return states

@@ -1,0 +1,1 @@
+"""What a sample is: its conversation, its tokens, its picture."""
