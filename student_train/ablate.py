@@ -23,6 +23,7 @@ from typing import Any
 from student_train.config import FitConfig
 from student_train.origin import Origin, cache_fingerprint, changed, sources_origin
 from student_train.stages import merge
+from student_train.training.output import output_lock
 from teacher_cache.config import ConfigError, as_plain, build_config
 from teacher_cache.manifest import digest
 from teacher_cache.progress import Style, silence_libraries, stage
@@ -89,9 +90,10 @@ def ablate(config: AblationConfig, style: Style = "auto") -> dict[str, Any]:
     from student_train.table import write_table
 
     runs = plan_runs(config)
-    with stage("ablation", len(runs), "runs", style) as progress:
-        _run_all(config, runs, lambda run: progress.advance(1, last=run.name))
-    return write_table(config, {(r.arm, r.seed): load_result(r.folder) for r in runs})
+    with output_lock(config.output):
+        with stage("ablation", len(runs), "runs", style) as progress:
+            _run_all(config, runs, lambda run: progress.advance(1, last=run.name))
+        return write_table(config, {(r.arm, r.seed): load_result(r.folder) for r in runs})
 
 
 def plan_runs(config: AblationConfig) -> list[RunSpec]:

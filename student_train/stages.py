@@ -19,6 +19,7 @@ from student_train.checkpoint import latest_checkpoint
 from student_train.config import FitConfig
 from student_train.origin import Origin, changed, model_digest, sources_origin
 from student_train.trainer import FitSummary, deciding_settings, fit
+from student_train.training.output import output_lock
 from teacher_cache.config import ConfigError, build_config, load_config
 from teacher_cache.manifest import digest
 from teacher_cache.progress import Style, note
@@ -38,8 +39,15 @@ def fit_file(path: Path, overrides: Sequence[str], style: Style = "auto") -> lis
     """Train what the file describes: one stage, or all of ``stages`` in their order."""
     if not has_stages(path):
         return [fit(load_config(FitConfig, path, overrides), style)]
+    config = load_config(StagesConfig, path, overrides)
+    stages = stage_configs(config)
+    with output_lock(config.output):
+        return _fit_stages(stages, style)
+
+
+def _fit_stages(stages: Sequence[tuple[str, FitConfig]], style: Style) -> list[FitSummary]:
     summaries: list[FitSummary] = []
-    for name, config in stage_configs(load_config(StagesConfig, path, overrides)):
+    for name, config in stages:
         note(f"stage {name}: {', '.join(f'{loss.weight:g}·{loss.label}' for loss in config.losses)}", style)
         _check_begun(name, config)
         done = Path(config.output) / "summary.json"

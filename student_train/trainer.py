@@ -37,6 +37,7 @@ from student_train.objective import (
 from student_train.processor import prepare_processor
 from student_train.relations import head_square
 from student_train.student import load_student, merge_adapters
+from student_train.training.output import output_lock
 from teacher_cache.config import ConfigError, as_plain
 from teacher_cache.manifest import digest, read_manifest
 from teacher_cache.progress import Style, stage
@@ -70,10 +71,11 @@ def fit(config: FitConfig, style: Style = "auto") -> FitSummary:
         before the first step, saying what to change.
     """
     check_fit_config(config)
-    run = Run.prepare(config)
-    run.restore()
-    run.train(style)
-    return run.finish()
+    with output_lock(config.output):
+        run = Run.prepare(config)
+        run.restore()
+        run.train(style)
+        return run.finish()
 
 
 @dataclass

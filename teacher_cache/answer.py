@@ -23,6 +23,7 @@ from teacher_cache.data.rows import expanded_length
 from teacher_cache.manifest import CacheError, Manifest, digest
 from teacher_cache.progress import Style, note
 from teacher_cache.storage import Storage
+from teacher_cache.store import parquet
 from teacher_cache.teacher import AnswerRequest, Teacher, TeacherCrashed
 from teacher_cache.tokenization import Ids, Prompt, Template, tokenize_answer
 from teacher_cache.writer import answers_name
@@ -163,8 +164,8 @@ def read_answers(storage: Storage, manifest: Manifest, number: int) -> dict[str,
         return None
     data = storage.read(name)
     try:
-        metadata = json.loads(pq.read_metadata(io.BytesIO(data)).metadata[_KEY])
-        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+        metadata = json.loads(parquet.metadata(data)[_KEY])
+        table = parquet.read_table(data, checked=True)
     except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
         raise CacheError(
             f"{storage.url}/{name}: damaged ({error}). Delete it and build again: its shard is answered anew"

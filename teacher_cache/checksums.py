@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
+from teacher_cache.store import parquet
 from teacher_cache.store.names import INDEX as INDEX
 
 BLOCK_BYTES = 1 << 20
@@ -58,7 +57,7 @@ def sums_to_plain(files: Mapping[str, Iterable[bytes | memoryview]]) -> dict[str
 
 def read_file_sums(index: bytes) -> tuple[dict[str, FileSum], dict[str, Any]]:
     """Checksums of a folder's files, and the rest of the index's metadata, from the bytes of ``index.parquet``."""
-    metadata = json.loads(pq.read_metadata(io.BytesIO(index)).metadata[METADATA_KEY])
+    metadata = json.loads(parquet.metadata(index)[METADATA_KEY])
     sums = {name: FileSum(s["bytes"], tuple(s["blocks"])) for name, s in metadata.pop("files").items()}
     return sums, metadata
 

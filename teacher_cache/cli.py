@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,12 +17,16 @@ from rich.table import Table
 
 from teacher_cache.config import CacheConfig, load_config
 from teacher_cache.progress import Style, silence_libraries
+from teacher_cache.stopping import Stopped, stopping
 from teacher_cache.storage import Storage
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the cache, for example pipelines/tiny/cache.yaml")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the file, for example signals.top_k=32")]
+BreakLock = Annotated[
+    bool, typer.Option("--break-lock", help="take over an output in an object store whose writer is known to be dead")
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
 
 
@@ -51,7 +56,9 @@ def plan(
 
 
 @app.command()
-def build(config: Config, sets: Sets = None, as_json: Json = False, workers: int = 1) -> None:
+def build(
+    config: Config, sets: Sets = None, as_json: Json = False, workers: int = 1, break_lock: BreakLock = False
+) -> None:
     """Answer, score and write the whole cache; goes on where an earlier run stopped."""
     from teacher_cache.score import build_cache
 
@@ -60,32 +67,33 @@ def build(config: Config, sets: Sets = None, as_json: Json = False, workers: int
         if workers > 1:
             from teacher_cache.cluster import build_on_ray
 
-            summary = build_on_ray(settings, workers=workers, style=_style(as_json))
+            summary = build_on_ray(settings, workers=workers, style=_style(as_json), break_lock=break_lock)
         else:
-            summary = build_cache(settings, style=_style(as_json))
+            summary = build_cache(settings, style=_style(as_json), break_lock=break_lock)
     rows = [(n.replace("_", " "), _number(v)) for n, v in dataclasses.asdict(summary).items()]
     _show([*rows, ("bytes per row", f"{summary.bytes_per_row:,.1f}")], summary, as_json, f"cache {settings.output}")
 
 
 @app.command()
-def answer(config: Config, sets: Sets = None, as_json: Json = False) -> None:
+def answer(config: Config, sets: Sets = None, as_json: Json = False, break_lock: BreakLock = False) -> None:
     """Only write the answers (answers/part-*.parquet); ``score`` or ``build`` goes on from them."""
     from teacher_cache.score import answer_only
 
     with _errors():
-        answered = answer_only(load_config(CacheConfig, config, sets or []), style=_style(as_json))
+        settings = load_config(CacheConfig, config, sets or [])
+        answered = answer_only(settings, style=_style(as_json), break_lock=break_lock)
     _show([("shards answered", _number(answered))], {"shards": answered}, as_json, "answers")
 
 
 @app.command()
-def score(config: Config, sets: Sets = None, as_json: Json = False) -> None:
+def score(config: Config, sets: Sets = None, as_json: Json = False, break_lock: BreakLock = False) -> None:
     """Score the answers that are there and write the shards; refuses when answers are missing."""
     from teacher_cache.score import build_cache, check_answered
 
     with _errors():
         settings = load_config(CacheConfig, config, sets or [])
         check_answered(settings)
-        summary = build_cache(settings, style=_style(as_json))
+        summary = build_cache(settings, style=_style(as_json), break_lock=break_lock)
     rows = [(n.replace("_", " "), _number(v)) for n, v in dataclasses.asdict(summary).items()]
     _show(rows, summary, as_json, f"cache {settings.output}")
 
@@ -110,6 +118,7 @@ def verify(
     sets: Sets = None,
 ) -> None:
     """Check a cache; exits with 1 and names the shard, sample and file at fault when something is wrong."""
+    from teacher_cache.store.locks import locked
     from teacher_cache.verify import repair_cache, rescore_cache, verify_cache
 
     with _errors():
@@ -124,7 +133,8 @@ def verify(
             typer.echo(rescored)
             agrees = rescored.ok
         if repair and not report.ok:
-            removed = repair_cache(Storage(cache), report)
+            with locked(Storage(cache)):
+                removed = repair_cache(Storage(cache), report)
             typer.echo(f"removed {len(removed)} shards; run teacher-cache build with the same configuration")
         ok = agrees and (repair or report.ok)
     raise typer.Exit(0 if ok else 1)
@@ -193,13 +203,15 @@ def _errors() -> Iterator[None]:
 
     silence_libraries()
     try:
-        yield
+        with stopping():
+            yield
     except (CacheError, DataError, StorageError, TeacherError, TemplateError, ValueError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", escape(str(error)))
         raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        typer.echo("interrupted; committed shards stand, run the same command again to go on", err=True)
-        raise typer.Exit(130) from None
+    except Stopped as stopped:
+        name = signal.Signals(stopped.number).name
+        typer.echo(f"stopped by {name}; committed shards stand, run the same command again to go on", err=True)
+        raise typer.Exit(stopped.status) from None
 
 
 def _show(rows: Sequence[tuple[str, ...]], plain: Any, as_json: bool, title: str) -> None:

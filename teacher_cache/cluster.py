@@ -30,7 +30,9 @@ from teacher_cache.score import (
     prepare,
 )
 from teacher_cache.shards import Clock, build_shards
+from teacher_cache.stopping import handlers_kept
 from teacher_cache.storage import Storage
+from teacher_cache.store.locks import locked
 from teacher_cache.teacher import Teacher, TeacherError
 
 try:
@@ -47,7 +49,12 @@ PREPARE = -1
 
 
 def build_on_ray(
-    config: CacheConfig, *, workers: int, style: Style = "auto", options: dict[str, Any] | None = None
+    config: CacheConfig,
+    *,
+    workers: int,
+    style: Style = "auto",
+    options: dict[str, Any] | None = None,
+    break_lock: bool = False,
 ) -> BuildSummary:
     """Make the cache ``config.output`` with ``workers`` actors; the same bytes as :func:`score.build_cache` makes.
 
@@ -64,7 +71,7 @@ def build_on_ray(
     check_config(config)
     planned = -(-len(read_conversations(config.data)) // config.layout.shard_samples)
     storage, clock = Storage(config.output, options), Clock()
-    with _cluster():
+    with locked(storage, break_lock=break_lock), _cluster():
         start = _starter(config, options)
         with Fleet(start, min(workers, max(planned, 1)), config.output, style) as fleet:
             (manifest,) = [result for _, result in fleet.run([PREPARE])]
@@ -210,7 +217,8 @@ def _cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(log_to_driver=False, logging_level="WARNING")
+    with handlers_kept():
+        ray.init(log_to_driver=False, logging_level="WARNING")
     try:
         yield
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,13 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zarr
 
 from teacher_cache.arrays import ArrayLayout, data_file, layout_from_metadata, view
 from teacher_cache.checksums import BLOCK_BYTES, INDEX, FileSum, read_file_sums, sha256
 from teacher_cache.manifest import CacheError, Manifest
 from teacher_cache.records import Array, Axis
+from teacher_cache.store import parquet
 from teacher_cache.store.names import array_files, known_names
 
 REPAIR = "run teacher-cache verify --repair with the cache's configuration"
@@ -64,11 +63,11 @@ class ShardFolder:
         self._arrays: dict[str, MappedArray | ZarrArray] = {}
         #: (images,) of an images folder: which lines hold an image that could be read
         self.present: npt.NDArray[np.bool_] | None = None
-        if "position_start" in (columns := pq.read_schema(io.BytesIO(index)).names):
+        if "position_start" in (columns := parquet.column_names(index)):
             columns = ["sample_id", "image_id", *_PLACES, *(c for pair in COUNTS.values() for c in pair)]
-            self._read_lines(pq.read_table(io.BytesIO(index), columns=columns))
+            self._read_lines(parquet.read_table(index, columns))
         elif "present" in columns:
-            self.present = pq.read_table(io.BytesIO(index), columns=["present"])["present"].to_numpy()
+            self.present = parquet.read_table(index, ["present"])["present"].to_numpy()
 
     def _read_lines(self, table: pa.Table) -> None:
         self.sample_ids: pa.Array = table["sample_id"].combine_chunks()
@@ -81,7 +80,7 @@ class ShardFolder:
     def texts(self) -> pa.Table:
         """Questions and answers, read again each time: they are looked at, not trained on."""
         columns = ["questions", "answers", "original_answers", "source"]
-        return pq.read_table(io.BytesIO(self._read_index()), columns=columns)
+        return parquet.read_table(self._read_index(), columns)
 
     def lines(self, name: str, start: int, count: int) -> Array:
         """``count`` lines of array ``name``; a view where it is mapped."""

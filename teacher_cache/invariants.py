@@ -6,14 +6,12 @@ rows; and the stored states give the stored log-probabilities. Rows that are one
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from teacher_cache.checksums import BLOCK_BYTES
 from teacher_cache.codecs import ChannelScales, decode
@@ -21,6 +19,7 @@ from teacher_cache.data.rows import rows_among_text, text_positions
 from teacher_cache.folder import COUNTS, ShardFolder
 from teacher_cache.manifest import Manifest
 from teacher_cache.records import Array, ArraySpec
+from teacher_cache.store import parquet
 
 Fault = tuple[str, str, str]
 """(what, array, sample_id)"""
@@ -169,7 +168,7 @@ def _image_places(folder: ShardFolder, manifest: Manifest) -> Iterator[Fault]:
 
 def _answer_tokens(folder: ShardFolder, manifest: Manifest, answers: bytes) -> Iterator[Fault]:
     """The supervised tokens are the answers' tokens, in order."""
-    table = pq.read_table(io.BytesIO(answers), columns=["sample_id", "token_ids"])
+    table = parquet.read_table(answers, ["sample_id", "token_ids"])
     wanted: dict[str, list[int]] = {}
     for sample, ids in zip(table["sample_id"].to_pylist(), table["token_ids"].to_pylist(), strict=True):
         wanted.setdefault(sample, []).extend(ids)

@@ -28,6 +28,7 @@ from teacher_cache.model_config import load_model_config
 from teacher_cache.plan_cost import TeacherMemory, Throughput, assumed_throughput, size_of, teacher_memory
 from teacher_cache.records import ArraySpec, Axis, TeacherShape, image_arrays, record_arrays
 from teacher_cache.storage import Storage
+from teacher_cache.store import parquet
 from teacher_cache.tokenization import template_by_name
 from teacher_cache.writer import answers_name
 
@@ -328,7 +329,7 @@ def _answered(storage: Storage, shards: int) -> dict[str, int]:
     lengths: dict[str, int] = {}
     for number in range(shards if storage.names("answers") else 0):
         if storage.exists(answers_name(number)):
-            table = pq.read_table(io.BytesIO(storage.read(answers_name(number))), columns=["sample_id", "token_ids"])
+            table = parquet.read_table(storage.read(answers_name(number)), ["sample_id", "token_ids"])
             for sample_id, ids in zip(table["sample_id"].to_pylist(), table["token_ids"].to_pylist(), strict=True):
                 lengths[sample_id] = lengths.get(sample_id, 0) + len(ids)
     return lengths

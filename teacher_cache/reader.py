@@ -9,7 +9,6 @@ block of 1 MiB is compared with its checksum the first time it is touched, so a 
 from __future__ import annotations
 
 import bisect
-import io
 import os
 import threading
 from collections import OrderedDict
@@ -22,7 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from teacher_cache.arrays import load_safetensors_array as load_safetensors_array
 from teacher_cache.checksums import sha256
@@ -33,6 +31,7 @@ from teacher_cache.manifest import CacheError, Manifest, read_manifest
 from teacher_cache.prefetch import LocalCopy, LocalFiles
 from teacher_cache.records import Array, ArraySpec, Axis, TeacherRecord
 from teacher_cache.storage import Storage
+from teacher_cache.store import parquet
 from teacher_cache.writer import HEAD, LEDGER, SAMPLES, SCALES, images_name, shard_name
 
 _OPEN_FOLDERS = 2048
@@ -89,7 +88,7 @@ class TeacherCache:
                 f"{storage.url}: the cache is not complete ({self.manifest.planned_shards} shards planned). "
                 "Finish it: run teacher-cache build with the same configuration"
             )
-        table = pq.read_table(io.BytesIO(self._side_file(LEDGER)), columns=["samples", "index_sha256", "images_sha256"])
+        table = parquet.read_table(self._side_file(LEDGER), ["samples", "index_sha256", "images_sha256"])
         self._first: list[int] = np.concatenate([[0], np.cumsum(table["samples"].to_numpy())]).astype(int).tolist()
         self._digests = {shard_name: table["index_sha256"], images_name: table["images_sha256"]}
         self._specs: dict[str, ArraySpec] = {spec.name: spec for spec in self.manifest.arrays}
@@ -316,8 +315,7 @@ class TeacherCache:
         return self._specs[name]
 
     def _samples(self, column: str) -> Any:
-        data = self._side_file(SAMPLES)
-        return pq.read_table(io.BytesIO(data), columns=[column])[column]
+        return parquet.read_table(self._side_file(SAMPLES), [column])[column]
 
     def _locate(self, index: int) -> tuple[ShardFolder, int]:
         if not 0 <= index < self._first[-1]:

@@ -34,6 +34,7 @@ from teacher_cache.manifest import (
 from teacher_cache.progress import Style, note
 from teacher_cache.shards import Clock, build_shards
 from teacher_cache.storage import Storage
+from teacher_cache.store.locks import locked
 from teacher_cache.teacher import Teacher
 from teacher_cache.writer import (
     HEAD,
@@ -64,18 +65,29 @@ class BuildSummary:
 
 
 def build_cache(
-    config: CacheConfig, *, teacher: Teacher | None = None, style: Style = "auto", options: dict[str, Any] | None = None
+    config: CacheConfig,
+    *,
+    teacher: Teacher | None = None,
+    style: Style = "auto",
+    options: dict[str, Any] | None = None,
+    break_lock: bool = False,
 ) -> BuildSummary:
-    """Make the cache ``config.output``, or go on where an earlier run stopped.
+    """Make the cache ``config.output``, or go on where an earlier run stopped. One build at a time has an output.
 
     Raises
     ------
     ConfigError, DataError, TeacherError, CacheError, StorageError
         Each says what, where, what was expected and what to do. Shards that were committed stay.
     """
+    check_config(config)
+    storage = Storage(config.output, options)
+    with locked(storage, break_lock=break_lock):
+        return _build(config, storage, teacher, style)
+
+
+def _build(config: CacheConfig, storage: Storage, teacher: Teacher | None, style: Style) -> BuildSummary:
     begin = time.monotonic()
     samples = read_conversations(config.data)
-    storage = Storage(config.output, options)
     own = teacher is None
     teacher = teacher if teacher is not None else open_teacher(config, samples, style)
     try:
@@ -116,10 +128,18 @@ def _add_cost(storage: Storage, clock: Clock) -> None:
 COST = "cost.json"
 
 
-def answer_only(config: CacheConfig, style: Style = "auto", options: dict[str, Any] | None = None) -> int:
+def answer_only(
+    config: CacheConfig, style: Style = "auto", options: dict[str, Any] | None = None, break_lock: bool = False
+) -> int:
     """Write the answers of every shard that has none yet; returns how many shards that were."""
-    samples = read_conversations(config.data)
+    check_config(config)
     storage = Storage(config.output, options)
+    with locked(storage, break_lock=break_lock):
+        return _answer_missing(config, storage, style)
+
+
+def _answer_missing(config: CacheConfig, storage: Storage, style: Style) -> int:
+    samples = read_conversations(config.data)
     teacher = open_teacher(config, samples, style)
     try:
         manifest = prepare(config, storage, samples, teacher)

@@ -105,6 +105,18 @@ def stopping() -> Iterator[Stop]:
             signal.signal(number, before[number])
 
 
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Handlers stand after the block as before it: a library that puts in its own (Ray, on SIGTERM) does not."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in SIGNALS if main}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def left_to_parent(*_: object) -> None:
     """For a process that helps another (reads its data): a signal to the whole group is its parent's to handle."""
     for number in SIGNALS:

@@ -127,6 +127,18 @@ class Storage:
             finally:
                 temporary.unlink(missing_ok=True)
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file that must not be there yet; False when it is."""
+        try:
+            if self.local is not None:
+                with (self.local / name).open("xb") as file:
+                    file.write(data)
+            else:
+                self._retry("write", name, lambda: self._fs.pipe_file(self.path(name), data, mode="create"))
+        except FileExistsError:
+            return False
+        return True
+
     def commit_folder(self, folder: str, files: Mapping[str, Parts], mark: str) -> None:
         """Write ``files`` (relative names) as ``folder``; the folder is there when ``mark``, written last, is."""
         ordered = [*(n for n in files if n != mark), mark]
@@ -218,7 +230,7 @@ class Storage:
         for attempt in range(1, _TRIES + 1):
             try:
                 return call()
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError):
                 raise
             except PermissionError as error:
                 raise StorageError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from teacher_cache.checksums import INDEX, bad_block_of_file, sha256
 from teacher_cache.folder import Files, ShardFolder
@@ -35,6 +33,7 @@ from teacher_cache.manifest import (
 from teacher_cache.prefetch import LocalCopy, LocalFiles
 from teacher_cache.rescore import rescore_cache as rescore_cache
 from teacher_cache.storage import Storage
+from teacher_cache.store import parquet
 from teacher_cache.writer import (
     HEAD,
     LEDGER,
@@ -192,7 +191,7 @@ class _Check:
         """The ledger where it can be trusted."""
         if any(p.file == LEDGER for p in self.problems) or LEDGER not in manifest.files:
             return None
-        table = pq.read_table(io.BytesIO(self.storage.read(LEDGER)))
+        table = parquet.read_table(self.storage.read(LEDGER))
         if table.num_rows != manifest.planned_shards:
             self.problems.append(Problem(f"{table.num_rows} shards, expected {manifest.planned_shards}", LEDGER))
             return None

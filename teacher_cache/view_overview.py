@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -11,7 +10,6 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from teacher_cache.charts import Series, histogram, key, line_chart
 from teacher_cache.checksums import INDEX
@@ -19,6 +17,7 @@ from teacher_cache.page import bars, card, escape
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import Array
 from teacher_cache.storage import Storage
+from teacher_cache.store import parquet
 from teacher_cache.writer import SKIPPED, shard_name
 
 MAX_SHARDS = 16
@@ -74,9 +73,9 @@ def measure(cache: TeacherCache, seed: int) -> Measured:
 
 def sample_texts(cache: TeacherCache, shard: int, lines: Iterable[int]) -> list[Texts]:
     """questions, answers, original_answers (lists) and source (a list of one) of samples of one shard."""
-    data = io.BytesIO(cache.storage.read(f"{shard_name(shard)}/{INDEX}"))
+    data = cache.storage.read(f"{shard_name(shard)}/{INDEX}")
     names = ["questions", "answers", "original_answers", "source"]
-    table = pq.read_table(data, columns=names).take(list(lines)).to_pylist()
+    table = parquet.read_table(data, names).take(list(lines)).to_pylist()
     return [{n: [line[n]] if isinstance(line[n], str) else line[n] for n in names} for line in table]
 
 

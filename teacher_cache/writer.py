@@ -19,6 +19,7 @@ from teacher_cache.conversations import Skipped
 from teacher_cache.manifest import FORMAT_VERSION, CacheError, Manifest, write_manifest
 from teacher_cache.records import Array, ArraySpec, TeacherRecord, line_counts
 from teacher_cache.storage import Parts, Storage
+from teacher_cache.store import parquet
 from teacher_cache.store.names import GROUPS
 from teacher_cache.store.names import HEAD as HEAD
 from teacher_cache.store.names import LEDGER as LEDGER
@@ -174,7 +175,7 @@ def _entry(
     index = storage.read(f"{shard_name(number)}/{INDEX}")
     sums, metadata = read_file_sums(index)
     _check_fingerprint(storage, manifest, shard_name(number), metadata)
-    table = pq.read_table(io.BytesIO(index), columns=[*_SAMPLE_COLUMNS, "image_shard", "image_row"])
+    table = parquet.read_table(index, [*_SAMPLE_COLUMNS, "image_shard", "image_row"])
     skipped = [Skipped(**s) for s in metadata["skipped"]]
     size = manifest.layout["shard_samples"]
     planned = min(size, manifest.planned_samples - number * size)
@@ -189,7 +190,7 @@ def _entry(
         images_index = storage.read(f"{images_name(number)}/{INDEX}")
         images_sums, metadata = read_file_sums(images_index)
         _check_fingerprint(storage, manifest, images_name(number), metadata)
-        present[number] = pq.read_table(io.BytesIO(images_index), columns=["present"])["present"].to_numpy()
+        present[number] = parquet.read_table(images_index, ["present"])["present"].to_numpy()
         images = len(present[number])
         byte_count += sum(s.bytes for s in images_sums.values()) + len(images_index)
         images_digest = sha256(images_index)

@@ -15,7 +15,7 @@ PACKAGES = ("teacher_cache", "student_train", "pipelines")
 SHARED = {
     *("arrays", "charts", "checksums", "codecs", "config", "conversations", "folder", "images", "manifest"),
     *("model_config", "page", "prefetch", "progress", "reader", "records", "storage", "tokenization"),
-    *("stopping", "weights", "writer"),
+    *("stopping", "store", "weights", "writer"),
 }
 ONE_FILE = {
     "vllm": {f"teacher_cache/{n}.py" for n in ("teacher_vllm", "vllm_session", "vllm_connector", "vllm_processes")},
