@@ -160,12 +160,12 @@ def _run(stage: Stage, place: Place, seconds: float) -> bool:
 
 def _build(stage: Stage, place: Place, operation: int) -> None:
     if operation:
-        _die_at(operation)
+        die_at(operation)
     config = replace(stage.config, output=place.url)
     build_cache(config, teacher=stage.teacher, style="quiet", options=place.options)
 
 
-def _die_at(operation: int) -> None:
+def die_at(operation: int) -> None:
     """Kill this process at its n-th file operation: a written file is then cut in half, a rename not done."""
     left = [operation]
 

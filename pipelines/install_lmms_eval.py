@@ -24,6 +24,7 @@ NEEDED = (
     "datasets==5.2.0",
     "decord==0.6.0",
     "evaluate==0.4.6",
+    "filelock<4",  # evaluate and datasets still import filelock._api
     "loguru==0.7.3",
     "openpyxl==3.1.5",
     "pandas==3.1.1",

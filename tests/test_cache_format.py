@@ -11,6 +11,7 @@ import pytest
 from teacher_cache.codecs import decode
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import record_arrays
+from tests.rounding import MODEL, within
 from tests.store_fixtures import SHAPE, signals, synthetic_cache
 
 PAGE = (Path(__file__).parents[1] / "docs/cache-format.md").read_text(encoding="utf-8")
@@ -35,7 +36,7 @@ def test_the_documented_reader_gives_what_the_package_gives(made):
             np.testing.assert_array_equal(input_ids, record.arrays["input_ids"])
             np.testing.assert_array_equal(topk_ids, record.arrays["topk_ids"])
             states = decode(record.arrays["hidden"], record.arrays["hidden_scale"], "int8", cache.scales["hidden"])
-            np.testing.assert_allclose(logits, states @ head.T, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(logits, states @ head.T, **within(operations=MODEL))
 
 
 def test_the_documented_reader_needs_numpy_and_pyarrow_alone(made):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +17,7 @@ from teacher_cache.manifest import CacheError
 from teacher_cache.score import COST, build_cache
 
 ray = pytest.importorskip("ray")
-from teacher_cache.cluster import TRIES, Fleet, build_on_ray  # noqa: E402
+from teacher_cache.cluster import TRIES, Fleet, ShardWorker, build_on_ray  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -45,53 +43,44 @@ def content(folder: Path) -> dict[str, bytes]:
     return {**files, "manifest.json": json.dumps(manifest).encode()}
 
 
-def running() -> set[int]:
-    """Process ids of this cluster's workers that are making a shard."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(b"ray::ShardWorker.run"):
-                status = (entry / "status").read_text().splitlines()
-                parent = next(line.split()[1] for line in status if line.startswith("PPid"))
-                raylet = (Path("/proc") / parent / "status").read_text().splitlines()
-                if any(line.split() == ["PPid:", str(os.getpid())] for line in raylet):
-                    found.add(int(entry.name))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
+def mortal(folder: Path, deadly: tuple[int, ...]) -> type:
+    """A worker that is killed in the middle of each of the ``deadly`` shards, the first time that one is made.
 
+    A class made here, not imported, so that Ray sends the class itself: its workers cannot import the tests.
+    """
 
-class Killer(threading.Thread):
-    """Kills a worker in the middle of its shard after one shard is there, and one more after three are."""
+    class Mortal(ShardWorker):
+        def run(self, job: int) -> Any:
+            mark, teacher = folder / str(job), self._teacher
+            if job in deadly and not mark.exists():
+                mark.touch()
+                score = teacher.score
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self._folder, self.killed = folder, set[int]()
+                def scored(*arguments: Any) -> Iterator[Any]:
+                    for _ in score(*arguments):
+                        os.kill(os.getpid(), signal.SIGKILL)
+                        yield
 
-    def run(self) -> None:
-        deadline = time.monotonic() + 80
-        for committed in (1, 3):
-            while time.monotonic() < deadline:
-                victims = running() - self.killed
-                if victims and len(list((self._folder / "shards").glob("0*"))) >= committed:
-                    victim = min(victims)
-                    with contextlib.suppress(ProcessLookupError):  # gone since it was listed: take another
-                        os.kill(victim, signal.SIGKILL)
-                        self.killed.add(victim)
-                        break
-                time.sleep(0.01)
+                teacher.score = scored
+            return super().run(job)
+
+    return Mortal
 
 
 def test_four_workers_two_of_them_killed_make_the_single_process_cache(
-    cluster: None, config: CacheConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: None,
+    config: CacheConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     alone, many = tmp_path / "alone", tmp_path / "many"
     single = build_cache(replace(config, output=str(alone)), style="quiet")
-    killer = Killer(many)
-    killer.start()
+    marks = tmp_path / "killed"
+    marks.mkdir()
+    monkeypatch.setattr("teacher_cache.cluster.ShardWorker", mortal(marks, (1, 4)))
     summary = build_on_ray(replace(config, output=str(many)), workers=4, style="lines")
-    killer.join()
-    assert len(killer.killed) == 2
+    assert {mark.name for mark in marks.iterdir()} == {"1", "4"}
     assert capsys.readouterr().err.count("is replaced") == 2
     assert content(many) == content(alone)
     assert (summary.rows, summary.samples, summary.shards_made) == (single.rows, single.samples, single.shards_made)

@@ -39,6 +39,7 @@ from teacher_cache.config import (
 )
 from teacher_cache.score import build_cache
 from tests.online import Oracle, dense_loss, exact_cache, fit_config, states_of, student_folder, world
+from tests.rounding import MODEL, half_the_digits, rounding
 from tests.test_offline_online import gradients, offline_gradients
 
 VISUAL = [LossSpec("visual_kl"), LossSpec("relation", space="logits"), LossSpec("relation", space="hidden")]
@@ -69,7 +70,7 @@ def scored(signals: SignalsConfig, *, data: Path | None = None, images: Path | N
 @pytest.mark.parametrize(
     ("visual", "spec", "tolerance"),
     [
-        ("gram", VISUAL[1], 2e-3),  # Grams are stored in float16
+        ("gram", VISUAL[1], rounding(torch.float16, 2)),  # Grams are stored in float16
         ("gram", VISUAL[2], 2e-3),
         ("topk", LossSpec("visual_kl"), 2e-3),  # all 72 ids, in float16
     ],
@@ -126,7 +127,7 @@ def test_states_once_an_image_train_as_states_once_a_conversation(
     with capsys.disabled():
         print(f"\nvisual states: {sizes[0]:,} bytes once an image, {sizes[1]:,} once a conversation")
     for one, other in zip(*weights, strict=True):
-        assert torch.equal(one, other)
+        assert float((one - other).norm()) <= half_the_digits(steps=3) * float(one.norm())
     assert 0 < sizes[0] < 0.7 * sizes[1]
 
 
@@ -174,7 +175,7 @@ def test_named_pooling_matches_the_teachers_grid(tmp_path: Path) -> None:
         student = LlavaForConditionalGeneration.from_pretrained(coarse_student(), attn_implementation="eager")
         states = states_of(student, dataclasses.replace(sample, ids=ids))
         values.append(dense_loss(spec, teacher.logits[sample.image].mean(0).double(), states.logits[first].double()))
-    assert offline == pytest.approx(float(torch.stack(values).mean().detach()), rel=1e-4)
+    assert offline == pytest.approx(float(torch.stack(values).mean().detach()), rel=rounding(operations=MODEL))
 
 
 def test_text_tokens_serve_a_student_with_another_number_of_image_tokens(tmp_path: Path) -> None:
@@ -264,11 +265,11 @@ def test_chatml_losses_equal_those_with_the_live_teacher(spec: LossSpec, tmp_pat
     oracle = Oracle(chatml_cache(), folder=chatml_model(64, 0))
     online = oracle.loss(run.student.model, run.student.projectors, [spec], run.plan.global_batch(0).tolist())
     online.backward()
-    assert offline == pytest.approx(float(online.detach()), rel=5e-5, abs=1e-7)
+    assert offline == pytest.approx(float(online.detach()), rel=rounding(operations=MODEL), abs=1e-7)
     live = gradients(run)
     assert found.keys() == live.keys()
     for name, gradient in live.items():
-        assert float((found[name] - gradient).norm()) < 1e-3 * float(gradient.norm()) + 1e-6, name
+        assert float((found[name] - gradient).norm()) < half_the_digits() * float(gradient.norm()) + 1e-6, name
 
 
 def test_chatml_rows_predict_every_answer_token_and_the_end_of_answer() -> None:

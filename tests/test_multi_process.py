@@ -10,10 +10,11 @@ import pytest
 from student_train import trainer
 from student_train.config import FitConfig
 from student_train.trainer import fit
+from tests.rounding import half_the_digits
 from tests.training_fixtures import STEPS, largest_difference, launch, tiny_fit, weights
 
-TOLERANCE = 1e-4
-"""Of a weight, as a share of its tensor's root mean square: twenty Adam steps on sums taken in another order."""
+TOLERANCE = half_the_digits(steps=STEPS)
+"""Of a weight, as a share of its tensor's root mean square: Adam steps on sums taken in another order."""
 
 
 class Stopped(Exception):
@@ -62,7 +63,7 @@ def test_two_processes_give_the_weights_of_one_and_go_on_from_one(
     expected = [json.loads(line) for line in (Path(alone.output) / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == [5, 10, 15, STEPS]
     for mine, other in zip(logged, expected, strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert mine["loss"] == pytest.approx(other["loss"], rel=TOLERANCE)
 
 
 def test_one_process_goes_on_where_two_were_killed(

@@ -14,6 +14,7 @@ from student_train.config import LossName, LossSpec
 from student_train.trainer import Run, fit
 from teacher_cache.config import SignalsConfig
 from tests.online import Oracle, build, exact_cache, fit_config, learning_rate
+from tests.rounding import MODEL, half_the_digits, rounding, within
 
 TERMS = [
     LossSpec("cross_entropy"),
@@ -75,10 +76,10 @@ PER_SAMPLE = [
 TOGETHER = [LossSpec("cross_entropy"), LossSpec("forward_kl", average="sample", weight=3.0)]
 CASES = [*([spec] for spec in (*TERMS, *PER_SAMPLE)), TOGETHER]
 
-ROUNDING = {("reverse_kl", "topk"): 3000, ("attention_mse", "topk"): 10}
-"""Stored in float16: a value on a rounding border may fall to the other side. Reverse KL on a top-k multiplies the
-student's tail by the logarithm of the teacher's, which is a difference of nearly equal numbers: up to a fifth here, as
-the tail holds 1e-4 of the mass. The exact source has no such loss."""
+NOISE = {("reverse_kl", "topk"): 1000, ("attention_mse", "topk"): 10}
+"""Times the roundings of a model. Stored in float16: a value on a rounding border may fall to the other side. Reverse
+KL on a top-k multiplies the student's tail by the logarithm of the teacher's, which is a difference of nearly equal
+numbers: up to a fifth here, as the tail holds 1e-4 of the mass. The exact source has no such loss."""
 
 
 @pytest.mark.parametrize("specs", CASES, ids=[" + ".join(map(name_of, specs)) for specs in CASES])
@@ -92,13 +93,14 @@ def test_loss_and_gradients_equal_those_with_the_live_teacher(
     online = oracle.loss(run.student.model, run.student.projectors, specs, numbers)
     online.backward()
     live = gradients(run)
-    rounding = max(ROUNDING.get((spec.name, spec.source), 1.0) for spec in specs)
-    assert offline == pytest.approx(float(online.detach()), rel=2e-5 * rounding, abs=1e-7)
+    noise = max(NOISE.get((spec.name, spec.source), 1.0) for spec in specs)
+    assert offline == pytest.approx(float(online.detach()), rel=rounding(operations=MODEL) * noise, abs=1e-7)
     assert from_cache.keys() == live.keys()
     scale = max(float(g.abs().max()) for g in live.values())
     for name, gradient in live.items():
         difference = float((from_cache[name] - gradient).abs().max())
-        assert difference < 1e-4 * rounding * max(float(gradient.abs().max()), 0.01 * scale), (name, difference)
+        largest = max(float(gradient.abs().max()), 0.01 * scale)
+        assert difference < rounding(operations=2 * MODEL) * noise * largest, (name, difference)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,7 @@ def test_top_k_of_answers_does_not_reach_a_term_on_all_text(coarse_cache: str, t
     for run in (alone, beside):
         micro = run.plan.micro_batches(0, 0, 1)[0]
         values.append(float(run.student(run.dataset[micro][1], micro.source)[1]["forward_kl"]))
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert values[0] == pytest.approx(values[1], rel=rounding(operations=MODEL))
 
 
 def test_twenty_steps_offline_equal_twenty_steps_online(oracle: Oracle, tmp_path: Path) -> None:
@@ -164,7 +166,7 @@ def test_twenty_steps_offline_equal_twenty_steps_online(oracle: Oracle, tmp_path
         ]
     )
     assert float(moved.norm()) > 0.1
-    assert float(apart.norm() / moved.norm()) < 1e-3
+    assert float(apart.norm() / moved.norm()) < half_the_digits(steps=20)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 10])
@@ -179,7 +181,7 @@ def test_gradients_do_not_depend_on_micro_batch_size(micro_batch: int, tmp_path:
     ]
     runs = [Run.prepare(fit_config(specs, tmp_path / str(m), micro_batch=m)) for m in (4, micro_batch)]
     (loss, expected), (other, found) = (offline_gradients(run) for run in runs)
-    assert other == pytest.approx(loss, rel=1e-5)
+    assert other == pytest.approx(loss, rel=rounding(operations=MODEL))
     assert_close(found, expected)
 
 
@@ -268,4 +270,4 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     scale = max(float(g.abs().max()) for g in expected.values())
     for name, gradient in expected.items():
-        assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5 * scale), name
+        assert torch.allclose(found[name], gradient, **within(operations=2 * MODEL, scale=0.1 * scale)), name

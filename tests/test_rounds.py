@@ -20,6 +20,7 @@ from teacher_cache.reader import TeacherCache
 from teacher_cache.score import open_teacher
 from teacher_cache.teacher import TeacherError
 from tests.online import TEACHER, Oracle, build, fit_config, student_folder, world
+from tests.rounding import MODEL, within
 
 SIGNALS = SignalsConfig(preset="standard", top_k=8, codec="float32")
 
@@ -82,7 +83,7 @@ def test_teacher_scores_what_the_student_said(cache: TeacherCache) -> None:
     number = next(i for i, record in enumerate(cache) if record.source == "student" and record.image_id)
     sample, teacher = oracle.asked(number)
     record = cache[number]
-    assert np.allclose(record.arrays["hidden"], teacher.last[sample.rows].numpy(), atol=2e-4)
+    assert np.allclose(record.arrays["hidden"], teacher.last[sample.rows].numpy(), **within(operations=MODEL))
 
 
 def test_manifest_names_the_student_and_its_weights(cache: TeacherCache, tmp_path: Path, phase_one: Path) -> None:

@@ -13,6 +13,7 @@ from teacher_cache.codecs import ChannelScales
 from teacher_cache.records import image_arrays, record_arrays, stats_names
 from teacher_cache.signals import Extractor, row_signals, sample_ids_and_counts, stable_topk, wanted_states
 from teacher_cache.teacher import SampleStates
+from tests.rounding import rounding, within
 from tests.store_fixtures import IMAGE_TOKEN, SHAPE, signals
 
 GRID = (0.5, 1.0, 2.0)
@@ -32,11 +33,11 @@ def test_row_signals_equal_dense_float64(rows, vocabulary, k, seed):
     order = np.argsort(-dense, axis=-1, kind="stable")[:, : min(k, vocabulary)]
     np.testing.assert_array_equal(found["topk_ids"].numpy(), order)
     logprobs = np.take_along_axis(dense, order, -1) - lse[:, None]
-    np.testing.assert_allclose(found["topk_logprobs"].numpy(), logprobs, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(found["topk_logprobs"].numpy(), logprobs, **within(torch.float16))
     p = np.exp(dense - lse[:, None])
     wanted = [np.log(np.exp(dense / t).sum(-1)) for t in GRID]
     wanted += [dense.mean(-1), dense.std(-1), -(p * (dense - lse[:, None])).sum(-1)]
-    np.testing.assert_allclose(found["stats"].numpy(), np.stack(wanted, -1), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(found["stats"].numpy(), np.stack(wanted, -1), **within(operations=100, scale=4))
     assert found["stats"].shape[1] == len(stats_names(signals(temperatures=GRID)))
 
 
@@ -83,10 +84,11 @@ def test_exact_head_and_sampled_tail_are_an_unbiased_estimate_of_the_whole_distr
     assert ((estimate - p).abs() / p).max() < 0.05
 
 
-def _extractor(config, head_rows=3, seed=0):
+def _extractor(config, head_rows=3, seed=0, whole=False):
     head = torch.from_numpy(
         np.random.default_rng(7).normal(size=(SHAPE.vocabulary, SHAPE.hidden_size)).astype(np.float32)
     )
+    head = (2 * head).round() / 2 if whole else head
     ones = ChannelScales(np.ones(SHAPE.hidden_size, np.float32))
     scales = dict.fromkeys(("hidden", "hidden_second_last", "visual"), ones)
     return Extractor(config, SHAPE, head, scales, seed, head_rows)
@@ -120,15 +122,20 @@ def test_a_record_has_exactly_the_arrays_of_the_contract(preset, extra):
         assert (np.asarray(line).shape, str(line.dtype)) == (spec.shape, spec.dtype), spec.name
 
 
+def _whole_numbers(states: SampleStates) -> SampleStates:
+    """Their products with a head of whole numbers have no roundings, whatever the order of the sums."""
+    return dataclasses.replace(states, rows=states.rows.round(), text=states.text.round())
+
+
 def test_signals_do_not_depend_on_batch_or_chunk():
     config = signals(sampled=6, top_k=5)
-    states = [_states(n, n) for n in (3, 5, 1)]
-    together = _extractor(config, head_rows=4).records(["a", "b", "c"], states)
+    states = [_whole_numbers(_states(n, n)) for n in (3, 5, 1)]
+    together = _extractor(config, head_rows=4, whole=True).records(["a", "b", "c"], states)
     for sample_id, state, wanted in zip("abc", states, together, strict=True):
-        (alone,) = _extractor(config, head_rows=100).records([sample_id], [state])
+        (alone,) = _extractor(config, head_rows=100, whole=True).records([sample_id], [state])
         for name, array in wanted.items():
             np.testing.assert_allclose(
-                alone[name].astype(np.float64), array.astype(np.float64), rtol=1e-5, err_msg=name
+                alone[name].astype(np.float64), array.astype(np.float64), rtol=rounding(operations=100), err_msg=name
             )
 
 
@@ -154,7 +161,7 @@ def test_the_gram_is_that_of_states_and_of_logits():
         upper = np.triu_indices(SHAPE.image_tokens)
         wanted = dense.numpy()[upper]
         found = stored[name].astype(np.float64) * stored["gram_scale"][scale]
-        np.testing.assert_allclose(found, wanted, atol=1e-3 * np.abs(wanted).max())
+        np.testing.assert_allclose(found, wanted, **within(torch.float16, 1, np.abs(wanted).max()))
 
 
 def test_tail_mass_is_one_minus_the_kept_mass():
@@ -162,8 +169,10 @@ def test_tail_mass_is_one_minus_the_kept_mass():
     found = row_signals(logits, 6, (1.0,))
     p = torch.softmax(logits.double(), -1)
     kept = p.gather(-1, found["topk_ids"]).sum(-1)
-    assert torch.allclose(found["topk_logprobs"].double().exp().sum(-1), kept, atol=2e-3)
-    assert math.isclose(float(found["stats"][0, 0]), float(torch.logsumexp(logits[0].double(), -1)), rel_tol=1e-6)
+    assert torch.allclose(found["topk_logprobs"].double().exp().sum(-1), kept, **within(torch.float16, 2))
+    assert math.isclose(
+        float(found["stats"][0, 0]), float(torch.logsumexp(logits[0].double(), -1)), rel_tol=rounding(operations=100)
+    )
 
 
 def test_only_wanted_states_are_asked_of_the_teacher():

@@ -52,10 +52,12 @@ from teacher_cache.vllm_choice import check_context, choose
 from teacher_cache.vllm_processes import environment
 from teacher_cache.vllm_session import Mode, VllmOptions, VllmSession
 from teacher_cache.weights import rename_vision_weights, tensor_files
+from tests.rounding import MODEL, within
 from tests.training_fixtures import tiny_fit, weights
 from tests.vllm.conftest import TEACHER, make_config
 
-TOLERANCE = 1e-4
+CLOSE = within(operations=MODEL)
+"""Of states and logits of about 1 and above: two engines sum in another order."""
 WANTED = Wanted(text=True, visual=True)
 TEMPERATURES = (0.5, 1.0, 2.0)
 
@@ -111,20 +113,20 @@ def scored_states(teacher: Teacher, answered: Answered, wanted: Wanted = WANTED)
 
 
 def assert_same_states(ours: Sequence[SampleStates], oracle: Sequence[SampleStates], head: torch.Tensor) -> None:
-    """States at rows, text and image positions, and what is formed from the rows, within ``TOLERANCE``."""
+    """States at rows, text and image positions, and what is formed from the rows, within :data:`CLOSE`."""
     for mine, theirs in zip(ours, oracle, strict=True):
         for name in ("rows", "text", "visual", "rows_second_last", "text_second_last"):
             left, right = getattr(mine, name), getattr(theirs, name)
             assert (left is None) == (right is None), name
             if left is not None:
-                torch.testing.assert_close(left, right, atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(left, right, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
     mine = torch.cat([s.rows for s in ours]) @ head.T
     theirs = torch.cat([s.rows for s in oracle]) @ head.T
     values, ids = stable_topk(theirs, 8)
-    torch.testing.assert_close(mine.gather(1, ids), values, atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(mine.topk(8).values, values, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(mine.gather(1, ids), values, **CLOSE)
+    torch.testing.assert_close(mine.topk(8).values, values, **CLOSE)
     stats, expected = (row_signals(logits, 0, TEMPERATURES)["stats"] for logits in (mine, theirs))
-    torch.testing.assert_close(stats, expected, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(stats, expected, **CLOSE)
 
 
 def first_difference(one: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> tuple[int, int]:
@@ -155,7 +157,7 @@ def test_greedy_answers_equal_those_of_torch(
         request = ScoreRequest(oracle.tokenized[i], oracle.images[i])
         ((_, (states,)),) = torch_teacher.score([request], Wanted())
         logits = states.rows[row] @ torch_teacher.head().T
-        assert abs(float(logits[chosen[0]] - logits[chosen[1]])) <= TOLERANCE
+        torch.testing.assert_close(logits[chosen[0]], logits[chosen[1]], **CLOSE)
     same = [(a, b) for a, b in pairs if a.answers == b.answers]
     assert all(a.finish_reasons == b.finish_reasons for a, b in same)
 
@@ -256,7 +258,7 @@ def test_the_cache_built_in_one_pass_equals_the_one_of_torch(both_caches: tuple[
         images = np.flatnonzero(oracle.has_image())
         mine, theirs = (cache.read_images(cache.read(images, []).image_places) for cache in (ours, oracle))
         assert mine.keys() == theirs.keys() == {"visual"}
-        np.testing.assert_allclose(mine["visual"], theirs["visual"], atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(mine["visual"], theirs["visual"], **CLOSE)
 
 
 def test_a_student_trained_from_either_cache_ends_the_same(
@@ -407,7 +409,7 @@ def test_a_model_class_without_inner_states_answers_then_scores(
 
 
 def assert_same_caches(one: Path, other: Path, differing: int = 0) -> None:
-    """The same samples and ids, and every array of numbers within ``TOLERANCE`` (float16: a unit in the last place).
+    """The same samples and ids, and every array of numbers within :data:`CLOSE` (float16: a unit in the last place).
     At most ``differing`` samples may have another answer."""
     with TeacherCache.open(one) as ours, TeacherCache.open(other) as oracle:
         assert list(ours.sample_ids()) == list(oracle.sample_ids())
@@ -420,9 +422,9 @@ def assert_same_caches(one: Path, other: Path, differing: int = 0) -> None:
             for array in ("input_ids", "loss_mask"):
                 np.testing.assert_array_equal(mine[array], theirs[array])
             for array in mine.keys() - {"input_ids", "loss_mask", "topk_ids"}:  # ids of equal logits may change places
-                coarse = 2e-3 if mine[array].dtype == np.float16 else 0
+                stored = within(torch.float16, 2) if mine[array].dtype == np.float16 else CLOSE
                 left, right = mine[array].astype(float), theirs[array].astype(float)
-                np.testing.assert_allclose(left, right, atol=max(TOLERANCE, coarse), rtol=coarse, err_msg=array)
+                np.testing.assert_allclose(left, right, **stored, err_msg=array)
 
 
 def test_killed_engine_then_killed_driver_in_a_run_of_1000_samples(config: CacheConfig, tmp_path: Path) -> None:
