@@ -16,10 +16,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image as PillowImage
 
 from teacher_cache.conversations import Conversation
 from teacher_cache.data.rows import expanded_length
+from teacher_cache.images import AnyImage
 from teacher_cache.manifest import CacheError, Manifest, digest
 from teacher_cache.progress import Style, note
 from teacher_cache.storage import Storage
@@ -49,7 +49,7 @@ def answer_conversations(
     teacher: Teacher,
     conversations: Sequence[Conversation],
     prompts: Sequence[Prompt],
-    images: Sequence[PillowImage.Image | None],
+    images: Sequence[AnyImage | None],
     template: Template,
     *,
     history: str,

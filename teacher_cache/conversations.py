@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +23,34 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
+class StoredBytes:
+    """A stretch of a file."""
+
+    file: str
+    start: int
+    count: int
+
+    def read(self) -> bytes:
+        with Path(self.file).open("rb") as file:
+            return os.pread(file.fileno(), self.count, self.start)
+
+
+@dataclass(frozen=True)
 class Image:
     """Where an image is found. ``image_id`` names it in the cache: its path, or a digest of embedded bytes."""
 
     image_id: str
     path: str = ""
     data: bytes = b""
+    stored: StoredBytes | None = None
+    """Embedded bytes that were laid down in a file, so that nobody holds them in memory."""
+    checksum: str = ""
+    """``image_files.image_checksum`` of the bytes that the teacher saw; empty where nobody knows it."""
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the bytes come with the data, and not from the image folder."""
+        return bool(self.data) or self.stored is not None
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from PIL import Image as PillowImage
 
 from teacher_cache.data.rows import Positions
+from teacher_cache.images import AnyImage
 from teacher_cache.records import TeacherShape
 from teacher_cache.tokenization import Ids, TokenizedSample
 
@@ -41,7 +41,7 @@ class AnswerRequest:
     sample_id: str
     turn: int
     input_ids: Ids
-    image: PillowImage.Image | None
+    image: AnyImage | None
     seed: int
     capture: bool = False
 
@@ -62,7 +62,7 @@ class Answer:
 @dataclass(frozen=True)
 class ScoreRequest:
     sample: TokenizedSample
-    image: PillowImage.Image | None
+    image: AnyImage | None
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as PillowImage
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
 from teacher_cache.config import GenerationConfig, SpeedConfig, TeacherConfig
 from teacher_cache.data.rows import expand, positions_of
-from teacher_cache.images import image_tokens_of, square
+from teacher_cache.images import AnyImage, image_tokens_of, square
 from teacher_cache.records import TeacherShape
 from teacher_cache.teacher import (
     Answer,
@@ -196,7 +195,7 @@ class TorchTeacher:
         return int(pad if pad is not None else self._description.end_token)
 
     def _inputs(
-        self, sequences: Sequence[Any], images: Sequence[PillowImage.Image | None], side: str
+        self, sequences: Sequence[Any], images: Sequence[AnyImage | None], side: str
     ) -> dict[str, torch.Tensor]:
         token, count = self._description.image_token, self._description.shape.image_tokens
         expanded = [torch.from_numpy(expand(np.asarray(s, np.int64), token, count)) for s in sequences]

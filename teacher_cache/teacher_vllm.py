@@ -23,7 +23,7 @@ from teacher_cache import vllm_session
 from teacher_cache.config import CacheConfig
 from teacher_cache.conversations import IMAGE_TAG, Conversation, Skipped
 from teacher_cache.data.rows import expand, positions_of
-from teacher_cache.images import square
+from teacher_cache.images import AnyImage, square
 from teacher_cache.teacher import (
     Answer,
     AnswerRequest,
@@ -282,7 +282,7 @@ class VllmTeacher:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
         return int(max(256 << 20, min(needed, free // 4)))
 
-    def _show(self, image: PillowImage.Image) -> PillowImage.Image:
+    def _show(self, image: AnyImage) -> PillowImage.Image:
         """The image as the engine gets it: padded, resized and cropped by Pillow, as for the torch teacher.
 
         vLLM's processor resizes with torchvision wherever that is installed, whose pixels differ by a level or two;

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image as PillowImage
 
+from teacher_cache.images import AnyImage
 from teacher_cache.teacher import TeacherCrashed, TeacherError
 from teacher_cache.vllm_processes import (
     dismiss,
@@ -86,7 +87,7 @@ class Job:
     sample_id: str
     prompt: Sequence[int]
     expanded: npt.NDArray[np.int64]
-    image: PillowImage.Image | None
+    image: AnyImage | None
     max_tokens: int
     seed: int | None
     """Of a sampled answer; None takes the most likely ids."""
@@ -122,7 +123,7 @@ class VllmSession:
         sampling: dict[str, Any],
         options: VllmOptions,
         layers: Sequence[int],
-        show: Callable[[PillowImage.Image], PillowImage.Image],
+        show: Callable[[AnyImage], PillowImage.Image],
     ) -> None:
         """``arguments`` of ``vllm.LLM``; ``sampling`` that all requests share; ``layers`` whose outputs are captured
         (0: the embeddings, L: the last layer); ``show`` makes of an image what the model sees.

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("teacher_cache", "student_train", "pipelines")
 # What phase two may know of phase one: how a cache is read, not how it is made.
 SHARED = {
-    *("arrays", "charts", "checksums", "codecs", "config", "conversations", "folder", "images", "manifest"),
+    *("arrays", "charts", "checksums", "codecs", "config", "conversations", "data", "folder", "images", "manifest"),
     *("model_config", "page", "prefetch", "progress", "reader", "records", "storage", "tokenization"),
     *("stopping", "store", "weights", "writer"),
 }
