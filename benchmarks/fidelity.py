@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.real_states import real_states
-from teacher_cache.codecs import ChannelScales, decode_torch, encode, fit_channel_scales, with_exact_head
+from teacher_cache.codecs import ChannelScales, decode, encode, fit_channel_scales, with_exact_head
 from teacher_cache.signals import sample_ids_and_counts
 
 CHUNK = 160
@@ -144,14 +144,14 @@ def _measure(way: Way, chunk: Chunk) -> np.ndarray:
 
 def _states(codec: str, scales: ChannelScales, head: Tensor) -> Callable[[Chunk], Tensor]:
     def target(chunk: Chunk) -> Tensor:
-        return (decode_torch(*encode(chunk.states, codec, scales), codec, scales) @ head.T).log_softmax(-1)
+        return (decode(*encode(chunk.states, codec, scales), codec, scales) @ head.T).log_softmax(-1)
 
     return target
 
 
 def _hybrid(codec: str, scales: ChannelScales, head: Tensor, k: int) -> Callable[[Chunk], Tensor]:
     def target(chunk: Chunk) -> Tensor:
-        logits = decode_torch(*encode(chunk.states, codec, scales), codec, scales) @ head.T
+        logits = decode(*encode(chunk.states, codec, scales), codec, scales) @ head.T
         lse = chunk.logits.logsumexp(-1)
         return with_exact_head(logits, chunk.ids[:, :k], chunk.kept[:, :k].half(), lse).log_softmax(-1)
 

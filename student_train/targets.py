@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from student_train import losses, topk
-from teacher_cache.codecs import ChannelScales, decode_torch, is_coarse, with_exact_head
+from teacher_cache.codecs import ChannelScales, decode, is_coarse, with_exact_head
 from teacher_cache.config import SignalsConfig
 from teacher_cache.records import stats_names
 
@@ -64,7 +64,7 @@ class StoredStates:
         """(rows, d) float32."""
         index = rows if self.lines is None else self.lines[rows]
         scale = None if self.scale is None else self.scale[index]
-        return cast(Tensor, decode_torch(self.codes[index], scale, self.codec, self.scales))
+        return decode(self.codes[index], scale, self.codec, self.scales)
 
 
 def decoded(states: Tensor) -> StoredStates:

@@ -2,25 +2,31 @@
 
 int8 is a scale per channel (rms^0.75, fitted once per cache) times a scale per row. One channel of a language
 model's final state can hold 44 % of the energy, so without the channel scale a row's scale is set by that channel
-and the rest is rounded away: KL to the exact distribution 0.003 without it, 0.0003 with it (SmolLM2-135M,
-docs/decisions.md). int4 has a scale per block of 32 channels. Encoding runs where the teacher runs (torch) or in
-numpy; decoding likewise, so both are written once over the array operations the two share.
+and the rest is rounded away: KL to the exact distribution 0.003 without it, 0.0003 with it (SmolLM2-135M; the latter
+is in docs/benchmarks.md). int4 has a scale per block of 32 channels. Encoding runs where the teacher runs, in torch.
+Decoding runs in numpy or in torch, and is written once, over the array operations that the two share.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
+from teacher_cache.manifest import CacheError
 from teacher_cache.records import INT4_BLOCK
 
 CHANNEL_POWER = 0.75
 """Between 0 (no channel scale) and 1 (all channels equally loud); 0.75 had the least KL of those tried."""
+
+Stored = TypeVar("Stored")
+"""A numpy array or a torch tensor."""
 
 
 @dataclass(frozen=True)
@@ -99,55 +105,34 @@ def _row_step(scaled: Any, levels: int) -> Any:
 _FLOAT16_LEAST, _FLOAT16_MOST = 2.0**-24, 65504.0
 
 
-def decode(codes: Any, row_scale: Any | None, codec: str, scales: ChannelScales) -> npt.NDArray[np.float32]:
-    """Arrays as they lie in the cache → states (…, d) float32, in numpy."""
+def decode(stored: Stored, row_scale: Any | None, codec: str, scales: ChannelScales) -> Stored:
+    """Arrays as they lie in the cache → states (…, d) float32: numpy for numpy, tensors on their device for tensors."""
+    codes: Any = stored
+    xp: Any = np if isinstance(codes, np.ndarray) else _torch()
+    floats = partial(xp.asarray, dtype=xp.float32, device=codes.device)
     if codec in ("float32", "float16"):
-        states = codes.astype(np.float32)
-    elif codec == "bfloat16":
-        states = (codes.astype(np.uint32) << 16).view(np.float32)
+        states = floats(codes)
+    elif codec == "bfloat16":  # the upper half of a float32
+        states = (xp.asarray(codes.view(xp.int16), dtype=xp.int32) << 16).view(xp.float32)
     else:
         assert row_scale is not None
+        channel = floats(scales.channel_scale)
         if codec == "int8":
-            states = codes.astype(np.float32) * row_scale.astype(np.float32)[..., None]
+            states = floats(codes) * floats(row_scale)[..., None]
         else:
-            nibbles = (
-                np.stack([codes & 15, codes >> 4], -1)
-                .reshape(*codes.shape[:-1], 2 * codes.shape[-1])
-                .astype(np.float32)
-                - 8
-            )
-            blocks = nibbles.reshape(*row_scale.shape, INT4_BLOCK)
-            states = (blocks * row_scale.astype(np.float32)[..., None]).reshape(nibbles.shape)
-            states = states[..., : len(scales.channel_scale)]
-        states = states * scales.channel_scale
-    if scales.basis is not None:
-        assert scales.mean is not None
-        states = states @ scales.basis + scales.mean
-    return np.ascontiguousarray(states, np.float32)
-
-
-def decode_torch(codes: Any, row_scale: Any | None, codec: str, scales: ChannelScales) -> Any:
-    """The same as :func:`decode`, on the device where ``codes`` lie: (…, d) float32."""
-    import torch
-
-    device = codes.device
-    if codec in ("float32", "float16"):
-        states = codes.float()
-    elif codec == "bfloat16":
-        states = codes.view(torch.bfloat16).float()
-    else:
-        assert row_scale is not None
-        channel = torch.as_tensor(scales.channel_scale, device=device)
-        if codec == "int8":
-            states = codes.float() * row_scale.float().unsqueeze(-1)
-        else:
-            nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).float() - 8
-            blocks = nibbles.reshape(*row_scale.shape, INT4_BLOCK) * row_scale.float().unsqueeze(-1)
-            states = blocks.flatten(-2)[..., : len(scales.channel_scale)]
+            nibbles = floats(xp.stack([codes & 15, codes >> 4], -1)) - 8  # (…, bytes, 2)
+            blocks = nibbles.reshape(*row_scale.shape, INT4_BLOCK) * floats(row_scale)[..., None]
+            states = blocks.reshape(*codes.shape[:-1], 2 * codes.shape[-1])[..., : len(channel)]
         states = states * channel
     if scales.basis is not None:
-        states = states @ torch.as_tensor(scales.basis, device=device) + torch.as_tensor(scales.mean, device=device)
-    return states
+        states = states @ floats(scales.basis) + floats(scales.mean)
+    return states  # type: ignore[no-any-return]
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch
 
 
 def is_coarse(codec: str, scales: ChannelScales) -> bool:
@@ -176,11 +161,33 @@ _LEAST_TAIL = 1e-6
 
 
 def scales_from_bytes(data: bytes) -> dict[str, ChannelScales]:
-    """``scales.safetensors``: ``{array}.channel_scale`` and, with PCA, ``{array}.mean`` and ``{array}.basis``."""
+    """``scales.safetensors``: ``{array}.channel_scale`` and, with PCA, ``{array}.mean`` and ``{array}.basis``.
+
+    Raises
+    ------
+    CacheError
+        The file is no such file.
+    """
     fields = {f.name for f in dataclasses.fields(ChannelScales)}
     out: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
-    for key, value in load_safetensors(data).items():
+    try:
+        stored = load_safetensors(data)
+    except SafetensorError as error:
+        raise CacheError(f"scales.safetensors: not readable ({error}). {_FETCH_AGAIN}") from error
+    for key, value in stored.items():
         name, _, part = key.rpartition(".")
-        assert part in fields, key
+        if part not in fields:
+            raise CacheError(
+                f"scales.safetensors: {key!r}; expected ARRAY.{', ARRAY.'.join(sorted(fields))}. {_FETCH_AGAIN}"
+            )
         out.setdefault(name, {})[part] = value
+    for name, parts in out.items():
+        if "channel_scale" not in parts or ("mean" in parts) != ("basis" in parts):
+            raise CacheError(
+                f"scales.safetensors: of {name} found {', '.join(sorted(parts))}; expected channel_scale, and mean and "
+                f"basis together or not at all. {_FETCH_AGAIN}"
+            )
     return {name: ChannelScales(**parts) for name, parts in out.items()}
+
+
+_FETCH_AGAIN = "Fetch the cache again, or rebuild it: the states cannot be decoded without their scales"

@@ -5,18 +5,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save
 
 from student_train.targets import row_targets, scales_on
 from teacher_cache.calibration import scales_to_bytes
 from teacher_cache.codecs import (
     decode,
-    decode_torch,
     encode,
     fit_channel_scales,
     scales_from_bytes,
     with_exact_head,
 )
 from teacher_cache.config import PRESETS, SignalsConfig
+from teacher_cache.manifest import CacheError
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import TeacherShape, hidden_arrays, record_arrays
 from tests.rounding import within
@@ -57,8 +58,9 @@ def test_torch_and_numpy_decode_the_same(codec, lead, width, pca, seed):
     states = torch.from_numpy((random.normal(size=(*lead, width)) * 3).astype(np.float32))
     codes, row_scale = encode(states, codec, scales)
     plain = decode(codes.numpy(), None if row_scale is None else row_scale.numpy(), codec, scales)
-    on_device = decode_torch(codes, row_scale, codec, scales).numpy()
+    on_device = decode(codes, row_scale, codec, scales).numpy()
     assert plain.shape == on_device.shape == (*lead, width)
+    assert plain.dtype == on_device.dtype == np.float32
     np.testing.assert_allclose(on_device, plain, **within(operations=1 + width, scale=np.abs(plain).max(initial=1)))
 
 
@@ -156,6 +158,24 @@ def test_scales_survive_their_file():
 
 
 @pytest.mark.parametrize(
+    ("stored", "complaint"),
+    [
+        (b"scales", "not readable"),
+        (
+            save({"hidden.channel_scale": np.ones(3, np.float32), "hidden.gain": np.ones(3, np.float32)}),
+            "'hidden.gain'",
+        ),
+        (save({"hidden.mean": np.ones(3, np.float32), "hidden.basis": np.ones((2, 3), np.float32)}), "of hidden found"),
+        (save({"hidden.channel_scale": np.ones(2, np.float32), "hidden.mean": np.ones(3, np.float32)}), "together"),
+    ],
+    ids=["no_safetensors", "unknown_part", "no_channel_scale", "mean_without_basis"],
+)
+def test_a_file_that_holds_no_scales_is_refused(stored, complaint):
+    with pytest.raises(CacheError, match=f"scales.safetensors: .*{complaint}"):
+        scales_from_bytes(stored)
+
+
+@pytest.mark.parametrize(
     "config",
     [
         *(signals(codec=c) for c in CODECS),
@@ -175,7 +195,7 @@ def test_every_signal_is_in_the_manifest_and_decodes_on_a_device_from_the_cache_
         if config.hidden != "none":
             wanted = torch.cat([s.rows if config.hidden == "rows" else s.text for s in made.states])
             stored = cache.manifest.signals_config
-            hidden = decode_torch(arrays["hidden"], arrays.get("hidden_scale"), stored.codec, cache.scales["hidden"])
+            hidden = decode(arrays["hidden"], arrays.get("hidden_scale"), stored.codec, cache.scales["hidden"])
             tolerance = {"float16": 2e-3, "bfloat16": 2e-2, "int8": 3e-2, "int4": 0.6}[config.codec]
             if not config.pca:
                 torch.testing.assert_close(hidden, wanted, rtol=0, atol=tolerance)
