@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from student_train.batch import Weights, collate
 from student_train.config import LossSpec, SourceConfig
@@ -25,6 +25,7 @@ from teacher_cache.conversations import IMAGE_TAG, Conversation, Skipped, read_c
 from teacher_cache.data.rows import expand
 from teacher_cache.images import image_tokens_of
 from teacher_cache.manifest import read_manifest
+from teacher_cache.models.pretrained import load_llava, read_processor
 from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage
 from teacher_cache.tokenization import end_token_id, image_token_id, template_by_name, tokenize_prompt
@@ -54,8 +55,8 @@ class Student:
 
     @classmethod
     def load(cls, folder: str | Path, dtype: str = "float32", device: str = "cpu") -> Student:
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
-        processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        model = load_llava("student", str(folder), dtype=getattr(torch, dtype)).to(device).eval()
+        processor = read_processor("student", str(folder))
         return cls(model, processor, preprocessor_of(model, processor))
 
 

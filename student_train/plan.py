@@ -41,6 +41,7 @@ from teacher_cache.data.rows import expanded_length, text_positions
 from teacher_cache.images import image_tokens_of
 from teacher_cache.manifest import CacheError, Manifest, new_manifest, read_manifest
 from teacher_cache.model_config import load_model_config
+from teacher_cache.models.pretrained import check_llava, check_tower
 from teacher_cache.records import TeacherShape
 from teacher_cache.storage import Storage
 
@@ -237,15 +238,20 @@ def student_on_meta(config: StudentConfig) -> LlavaForConditionalGeneration:
 def student_architecture(config: StudentConfig) -> Any:
     """The student's LLaVA configuration, by the rules of ``student.load_student``."""
     if config.layers_from:
-        llava = load_model_config(config.layers_from)
+        llava = load_model_config(config.layers_from, setting="student.layers_from")
+        check_llava("student.layers_from", config.layers_from, llava)
         text = llava.get_text_config()
         text.num_hidden_layers = config.layers or text.num_hidden_layers // 2
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[: text.num_hidden_layers]
         return llava
     if not config.language_model or (config.model and (Path(config.model) / "config.json").is_file()):
-        return load_model_config(config.model)
-    text, vision = load_model_config(config.language_model), load_model_config(config.vision_tower)
+        llava = load_model_config(config.model, setting="student.model")
+        check_llava("student.model", config.model, llava)
+        return llava
+    text = load_model_config(config.language_model, setting="student.language_model")
+    vision = load_model_config(config.vision_tower, setting="student.vision_tower")
+    check_tower("student.vision_tower", config.vision_tower, vision)
     taken = load_model_config(config.tokenizer) if config.tokenizer else None
     token = taken.image_token_id if taken is not None else text.vocab_size
     if taken is None and text.vocab_size > 100_000:  # Qwen's tables are padded beyond the tokenizer: there is room

@@ -9,21 +9,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoProcessor,
-    AutoTokenizer,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from student_train.config import StudentConfig
 from teacher_cache.config import ConfigError
 from teacher_cache.conversations import IMAGE_TAG
+from teacher_cache.models.pretrained import (
+    load_language_model,
+    load_llava,
+    load_vision_tower,
+    read_config,
+    read_image_processor,
+    read_processor,
+    read_tokenizer,
+)
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -80,19 +79,17 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def _load_llava(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, Any]:
-    try:
-        model = LlavaForConditionalGeneration.from_pretrained(
-            config.model,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attention,
-            quantization_config=_four_bit(config),
-        )
-        processor = AutoProcessor.from_pretrained(config.model, backend="pil")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"student.model={config.model}: not a LLaVA folder with its processor ({str(error).splitlines()[0]})"
-        ) from error
-    return model, processor
+    name, setting = (
+        (config.layers_from, "student.layers_from") if config.layers_from else (config.model, "student.model")
+    )
+    model = load_llava(
+        setting,
+        name,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attention,
+        quantization_config=_four_bit(config),
+    )
+    return model, read_processor(setting, name)
 
 
 def compose(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, Any]:
@@ -100,15 +97,15 @@ def compose(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, Any]:
     if not (config.language_model and config.vision_tower):
         raise ConfigError("student: a composed student needs both language_model and vision_tower")
     dtype = getattr(torch, config.dtype)
-    language = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype)
-    vision = AutoModel.from_pretrained(config.vision_tower, dtype=dtype)
+    language = load_language_model("student.language_model", config.language_model, dtype=dtype)
+    vision = load_vision_tower("student.vision_tower", config.vision_tower, dtype=dtype)
     vision = getattr(vision, "vision_model", vision)
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.language_model)
+    tokenizer = read_tokenizer("student.tokenizer", config.tokenizer or config.language_model)
     token = _image_token(tokenizer)
     size = composed_vocabulary(language.config, _tokenizer_config(config), token)
     if size > language.get_input_embeddings().num_embeddings:
         language.resize_token_embeddings(size)
-    llava = composed_config(language.config, AutoConfig.from_pretrained(config.vision_tower), token)
+    llava = composed_config(language.config, read_config("student.vision_tower", config.vision_tower), token)
     model = LlavaForConditionalGeneration._from_config(llava, dtype=dtype, attn_implementation=config.attention)
     model.model.language_model.load_state_dict(language.get_decoder().state_dict())
     if not llava.tie_word_embeddings:
@@ -116,7 +113,7 @@ def compose(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, Any]:
     _load_vision(model.model.vision_tower, vision, config)
     tower = llava.vision_config
     processor = LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(config.vision_tower, backend="pil"),
+        image_processor=read_image_processor("student.vision_tower", config.vision_tower),
         tokenizer=tokenizer,
         patch_size=tower.patch_size,
         vision_feature_select_strategy=llava.vision_feature_select_strategy,
@@ -150,7 +147,7 @@ def composed_vocabulary(text: Any, tokenizer_model: Any | None, image_token: int
 
 
 def _tokenizer_config(config: StudentConfig) -> Any | None:
-    return AutoConfig.from_pretrained(config.tokenizer) if config.tokenizer else None
+    return read_config("student.tokenizer", config.tokenizer) if config.tokenizer else None
 
 
 def _image_token(tokenizer: Any) -> int:
@@ -181,7 +178,7 @@ def cut_layers(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, An
     if not Path(config.layers_from).exists() and "/" not in config.layers_from:
         raise ConfigError(f"student.layers_from={config.layers_from}: no such folder")
     model, processor = _load_llava(
-        StudentConfig(model=config.layers_from, dtype=config.dtype, attention=config.attention)
+        StudentConfig(layers_from=config.layers_from, dtype=config.dtype, attention=config.attention)
     )
     decoder = model.model.language_model
     total = len(decoder.layers)

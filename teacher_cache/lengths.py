@@ -68,14 +68,14 @@ def conversation_lengths(
 
 def load_tokenizer(model: str, revision: str = "") -> Any | None:
     """The tokenizer of a model's folder or repository, or None when there is none; nothing else is loaded."""
-    from transformers import AutoTokenizer
+    from teacher_cache.models.pretrained import ModelError, read_tokenizer
 
     folder = Path(model)
     if folder.is_dir() and not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(model, revision=revision or None)
-    except (OSError, ValueError):
+        return read_tokenizer("teacher.model", model, revision)
+    except ModelError:
         return None
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from teacher_cache.config import ConfigError
 
 
-def load_model_config(name: str, revision: str = "") -> Any:
-    """The Transformers configuration of ``name``, a folder or a hub name.
+def load_model_config(name: str, revision: str = "", setting: str = "model") -> Any:
+    """The Transformers configuration of ``name``, a folder or a hub name; no code of it runs.
 
     A hub name is looked up by its last part among the shipped ``pipelines/models/*/config.json`` first, so that plans
     need no network.
@@ -20,19 +20,19 @@ def load_model_config(name: str, revision: str = "") -> Any:
     ConfigError
         where neither has it; says where to put one.
     """
-    from transformers import AutoConfig
+    from teacher_cache.models.pretrained import ModelError, read_config
 
     folder = Path(name)
     if not (folder / "config.json").is_file():
         shipped = shipped_models() / folder.name
         if (shipped / "config.json").is_file():
-            return AutoConfig.from_pretrained(shipped)
+            return read_config(setting, str(shipped))
     try:
-        return AutoConfig.from_pretrained(name, revision=revision or None)
-    except (OSError, ValueError) as error:
+        return read_config(setting, name, revision)
+    except ModelError as error:
         raise ConfigError(
-            f"{name}: no configuration found ({str(error).splitlines()[0]}). Give a folder with the model's "
-            f"config.json, or put it into {shipped_models()}/{folder.name}/; weights are not needed"
+            f"{error}. Give a folder with the model's config.json, or put it into {shipped_models()}/{folder.name}/; "
+            "weights are not needed"
         ) from error
 
 

@@ -25,6 +25,7 @@ from teacher_cache.conversations import Conversation, read_conversations
 from teacher_cache.data.rows import expanded_length, text_positions
 from teacher_cache.lengths import Lengths, conversation_lengths, load_tokenizer
 from teacher_cache.model_config import load_model_config
+from teacher_cache.models.pretrained import check_llava
 from teacher_cache.plan_cost import TeacherMemory, Throughput, assumed_throughput, size_of, teacher_memory
 from teacher_cache.records import ArraySpec, Axis, TeacherShape, image_arrays, record_arrays
 from teacher_cache.storage import Storage
@@ -121,7 +122,8 @@ def plan_cache(
     size = config.layout.shard_samples
     numbers = [i // size for i, s in enumerate(samples) if isinstance(s, Conversation)]
     conversations = [s for s in samples if isinstance(s, Conversation)]
-    model = load_model_config(config.teacher.model, config.teacher.revision)
+    model = load_model_config(config.teacher.model, config.teacher.revision, "teacher.model")
+    check_llava("teacher.model", config.teacher.model, model)
     storage = Storage(config.output or ".")
     tokenizer = load_tokenizer(config.teacher.model, config.teacher.revision)
     answered = _answered(storage, -(-len(samples) // size)) if config.output else {}

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
 from teacher_cache.config import GenerationConfig, SpeedConfig, TeacherConfig
 from teacher_cache.data.rows import expand, positions_of
 from teacher_cache.images import AnyImage, image_tokens_of, square
+from teacher_cache.models.pretrained import check_llava, load_llava, read_config, read_processor
 from teacher_cache.records import TeacherShape
 from teacher_cache.teacher import (
     Answer,
@@ -56,7 +56,14 @@ class TorchTeacher:
         self._generation, self._speed = generation, speed
         self._device = device_of(speed)
         self._processor, self._tokenizer = load_processor(config)
-        self._model = _load_model(config, "eager" if attention else "sdpa").to(self._device).eval()
+        model = load_llava(
+            "teacher.model",
+            config.model,
+            config.revision,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation="eager" if attention else "sdpa",
+        )
+        self._model = model.to(self._device).eval()
         self._mode = config.image_mode
         self._description = describe_teacher(config, self._tokenizer, self._processor)
 
@@ -235,19 +242,14 @@ def device_of(speed: SpeedConfig) -> torch.device:
 
 
 def load_processor(config: TeacherConfig) -> tuple[Any, Any]:
-    """The processor and the tokenizer of the teacher's folder or repository."""
-    try:
-        processor = AutoProcessor.from_pretrained(
-            config.model,
-            backend="pil",
-            trust_remote_code=config.trust_remote_code,
-            revision=config.revision or None,
-        )
-    except (OSError, ValueError, TypeError) as error:
-        raise TeacherError(
-            f"teacher.model={config.model}: no processor can be loaded ({str(error).splitlines()[0]}). "
-            "The folder needs processor_config.json (or preprocessor_config.json) and the tokenizer's files."
-        ) from error
+    """The processor and the tokenizer of the teacher's folder or repository, whose model type fits.
+
+    Raises
+    ------
+    TeacherError
+    """
+    read_teacher_config(config)
+    processor = read_processor("teacher.model", config.model, config.revision, config.trust_remote_code)
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or getattr(processor, "image_processor", None) is None:
         raise TeacherError(
@@ -257,26 +259,21 @@ def load_processor(config: TeacherConfig) -> tuple[Any, Any]:
     return processor, tokenizer
 
 
-def _load_model(config: TeacherConfig, attention: str) -> Any:
-    try:
-        return LlavaForConditionalGeneration.from_pretrained(
-            config.model,
-            revision=config.revision or None,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=attention,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise TeacherError(
-            f"teacher.model={config.model}: not a LLaVA checkpoint that Transformers can load "
-            f"({str(error).splitlines()[0]})"
-        ) from error
+def read_teacher_config(config: TeacherConfig) -> Any:
+    """The Transformers configuration of the teacher, of a type that can be run here.
+
+    Raises
+    ------
+    TeacherError
+    """
+    model = read_config("teacher.model", config.model, config.revision, config.trust_remote_code)
+    check_llava("teacher.model", config.model, model)
+    return model
 
 
 def describe_teacher(config: TeacherConfig, tokenizer: Any, processor: Any) -> TeacherDescription:
     """Everything the manifest says of the teacher; needs its configuration files, not its weights in memory."""
-    model = AutoConfig.from_pretrained(
-        config.model, revision=config.revision or None, trust_remote_code=config.trust_remote_code
-    )
+    model = read_teacher_config(config)
     text = model.get_text_config()
     template = template_by_name(config.template)
     return TeacherDescription(

@@ -28,15 +28,12 @@ class TokenText:
         CacheError
             It cannot be loaded, or its ids mean other text than the teacher's.
         """
-        from transformers import AutoTokenizer
+        from teacher_cache.models.pretrained import ModelError, read_tokenizer
 
         try:
-            loaded = AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise CacheError(
-                f"--tokenizer {tokenizer}: cannot be loaded ({reason}). Name the teacher's folder"
-            ) from error
+            loaded = read_tokenizer("--tokenizer", tokenizer)
+        except ModelError as error:
+            raise CacheError(f"{error}. Name the teacher's folder") from error
         if (found := tokenizer_fingerprint(loaded)) != cache.manifest.teacher["tokenizer"]:
             raise CacheError(
                 f"--tokenizer {tokenizer}: not the tokenizer of {cache.manifest.teacher['model']} (fingerprint "

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from teacher_cache import vllm_session
 from teacher_cache.config import CacheConfig, TeacherConfig
 from teacher_cache.conversations import Conversation, Skipped
 from teacher_cache.data.rows import expanded_length
+from teacher_cache.models.pretrained import check_llava, read_config
 from teacher_cache.teacher import TeacherDescription, TeacherError
 from teacher_cache.tokenization import template_by_name, tokenize_answer, tokenize_prompt
 from teacher_cache.vllm_session import LENGTH_MARGIN
@@ -90,12 +89,9 @@ def architecture_of(config: TeacherConfig) -> str:
 
 
 def model_config_of(config: TeacherConfig) -> Any:
-    try:
-        return AutoConfig.from_pretrained(
-            config.model, revision=config.revision or None, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise TeacherError(f"teacher.model={config.model}: no model configuration can be read ({error})") from error
+    model = read_config("teacher.model", config.model, config.revision, config.trust_remote_code)
+    check_llava("teacher.model", config.model, model)
+    return model
 
 
 def context_length(

@@ -14,7 +14,7 @@ PACKAGES = ("teacher_cache", "student_train", "pipelines")
 # What phase two may know of phase one: how a cache is read, not how it is made.
 SHARED = {
     *("arrays", "charts", "checksums", "codecs", "config", "conversations", "data", "folder", "images", "manifest"),
-    *("model_config", "page", "prefetch", "progress", "reader", "records", "storage", "tokenization"),
+    *("model_config", "models", "page", "prefetch", "progress", "reader", "records", "storage", "tokenization"),
     *("stopping", "store", "weights", "writer"),
 }
 ONE_FILE = {

@@ -264,8 +264,12 @@ def test_a_folder_without_permission_is_a_clear_error(
 
 
 def test_a_model_that_is_no_llava_is_refused(cache_config: CacheConfig, tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match="no processor can be loaded"):
-        load_processor(replace(cache_config.teacher, model=str(tmp_path)))
+    teacher = replace(cache_config.teacher, model=str(tmp_path))
+    with pytest.raises(TeacherError, match=r"teacher\.model=.*no model configuration can be read"):
+        load_processor(teacher)
+    shutil.copy(TEACHER / "config.json", tmp_path)
+    with pytest.raises(TeacherError, match=r"no processor can be loaded.*needs processor_config\.json"):
+        load_processor(teacher)
 
 
 @pytest.mark.parametrize(

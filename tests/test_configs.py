@@ -186,7 +186,7 @@ def _losses(name: str, made_with: str) -> list[str]:
 def test_source_without_size_or_configuration_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not there yet, and sources"):
         source_manifest(SourceConfig(cache="nowhere"))
-    with pytest.raises(ConfigError, match=f"no configuration found.*{shipped_models()}"):
+    with pytest.raises(ConfigError, match=f"no model configuration can be read.*{shipped_models()}"):
         load_model_config(str(tmp_path))
 
 

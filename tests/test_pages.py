@@ -266,7 +266,7 @@ def test_overview_is_measured_on_a_bounded_part(monkeypatch: pytest.MonkeyPatch,
         ({"ids": ["sample-99"]}, "no sample 'sample-99'"),
         ({"samples": 0}, "expected at least 1, found 0"),
         ({"tokenizer": str(TEACHER)}, "not the tokenizer of toy"),
-        ({"tokenizer": "/nowhere"}, "cannot be loaded"),
+        ({"tokenizer": "/nowhere"}, "no tokenizer can be loaded"),
     ],
 )
 def test_view_refuses_what_it_cannot_show(tmp_path: Path, options: dict[str, Any], message: str) -> None:

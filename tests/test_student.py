@@ -163,7 +163,7 @@ def test_wrong_parts_are_named(tmp_path: Path) -> None:
         load_student(StudentConfig(layers_from=str(TEACHER), layers=5), 0)
     with pytest.raises(ConfigError, match="4-bit weights cannot be trained"):
         load_student(StudentConfig(model=str(TEACHER), load_in_4bit=True), 0)
-    with pytest.raises(ConfigError, match="not a LLaVA folder"):
+    with pytest.raises(ConfigError, match="no model configuration can be read"):
         load_student(StudentConfig(model=str(tmp_path)), 0)
 
 

@@ -18,6 +18,7 @@ from transformers import (
 
 from pipelines.tiny.scenes import CELL, IMAGE_SIDE
 from pipelines.tiny.tokenizer import BOS, EOS, IMAGE, IMAGE_TOKENS, PAD, build_processor, vocabulary
+from teacher_cache.models.pretrained import load_llava as load_llava_folder
 from teacher_cache.weights import rename_vision_weights
 
 HEAD_WIDTH = 32  # the narrowest head that vLLM's CPU attention knows
@@ -117,4 +118,5 @@ def save_llava(model: LlavaForConditionalGeneration, folder: Path) -> None:
 
 def load_llava(folder: Path) -> LlavaForConditionalGeneration:
     """Read a saved folder, in float32, ready to answer."""
-    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model: LlavaForConditionalGeneration = load_llava_folder("model", str(folder), dtype=torch.float32)
+    return model.eval()

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from pipelines.tiny.evaluate import Score, score_world
 from pipelines.tiny.models import build_llava, llava_config, load_llava, save_llava
@@ -43,6 +43,7 @@ from pipelines.tiny.tokenizer import (
 )
 from pipelines.tiny.tower import pixels, train_tower
 from pipelines.tiny.world import write_world
+from teacher_cache.models.pretrained import read_processor
 
 HIDDEN_SIZE = 128
 LAYERS = 4
@@ -153,7 +154,7 @@ def score_saved(folder: Path, *, images: int, seed: int) -> tuple[Score, Score]:
     """Dev and test scores of the folder as it was written, so half precision is in them."""
     with tempfile.TemporaryDirectory() as world:
         write_world(Path(world), train_images=0, dev_images=images, test_images=images, seed=seed)
-        model, processor = load_llava(folder), AutoProcessor.from_pretrained(folder)
+        model, processor = load_llava(folder), read_processor("model", str(folder))
         dev, test = (score_world(model, processor, Path(world), split) for split in ("dev", "test"))
     return dev, test
 
