@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -24,9 +25,11 @@ from student_train.config import FitConfig
 from student_train.origin import Origin, cache_fingerprint, changed, sources_origin
 from student_train.stages import merge
 from student_train.training.output import output_lock
+from student_train.training.setup import check_tracker
 from teacher_cache.config import ConfigError, as_plain, build_config
 from teacher_cache.manifest import digest
 from teacher_cache.progress import Style, silence_libraries, stage
+from teacher_cache.stopping import Stop, Stopped, stopping
 
 CPU_MARGIN = 1.25
 """Over the CPU seconds to match: the same run takes 10 to 20 % more or less from one time to the next."""
@@ -90,9 +93,9 @@ def ablate(config: AblationConfig, style: Style = "auto") -> dict[str, Any]:
     from student_train.table import write_table
 
     runs = plan_runs(config)
-    with output_lock(config.output):
+    with output_lock(config.output), stopping() as stop:
         with stage("ablation", len(runs), "runs", style) as progress:
-            _run_all(config, runs, lambda run: progress.advance(1, last=run.name))
+            _run_all(config, runs, lambda run: progress.advance(1, last=run.name), stop)
         return write_table(config, {(r.arm, r.seed): load_result(r.folder) for r in runs})
 
 
@@ -119,7 +122,7 @@ def plan_runs(config: AblationConfig) -> list[RunSpec]:
             tree = merge(config.base, config.arms[name].set)
             tree = _filled(tree, seed=seed, runs=str(Path(config.output) / "runs"))
             tree = merge(tree, {"output": str(folder), "train": {"seed": seed}})
-            build_config(FitConfig, tree, f"arms.{name}")
+            check_tracker(build_config(FitConfig, tree, f"arms.{name}").train.tracker)
             runs.append(RunSpec(name, seed, folder, tree))
     return runs
 
@@ -131,7 +134,7 @@ def load_result(folder: Path) -> dict[str, Any]:
     return {**summary, "scores": scores["scores"]}
 
 
-def run_one(config: AblationConfig, run: RunSpec) -> None:
+def run_one(config: AblationConfig, run: RunSpec, stop: Stop | None = None) -> None:
     """Prepare, train and score one student, in this process."""
     from student_train.trainer import fit
 
@@ -140,7 +143,7 @@ def run_one(config: AblationConfig, run: RunSpec) -> None:
         options = _filled(arm.prepare, seed=run.seed, runs=str(run.folder.parent))
         _function(options.pop("call"))(**options)
     fit_config = build_config(FitConfig, run.tree, f"arms.{run.arm}")
-    summary = fit(fit_config, "quiet")
+    summary = fit(fit_config, "quiet", stop)
     options = _filled(config.score_options, seed=run.seed, runs=str(run.folder.parent))
     scores = _function(config.score)(summary.model, **options) if config.score else {}
     text = json.dumps({"scores": scores, "origin": run_origin(config, run)}, indent=1)
@@ -149,8 +152,37 @@ def run_one(config: AblationConfig, run: RunSpec) -> None:
     temporary.rename(run.folder / "scores.json")
 
 
-def _run_all(config: AblationConfig, runs: Sequence[RunSpec], done: Callable[[RunSpec], None]) -> None:
-    """Runs in parallel processes; one starts when those it needs are done. The first failure stops the rest."""
+class Children:
+    """The processes of the runs in progress. What ends this command ends them, and then no other one begins."""
+
+    def __init__(self) -> None:
+        self._lock, self._live, self._ended = threading.Lock(), set[subprocess.Popen[bytes]](), 0
+
+    def call(self, command: Sequence[str], **options: Any) -> int:
+        """The exit status of ``command``; that of the signal where one came before it began."""
+        with self._lock:
+            if self._ended:
+                return 128 + self._ended
+            process = subprocess.Popen(command, **options)
+            self._live.add(process)
+        try:
+            return process.wait()
+        finally:
+            with self._lock:
+                self._live.discard(process)
+
+    def end(self, number: int) -> None:
+        with self._lock:
+            self._ended = self._ended or number
+            for process in self._live:
+                process.send_signal(number)
+
+
+def _run_all(
+    config: AblationConfig, runs: Sequence[RunSpec], done: Callable[[RunSpec], None], stop: Stop | None = None
+) -> None:
+    """Runs in parallel processes; one starts when those it needs are done. The first failure stops the rest, and so
+    does a signal, which is sent on to the runs in progress: each writes its checkpoint."""
     gpus = _gpus()
     workers = config.workers or len(gpus) or os.cpu_count() or 1
     slots: queue.SimpleQueue[str] = queue.SimpleQueue()  # a run takes the place of one that ended, on its GPU
@@ -158,6 +190,7 @@ def _run_all(config: AblationConfig, runs: Sequence[RunSpec], done: Callable[[Ru
         slots.put(gpus[number % len(gpus)] if gpus else "")
     finished = {name: threading.Event() for name in (r.name for r in runs)}
     failed = threading.Event()
+    children = Children()
 
     def work(run: RunSpec) -> None:
         try:
@@ -169,7 +202,7 @@ def _run_all(config: AblationConfig, runs: Sequence[RunSpec], done: Callable[[Ru
             if not _is_done(config, run):
                 gpu = slots.get()
                 try:
-                    _spawn(config, run, gpu, max((os.cpu_count() or 1) // workers, 1))
+                    _spawn(config, run, gpu, max((os.cpu_count() or 1) // workers, 1), children)
                 finally:
                     slots.put(gpu)
             done(run)
@@ -179,12 +212,24 @@ def _run_all(config: AblationConfig, runs: Sequence[RunSpec], done: Callable[[Ru
         finally:
             finished[run.name].set()
 
+    if stop is not None:
+        stop.at_once = lambda: children.end(signal.SIGKILL)
     with ThreadPoolExecutor(workers) as threads:
-        for future in [threads.submit(work, run) for run in runs]:
-            future.result()
+        futures = [threads.submit(work, run) for run in runs]
+        try:
+            for future in futures:
+                future.result()
+        except Stopped as stopped:
+            failed.set()
+            children.end(stopped.number)  # the pool waits for them when it is left
+            raise Stopped(
+                stopped.number,
+                f"{sum(f.done() and not f.exception() for f in futures)} of {len(runs)} runs are done, those in "
+                "progress keep a checkpoint; the same command goes on from there.",
+            ) from None
 
 
-def _spawn(config: AblationConfig, run: RunSpec, gpu: str, threads: int) -> None:
+def _spawn(config: AblationConfig, run: RunSpec, gpu: str, threads: int, children: Children) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     job = run.folder / "job.json"
     plain = {"ablation": as_plain(config), "arm": run.arm, "seed": run.seed, "tree": run.tree}
@@ -193,7 +238,7 @@ def _spawn(config: AblationConfig, run: RunSpec, gpu: str, threads: int) -> None
     if gpu:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     with (run.folder / "output.txt").open("w", encoding="utf-8") as output:
-        code = subprocess.call(
+        code = children.call(
             [sys.executable, "-m", "student_train.ablate", str(job)], env=environment, stdout=output, stderr=output
         )
     if code:
@@ -310,7 +355,13 @@ def _main(job: str) -> None:
     silence_libraries()
     plain = json.loads(Path(job).read_text(encoding="utf-8"))
     config = build_config(AblationConfig, plain["ablation"], job)
-    run_one(config, RunSpec(plain["arm"], plain["seed"], Path(job).parent, plain["tree"]))
+    try:
+        with stopping() as stop:
+            stop.follow_parent()
+            run_one(config, RunSpec(plain["arm"], plain["seed"], Path(job).parent, plain["tree"]), stop)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.status)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,10 +16,13 @@ from rich.markup import escape
 
 from teacher_cache.config import load_config
 from teacher_cache.progress import silence_libraries
+from teacher_cache.stopping import Stopped, stopping
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 Sets = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the file, for example train.seed=1")]
+_LAUNCHERS = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}
+"""Set by ``accelerate launch`` and ``torchrun`` in the processes that they start."""
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
 
 
@@ -27,8 +31,10 @@ def fit(config: Path, sets: Sets = None, as_json: Json = False) -> None:
     """Train one student (one stage, or all stages of a file that has ``stages``) and export it."""
     from student_train.stages import fit_file
 
-    with _errors():
-        summaries = fit_file(config, sets or [], "json" if as_json else "auto")
+    with _errors(), stopping() as stop:
+        if _LAUNCHERS & os.environ.keys():
+            stop.follow_parent()  # accelerate launch leaves its process behind when it is ended itself
+        summaries = fit_file(config, sets or [], "json" if as_json else "auto", stop)
     for summary in summaries:
         _show(dataclasses.asdict(summary), as_json)
 
@@ -126,6 +132,9 @@ def _errors() -> Iterator[None]:
     silence_libraries()
     try:
         yield
+    except Stopped as stopped:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(escape(str(stopped)))
+        raise typer.Exit(stopped.status) from None
     except ValueError as error:  # ConfigError, CacheError, DataError and the losses' own
         Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", escape(str(error)))
         raise typer.Exit(1) from error

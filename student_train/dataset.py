@@ -78,6 +78,10 @@ class Source(Protocol):
 
     def read(self, indices: Sequence[int]) -> RawBatch: ...
 
+    def name_of(self, index: int) -> str:
+        """The sample's id, for an error."""
+        ...
+
     def images(self) -> Iterator[Image]:
         """The image of every sample that has one, in order; no array is read."""
         ...
@@ -146,6 +150,9 @@ class CacheSource:
             visual=self.cache.read_images(batch.image_places[with_image], self._visual) if self._visual else {},
         )
 
+    def name_of(self, index: int) -> str:
+        return self.cache.read([index], []).sample_ids[0]
+
     def images(self) -> Iterator[Image]:
         for start in range(0, self._size, 1024):
             batch = self.cache.read(range(start, min(start + 1024, self._size)), [])
@@ -189,6 +196,7 @@ class PlainSource:
     def __init__(self, conversations: Sequence[Conversation], template: str, tokenizer: Any, image_folder: str) -> None:
         self.image_folder = image_folder
         self._images = [c.image for c in conversations]
+        self._names = [c.sample_id for c in conversations]
         form = template_by_name(template)
         self._samples = [
             assemble(tokenize_prompt(c, form, tokenizer), [tokenize_answer(a, form, tokenizer) for a in c.answers])
@@ -260,6 +268,9 @@ class PlainSource:
             row_index=np.zeros(0, np.int64),
             visual={},
         )
+
+    def name_of(self, index: int) -> str:
+        return self._names[index]
 
     def images(self) -> Iterator[Image]:
         return (image for image in self._images if image is not None)

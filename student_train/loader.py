@@ -28,6 +28,7 @@ from student_train.order import BLOCK_SHARDS, epoch_batches, rank_part, shards_o
 from teacher_cache.conversations import Image
 from teacher_cache.data.rows import expanded_length
 from teacher_cache.images import load_image, square
+from teacher_cache.stopping import left_to_parent
 
 Ints = npt.NDArray[np.int64]
 _ZERO = Weights(0.0, 0.0, 0.0, 0.0, 0.0)
@@ -230,6 +231,10 @@ class MicroBatches(Dataset[StudentBatch]):
         )
         return micro, batch
 
+    def names_of(self, micro: MicroBatch) -> list[str]:
+        """The ids of a micro-batch's samples, for an error."""
+        return [self._sources[micro.source].name_of(index) for index in micro.indices]
+
     def _prefetch(self, coming: Sequence[tuple[int, int]]) -> None:
         """In the process that reads, because it is the one that waits."""
         for number, source in enumerate(self._sources if coming else ()):
@@ -269,6 +274,7 @@ def make_loader(
         prefetch_factor=4,
         pin_memory=pin,
         multiprocessing_context="spawn",
+        worker_init_fn=left_to_parent,
     )
 
 

@@ -153,7 +153,7 @@ class DistilledStudent(nn.Module):
             raise ConfigError(f"hidden losses need teachers of one width, the sources have {sorted(sizes)}")
         self.projectors = nn.ModuleDict(
             {layer: losses.HiddenProjector(width, next(iter(sizes))) for layer in sorted(layers)}
-        ).to(model.dtype)
+        ).to(torch.promote_types(model.dtype, torch.float32))  # trained, and so not in half precision
 
     def forward(self, batch: StudentBatch, source: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(the weighted loss of this micro-batch, each term's unweighted part of it, detached)."""
@@ -188,9 +188,8 @@ class DistilledStudent(nn.Module):
         if len(batch.visual_sample):
             return batch.row_weight.new_zeros(())
         llava: Any = self.model.model
-        blank = torch.zeros(
-            1, llava.multi_modal_projector.linear_1.in_features, dtype=self.model.dtype, device=batch.row_weight.device
-        )
+        first = llava.multi_modal_projector.linear_1
+        blank = torch.zeros(1, first.in_features, dtype=first.weight.dtype, device=batch.row_weight.device)
         if any(p.requires_grad for p in llava.vision_tower.parameters()):
             side = self.model.config.vision_config.image_size
             pixels = blank.new_zeros(1, 3, side, side)
@@ -359,7 +358,7 @@ class DistilledStudent(nn.Module):
             out = llava.language_model(inputs_embeds=embeddings, **options)
         else:
             pixels = batch.pixel_values
-            pixels = pixels.to(self.model.dtype) if pixels is not None else None
+            pixels = pixels.to(llava.vision_tower.dtype) if pixels is not None else None
             out = llava(input_ids=batch.input_ids, pixel_values=pixels, **options)
         return _States(
             out.last_hidden_state,

@@ -51,6 +51,8 @@ GPU_FLOPS, FLOAT32_FLOPS = 125e12, 7.8e12
 SHARDED_OVER = 8
 ACTIVATION_BYTES, CHECKPOINTED_BYTES = 34, 2
 """Per layer, token and channel, in 16-bit and without attention scores: Korthikanti et al., 2022, sections 4 and 5."""
+TRAINED_BYTES = 4
+"""A trained weight, its gradient, each of Adam's two moments: float32 whatever student.dtype is."""
 FOUR_BIT_BYTES = 0.53
 
 
@@ -203,9 +205,9 @@ def plan_fit(config: FitConfig, known: Mapping[str, StudentConfig] | None = None
         tokens=sample.tokens * config.train.global_batch,
         parameters=parameters,
         trained=trained,
-        weight_bytes=_weight_bytes(model, config.student, bytes_each) + projectors * bytes_each,
-        gradient_bytes=trained * bytes_each,
-        optimizer_bytes=trained * (2 if config.train.optimizer == "adamw_8bit" else 2 * bytes_each),
+        weight_bytes=_weight_bytes(model, config.student, bytes_each) + projectors * TRAINED_BYTES,
+        gradient_bytes=trained * TRAINED_BYTES,
+        optimizer_bytes=trained * (2 if config.train.optimizer == "adamw_8bit" else 2 * TRAINED_BYTES),
         activation_bytes=_activation_bytes(config, text, sample.longest),
         head_bytes=_head_bytes(config, text, manifests, bytes_each),
         cache_bytes=int(samples_seen / max(sample.samples, 1) * _epoch_bytes(config, manifests)),
@@ -379,13 +381,13 @@ def _projector_parameters(config: FitConfig, model: Any, manifests: Sequence[Man
 
 
 def _weight_bytes(model: Any, config: StudentConfig, bytes_each: int) -> int:
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() * (TRAINED_BYTES if p.requires_grad else bytes_each) for p in model.parameters())
     if not config.load_in_4bit:
-        return total * bytes_each
+        return int(total)
     packed = sum(
         p.numel() for n, p in model.named_parameters() if re.match(LORA_TARGETS + r"(\.base_layer)?\.weight", n)
     )
-    return int(packed * FOUR_BIT_BYTES) + (total - packed) * bytes_each
+    return int(total - packed * (bytes_each - FOUR_BIT_BYTES))
 
 
 def _activation_bytes(config: FitConfig, text: Any, longest: float) -> int:

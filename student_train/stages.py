@@ -18,11 +18,13 @@ import yaml
 from student_train.checkpoint import latest_checkpoint
 from student_train.config import FitConfig
 from student_train.origin import Origin, changed, model_digest, sources_origin
-from student_train.trainer import FitSummary, deciding_settings, fit
+from student_train.trainer import FitSummary, fit
 from student_train.training.output import output_lock
+from student_train.training.settings import deciding_settings
 from teacher_cache.config import ConfigError, build_config, load_config
 from teacher_cache.manifest import digest
 from teacher_cache.progress import Style, note
+from teacher_cache.stopping import Stop
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,17 @@ class StagesConfig:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def fit_file(path: Path, overrides: Sequence[str], style: Style = "auto") -> list[FitSummary]:
+def fit_file(path: Path, overrides: Sequence[str], style: Style = "auto", stop: Stop | None = None) -> list[FitSummary]:
     """Train what the file describes: one stage, or all of ``stages`` in their order."""
     if not has_stages(path):
-        return [fit(load_config(FitConfig, path, overrides), style)]
+        return [fit(load_config(FitConfig, path, overrides), style, stop)]
     config = load_config(StagesConfig, path, overrides)
     stages = stage_configs(config)
     with output_lock(config.output):
-        return _fit_stages(stages, style)
+        return _fit_stages(stages, style, stop)
 
 
-def _fit_stages(stages: Sequence[tuple[str, FitConfig]], style: Style) -> list[FitSummary]:
+def _fit_stages(stages: Sequence[tuple[str, FitConfig]], style: Style, stop: Stop | None) -> list[FitSummary]:
     summaries: list[FitSummary] = []
     for name, config in stages:
         note(f"stage {name}: {', '.join(f'{loss.weight:g}·{loss.label}' for loss in config.losses)}", style)
@@ -54,7 +56,7 @@ def _fit_stages(stages: Sequence[tuple[str, FitConfig]], style: Style) -> list[F
         if done.is_file() and (Path(config.output) / "model").is_dir():
             summaries.append(FitSummary(**json.loads(done.read_text(encoding="utf-8"))))
             continue
-        summaries.append(fit(config, style))
+        summaries.append(fit(config, style, stop))
     return summaries
 
 

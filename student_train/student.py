@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,34 @@ def load_student(config: StudentConfig, seed: int) -> tuple[LlavaForConditionalG
         No such checkpoint, or parts that do not fit together.
     """
     torch.manual_seed(seed)
+    # All of it is trained: loaded as it is, since what bfloat16 rounds away does not come back.
+    loaded = replace(config, dtype="float32") if config.train == "full" else config
     if config.layers_from:
-        model, processor = cut_layers(config)
+        model, processor = cut_layers(loaded)
     elif config.model:
-        model, processor = _load_llava(config)
+        model, processor = _load_llava(loaded)
     else:
-        model, processor = compose(config)
+        model, processor = compose(loaded)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     choose_trainable(model, config)
+    settle_precision(model, config)
     return model, processor
+
+
+def settle_precision(model: nn.Module, config: StudentConfig) -> None:
+    """What is trained in float32, what is frozen in ``student.dtype`` (or as it was quantised).
+
+    Half-precision weights do not train: at a learning rate of 2e-5 most steps are smaller than half of the distance to
+    the next bfloat16, and Adam's 1e-8 is 0 in float16. Products are formed in ``student.dtype`` all the same, by
+    autocast (``training.setup.computed_in``).
+    """
+    frozen = getattr(torch, config.dtype)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+        elif parameter.is_floating_point():
+            parameter.data = parameter.data.to(frozen)
 
 
 def choose_trainable(model: LlavaForConditionalGeneration, config: StudentConfig) -> None:

@@ -15,17 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import nn
 
-from student_train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, whole_weights
+from student_train.checkpoint import load_checkpoint, newest_sound, save_checkpoint, whole_weights
 from student_train.config import LOGIT_LOSSES, FitConfig, TrainConfig, check_fit_config
 from student_train.dataset import CacheSource, Source, check_images, open_source
 from student_train.evaluate import preprocessor_of
 from student_train.export import save_student
 from student_train.features import ImageFeatures, compute_features
-from student_train.loader import MicroBatches, Preprocessor, StepPlan, make_loader, on_device
+from student_train.loader import MicroBatch, MicroBatches, Preprocessor, StepPlan, make_loader, on_device
 from student_train.objective import (
     DistilledStudent,
     TeacherSide,
@@ -37,14 +36,21 @@ from student_train.objective import (
 from student_train.processor import prepare_processor
 from student_train.relations import head_square
 from student_train.student import load_student, merge_adapters
+from student_train.training.exchange import Agreed, TrainingError, exchange
 from student_train.training.output import output_lock
+from student_train.training.settings import run_settings
+from student_train.training.setup import check_tracker, make_accelerator, make_optimizer
 from teacher_cache.config import ConfigError, as_plain
 from teacher_cache.manifest import digest, read_manifest
-from teacher_cache.progress import Style, stage
+from teacher_cache.progress import Style, note, stage
 from teacher_cache.reader import TeacherCache
+from teacher_cache.stopping import Stop, Stopped, stopping
 from teacher_cache.storage import Storage
 from teacher_cache.tokenization import Template
 from teacher_cache.writer import HEAD
+
+_SHOWN = 16
+"""Samples that an error names."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +68,27 @@ class FitSummary:
     model: str
 
 
-def fit(config: FitConfig, style: Style = "auto") -> FitSummary:
+def fit(config: FitConfig, style: Style = "auto", stop: Stop | None = None) -> FitSummary:
     """Train one student and export it to ``output/model``; goes on from the last checkpoint of the same settings.
+
+    A signal ends it after the step in progress, with a checkpoint; ``stop``: the caller's handling of signals, if it
+    has one.
 
     Raises
     ------
     ConfigError, CacheError, DataError
         before the first step, saying what to change.
+    TrainingError
+        at a step whose numbers are not finite; the last checkpoint stands and nothing is exported.
+    Stopped
+        a signal came.
     """
     check_fit_config(config)
-    with output_lock(config.output):
-        run = Run.prepare(config)
-        run.restore()
+    check_tracker(config.train.tracker)
+    handled = contextlib.nullcontext(stop) if stop is not None else stopping()
+    with output_lock(config.output), handled as asked:
+        run = Run.prepare(config, asked)
+        run.restore(style)
         run.train(style)
         return run.finish()
 
@@ -91,8 +106,9 @@ class Run:
     plan: StepPlan
     dataset: MicroBatches
     folder: Path
-    fingerprint: str
+    settings: dict[str, Any]
     caches: list[dict[str, Any]]
+    stop: Stop
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
@@ -103,7 +119,7 @@ class Run:
     """By ``max_seconds``, before the last step of the plan."""
 
     @classmethod
-    def prepare(cls, config: FitConfig) -> Run:
+    def prepare(cls, config: FitConfig, stop: Stop | None = None) -> Run:
         train = config.train
         if train.threads:
             torch.set_num_threads(train.threads)
@@ -123,7 +139,9 @@ class Run:
         optimizer = make_optimizer(student, train)
         student, optimizer = accelerator.prepare(student, optimizer)
         if train.tracker:
-            accelerator.init_trackers(folder.name)
+            settings = as_plain(config)
+            flat = {f"{part}.{name}": v for part in ("student", "train") for name, v in settings[part].items()}
+            accelerator.init_trackers(folder.name, {name: v for name, v in flat.items() if not isinstance(v, list)})
         return cls(
             config=config,
             accelerator=accelerator,
@@ -134,16 +152,18 @@ class Run:
             plan=plan,
             dataset=MicroBatches(sources, preprocessor, features, train.pixel_cache, train.pack),
             folder=folder,
-            fingerprint=run_fingerprint(config, sources),
+            settings=run_settings(config, sources),
             caches=[_cache_facts(s.cache) for s in sources if isinstance(s, CacheSource)],
+            stop=stop or Stop(),
         )
 
-    def restore(self) -> None:
-        """Weights, optimiser and step of the last checkpoint, if there is one."""
-        path = latest_checkpoint(self.folder / "checkpoints")
+    def restore(self, style: Style = "auto") -> None:
+        """Weights, optimiser and step of the last sound checkpoint, if there is one."""
+        main = self.accelerator.is_main_process
+        path = newest_sound(self.folder / "checkpoints", main, lambda text: note(text, style))
         if path is None:
             return
-        facts = load_checkpoint(path, self.student, self.optimizer, self.fingerprint)
+        facts = load_checkpoint(path, self.student, self.optimizer, self.settings)
         self.step, self.samples = facts["step"], facts["samples"]
         self.seconds, self.cpu_seconds, self.waiting = facts["seconds"], facts["cpu_seconds"], facts["waiting"]
         self.last, self.ended = facts["last"], facts.get("ended", False)
@@ -151,42 +171,36 @@ class Run:
     def train(self, style: Style = "auto") -> None:
         accelerator, train, plan = self.accelerator, self.config.train, self.plan
         steps = range(self.step, self.step if self.ended else plan.steps)
-        loader = make_loader(
-            self.dataset,
-            plan,
-            steps,
-            accelerator.process_index,
-            accelerator.num_processes,
-            train.workers,
-            accelerator.device.type == "cuda",
-        )
+        place = accelerator.process_index, accelerator.num_processes
+        pin = accelerator.device.type == "cuda"
+        loader = make_loader(self.dataset, plan, steps, *place, train.workers, pin)
         self.student.train()
         self._accelerated_eval()
-        log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
         begin, cpu_begin, mark = time.monotonic(), time.process_time(), time.monotonic()
-        sums: dict[str, torch.Tensor] = {}
-        with log, stage("training", len(steps), "steps", style if accelerator.is_main_process else "quiet") as shown:
+        made: list[tuple[MicroBatch, dict[str, torch.Tensor]]] = []
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(self.stop.between_steps())
+            log = opened.enter_context((self.folder / "log.jsonl").open("a", encoding="utf-8"))
+            shown_style: Style = style if accelerator.is_main_process else "quiet"
+            shown = opened.enter_context(stage("training", len(steps), "steps", shown_style))
             for micro, batch in on_device(loader, accelerator.device):
                 self.waiting += time.monotonic() - mark
-                if not sums:  # what a model draws (dropout) is a function of the step, so that resuming is exact
+                if not made:  # what a model draws (dropout) is a function of the step, so that resuming is exact
                     torch.manual_seed(step_seed(train.seed, accelerator.process_index, micro.step))
-                self._backward(batch, micro.source, micro.last, sums)
+                made.append((micro, self._backward(batch, micro.source, micro.last)))
                 if micro.last:
-                    self._update(plan.steps)
+                    agreed = self._update(made, self.cpu_seconds + time.process_time() - cpu_begin)
+                    made = []
                     self.samples += len(plan.global_batch(micro.step))
                     self.step = micro.step + 1
                     self.seconds += time.monotonic() - begin
                     self.cpu_seconds += time.process_time() - cpu_begin
                     begin, cpu_begin = time.monotonic(), time.process_time()
-                    if self.step % train.log_every == 0 or self.step == plan.steps:
-                        self._log(sums, log)
-                    sums = {}
-                    shown.advance(1, **({"loss": self.last["loss"]} if self.last else {}), waiting=self._waiting())
-                    self.ended = self._out_of_time()
-                    if self.ended:
+                    self._log(agreed, log)
+                    shown.advance(1, loss=agreed.parts["loss"], waiting=self._waiting())
+                    self.ended = self._out_of_time(agreed)
+                    if self._after_step(agreed):
                         break
-                    if train.checkpoint_every and self.step % train.checkpoint_every == 0:
-                        self._checkpoint()
                 del batch  # its memory is given back here, not while the next one is waited for
                 mark = time.monotonic()
 
@@ -212,9 +226,8 @@ class Run:
         )
         if self.accelerator.is_main_process:
             facts = {"config": as_plain(self.config), "caches": self.caches, "steps": self.step}
-            (self.folder / "run.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-            text = json.dumps(as_plain(summary), indent=1)
-            (self.folder / "summary.json").write_text(text, encoding="utf-8")
+            _write_json(self.folder / "run.json", facts)
+            _write_json(self.folder / "summary.json", as_plain(summary))
         return summary
 
     def export(self, folder: Path) -> None:
@@ -234,42 +247,88 @@ class Run:
             merge_adapters(model)
         if self.config.student.load_in_4bit:
             model = model.dequantize()
-        save_student(model, self.processor, folder, self.template)
+        save_student(model.to(getattr(torch, self.config.student.dtype)), self.processor, folder, self.template)
 
-    def _backward(self, batch: Any, source: int, last: bool, sums: dict[str, torch.Tensor]) -> None:
+    def _backward(self, batch: Any, source: int, last: bool) -> dict[str, torch.Tensor]:
+        """This micro-batch's part of the loss and of each term, detached."""
         accelerator = self.accelerator
         context = contextlib.nullcontext() if last else accelerator.no_sync(self.student)
         with context:
             loss, parts = self.student(batch, source)
             # DDP and FSDP average gradients over ranks; the loss is already divided by the global batch.
             accelerator.backward(loss * accelerator.num_processes)
-        for name, value in {"loss": loss.detach(), **parts}.items():
-            sums[name] = sums.get(name, 0.0) + value.detach()
+        return {"loss": loss.detach(), **{name: value.detach() for name, value in parts.items()}}
 
-    def _update(self, steps: int) -> None:
+    def _update(self, made: list[tuple[MicroBatch, dict[str, torch.Tensor]]], cpu_seconds: float) -> Agreed:
+        """One step of the optimiser, if every number of the step is finite.
+
+        Raises
+        ------
+        TrainingError
+            on every rank, before any weight is changed.
+        """
         train = self.config.train
-        factor = learning_rate_factor(self.step, steps, train)
+        factor = learning_rate_factor(self.step, self.plan.steps, train)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        if train.clip_norm:
-            self.accelerator.clip_grad_norm_(self.student.parameters(), train.clip_norm)
+        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), train.clip_norm or math.inf)
+        sums: dict[str, torch.Tensor] = {}
+        for _, parts in made:
+            for name, value in parts.items():
+                sums[name] = sums[name] + value if name in sums else value
+        agreed = exchange(self.accelerator, sums, norm, cpu_seconds, self.stop.asked)
+        if fault := agreed.fault():
+            self._refuse(fault, agreed, made)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return agreed
 
-    def _log(self, sums: dict[str, torch.Tensor], log: Any) -> None:
-        names = sorted(sums)
-        values = torch.stack([sums[n].float() for n in names])
-        self.last = dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
-        if not self.accelerator.is_main_process:
+    def _refuse(self, fault: str, agreed: Agreed, made: list[tuple[MicroBatch, dict[str, torch.Tensor]]]) -> None:
+        """Say where the numbers went wrong: in the micro-batches whose own loss did, else anywhere in the step."""
+        scaler = self.accelerator.scaler
+        if scaler is not None and math.isfinite(agreed.parts["loss"]) and scaler.get_scale() > 1:
+            return  # float16's gradients overflowed: the scaler leaves the step out by itself and halves its scale
+        own = [micro for micro, parts in made if not bool(parts["loss"].isfinite())]
+        names: list[str] = gather_object([name for micro in own for name in self.dataset.names_of(micro)])
+        names = sorted(set(names or gather_object([n for micro, _ in made for n in self.dataset.names_of(micro)])))
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        raise TrainingError(
+            f"step {self.step + 1:,}: {fault}. It was not taken, nothing is exported, and the last checkpoint in "
+            f"{self.folder / 'checkpoints'} stands. The samples: {shown}. Lower train.learning_rate, set "
+            "train.clip_norm, or look at their signals (teacher-cache verify --deep)"
+        )
+
+    def _after_step(self, agreed: Agreed) -> bool:
+        """Checkpoint where one is due; whether the loop is to end (its time is over).
+
+        Raises
+        ------
+        Stopped
+            a rank was sent a signal; the checkpoint is written.
+        """
+        every = self.config.train.checkpoint_every
+        if agreed.signal:
+            path = self._checkpoint()
+            done = f"Step {self.step:,} of {self.plan.steps:,} is kept in {path}; the same command goes on from there."
+            raise Stopped(agreed.signal, done)
+        if not self.ended and every and self.step % every == 0:
+            self._checkpoint()
+        return self.ended
+
+    def _log(self, agreed: Agreed, log: Any) -> None:
+        self.last = agreed.parts
+        wanted = self.step % self.config.train.log_every == 0 or self.step == self.plan.steps
+        if not wanted or not self.accelerator.is_main_process:
             return
         line = {"step": self.step, "seconds": round(self.seconds, 3), "cpu_seconds": round(self.cpu_seconds, 3)}
         rate = self.optimizer.param_groups[0]["lr"]
-        log.write(json.dumps({**line, "learning_rate": rate, **self.last}) + "\n")
+        log.write(json.dumps({**line, "learning_rate": rate, "gradient_norm": agreed.norm, **agreed.parts}) + "\n")
         log.flush()
         if self.config.train.tracker:
-            self.accelerator.log({**self.last, "learning_rate": rate}, step=self.step)
+            self.accelerator.log({**agreed.parts, "learning_rate": rate}, step=self.step)
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self) -> Path:
+        self._check_weights()
         facts = {
             "step": self.step,
             "samples": self.samples,
@@ -278,18 +337,25 @@ class Run:
             "waiting": self.waiting,
             "last": self.last,
             "ended": self.ended,
-            "fingerprint": self.fingerprint,
+            "settings": self.settings,
         }
         main = self.accelerator.is_main_process
-        save_checkpoint(self.folder / "checkpoints", self.student, self.optimizer, facts, main)
+        return save_checkpoint(self.folder / "checkpoints", self.student, self.optimizer, facts, main)
 
-    def _out_of_time(self) -> bool:
+    def _check_weights(self) -> None:
+        """A finite gradient can still make a weight that is none (a learning rate of 1e38): keep no such checkpoint."""
+        own = [p.to_local() if hasattr(p, "to_local") else p for p in self.student.parameters() if p.requires_grad]
+        wrong = torch.stack([(~p.detach().isfinite()).any() for p in own]).sum().float()
+        if bool(self.accelerator.reduce(wrong, "sum") > 0):
+            raise TrainingError(
+                f"step {self.step:,}: weights that are not finite after it. Nothing is exported, and the last "
+                f"checkpoint in {self.folder / 'checkpoints'} stands. Lower train.learning_rate"
+            )
+
+    def _out_of_time(self, agreed: Agreed) -> bool:
         """The same answer on every rank: one that went on alone would wait for the others for ever."""
         limit = self.config.train.max_seconds
-        if not limit:
-            return False
-        used = torch.tensor(self.cpu_seconds, device=self.accelerator.device)
-        return bool(self.accelerator.reduce(used, "mean") >= limit)
+        return bool(limit) and agreed.cpu_seconds >= limit
 
     def _waiting(self) -> str:
         return f"{100 * self.waiting / max(self.seconds, 1e-9):.1f} %"
@@ -301,25 +367,11 @@ class Run:
             student.model.model.vision_tower.eval()
 
 
-def make_accelerator(config: FitConfig) -> Accelerator:
-    """One process, DDP or FSDP, as ``torchrun`` or ``accelerate launch`` started us.
-
-    Parameters that no loss reaches (the end of a trained tower, the output head without a loss on it) must be looked
-    for by DDP; elsewhere there are none, and looking costs a pass over the graph. Accelerate keeps the precision of the
-    first run in a process for all; a later stage has its own.
-    """
-    head = any(loss.name in ("cross_entropy", *LOGIT_LOSSES) for loss in config.losses)
-    unused = config.student.train_vision or not head
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=unused, gradient_as_bucket_view=True)]
-    AcceleratorState._reset_state()
-    precision = config.train.mixed_precision
-    return Accelerator(
-        mixed_precision=None if precision == "auto" else precision,
-        cpu=not torch.accelerator.is_available(),  # unless told so, Accelerate overlooks torchrun on a CPU
-        log_with=config.train.tracker or None,
-        project_dir=config.output,
-        kwargs_handlers=handlers,
-    )
+def _write_json(path: Path, facts: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(facts, indent=1, allow_nan=False), encoding="utf-8")
+    temporary.replace(path)
 
 
 def step_seed(seed: int, rank: int, step: int) -> int:
@@ -336,58 +388,6 @@ def learning_rate_factor(step: int, steps: int, train: TrainConfig) -> float:
         return 1.0
     done = (step - warmup) / max(steps - warmup, 1)
     return 1 - done if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-
-def make_optimizer(student: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over what needs a gradient; the multimodal projector may have a rate of its own, as in LLaVA."""
-    projector = [p for n, p in student.named_parameters() if p.requires_grad and "multi_modal_projector" in n]
-    rest = [p for n, p in student.named_parameters() if p.requires_grad and "multi_modal_projector" not in n]
-    rate = train.learning_rate
-    groups: list[dict[str, Any]] = [
-        {"params": rest, "lr": rate, "base_lr": rate},
-        {"params": projector, "lr": rate, "base_lr": train.projector_learning_rate or rate},
-    ]
-    groups = [g for g in groups if g["params"]]
-    if train.optimizer == "adamw_8bit":
-        try:
-            import bitsandbytes.optim as quantized
-        except ImportError as error:
-            raise ConfigError(
-                "train.optimizer=adamw_8bit needs bitsandbytes. Install it (pip install bitsandbytes), or set "
-                "train.optimizer=adamw"
-            ) from error
-        return quantized.AdamW8bit(groups, lr=rate, betas=train.betas, weight_decay=train.weight_decay)
-    return torch.optim.AdamW(groups, lr=rate, betas=train.betas, weight_decay=train.weight_decay)
-
-
-def run_fingerprint(config: FitConfig, sources: list[Source]) -> str:
-    """A digest of what decides the result: settings and the caches' content."""
-    caches = [s.cache.manifest.fingerprint if isinstance(s, CacheSource) else len(s) for s in sources]
-    return digest([deciding_settings(config), caches])
-
-
-def deciding_settings(config: FitConfig) -> dict[str, Any]:
-    """Plain data: the settings, without those that say where or how fast it runs."""
-    plain: dict[str, Any] = as_plain(config)
-    plain.pop("output")
-    for name in (
-        "micro_batch",
-        "pack",
-        "head_rows",
-        "workers",
-        "pixel_cache",
-        "checkpoint_every",
-        "log_every",
-        "tracker",
-        "threads",
-    ):
-        plain["train"].pop(name)
-    for name in ("gradient_checkpointing", "vision_features"):
-        plain["student"].pop(name)
-    for source in plain["sources"]:
-        for name in ("image_folder", "cache", "prefetch_folder", "prefetch_gigabytes", "made_with", "expected"):
-            source.pop(name)
-    return plain
 
 
 def _cache_facts(cache: TeacherCache) -> dict[str, Any]:
@@ -429,7 +429,7 @@ def _features(
     llava = model.model.to(accelerator.device)
 
     def tower(pixels: torch.Tensor) -> torch.Tensor:
-        return vision_features(llava, pixels.to(accelerator.device, model.dtype))
+        return vision_features(llava, pixels.to(accelerator.device, llava.vision_tower.dtype))
 
     folder = [""]
     if accelerator.is_main_process:
@@ -448,7 +448,8 @@ def _teacher_side(config: FitConfig, source: Source, model: Any, device: torch.d
         names & {"visual_kl", "relation"}
     )
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    side = teacher_side(source.cache, vocabulary, device, model.dtype, head and HEAD in source.cache.manifest.files)
+    dtype = getattr(torch, config.student.dtype)  # in which the student's products are formed
+    side = teacher_side(source.cache, vocabulary, device, dtype, head and HEAD in source.cache.manifest.files)
     if side.head is None or side.signals.visual != "states" or "relation" not in names:
         return side
     return dataclasses.replace(side, head_square=head_square(side.head))

@@ -25,7 +25,7 @@ within this time is the same request, not a second one."""
 class Stopped(KeyboardInterrupt):
     """A signal asked for the end. ``str`` is the sentence to show; ``status`` what the process is to exit with."""
 
-    def __init__(self, number: int, kept: str = "Nothing was kept.") -> None:
+    def __init__(self, number: int, kept: str = "What was complete before stands.") -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}. {kept}")
         self.number = number
 
@@ -50,7 +50,7 @@ class Stop:
             self._number = int(signal.SIGHUP)
         return self._number
 
-    def check(self, kept: str = "Nothing was kept.") -> None:
+    def check(self, kept: str = "What was complete before stands.") -> None:
         """
         Raises
         ------

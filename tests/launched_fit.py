@@ -1,8 +1,9 @@
 """What the multi-process tests launch: ``fit`` of each YAML, one after another.
 
-    torchrun --nproc-per-node 2 tests/launched_fit.py [--fsdp] [--die-in STEP] CONFIG…
+    torchrun --nproc-per-node 2 tests/launched_fit.py [--fsdp] [--die-in STEP] [--not-finite-in STEP] CONFIG…
 
-``--die-in``: the last rank kills itself with SIGKILL in the middle of that step. ``--fsdp``: Accelerate knows FSDP on
+``--die-in``: the last rank kills itself with SIGKILL in the middle of that step; ``--not-finite-in``: its loss is NaN
+there. ``--fsdp``: Accelerate knows FSDP on
 accelerators only, so it is told here that it has one; sharding, collectives (gloo) and checkpoints are the real ones.
 """
 
@@ -36,12 +37,24 @@ def shard(config: FitConfig) -> Accelerator:
 def die_in(step: int) -> None:
     backward = trainer.Run._backward
 
-    def killed(run: trainer.Run, *arguments: Any) -> None:
+    def killed(run: trainer.Run, *arguments: Any) -> Any:
         if run.step == step and run.accelerator.is_last_process:
             os.kill(os.getpid(), signal.SIGKILL)
-        backward(run, *arguments)
+        return backward(run, *arguments)
 
     trainer.Run._backward = killed
+
+
+def not_finite_in(step: int) -> None:
+    backward = trainer.Run._backward
+
+    def poisoned(run: trainer.Run, *arguments: Any) -> Any:
+        parts = backward(run, *arguments)
+        if run.step == step and run.accelerator.is_last_process:
+            parts["loss"] = parts["loss"] * float("nan")
+        return parts
+
+    trainer.Run._backward = poisoned
 
 
 make_accelerator = trainer.make_accelerator
@@ -50,10 +63,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--die-in", type=int, default=-1)
+    parser.add_argument("--not-finite-in", type=int, default=-1)
     parser.add_argument("configs", nargs="+")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     die_in(arguments.die_in)
+    not_finite_in(arguments.not_finite_in)
     if arguments.fsdp:
         trainer.make_accelerator = shard
     for path in arguments.configs:

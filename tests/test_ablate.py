@@ -13,7 +13,7 @@ import pytest
 
 from pipelines.tiny.prepare import TEACHER
 from pipelines.tiny.student import write_student
-from student_train.ablate import AblationConfig, ArmConfig, _run_all, ablate, plan_runs, run_one
+from student_train.ablate import AblationConfig, ArmConfig, Children, _run_all, ablate, plan_runs, run_one
 from student_train.stages import StagesConfig, fit_file, stage_configs
 from student_train.table import as_csv, as_markdown, as_text, make_table, teacher_text
 from teacher_cache.config import ConfigError, build_config
@@ -136,7 +136,7 @@ def test_a_run_takes_the_gpu_of_the_one_that_ended(tmp_path: Path, monkeypatch: 
     gpus: list[str] = []
     lock, second, third_runs = threading.Lock(), threading.Event(), threading.Event()
 
-    def call(command: list[str], *, env: dict[str, str], **_: Any) -> int:
+    def call(_: Children, command: list[str], *, env: dict[str, str], **__: Any) -> int:
         with lock:
             gpus.append(env["CUDA_VISIBLE_DEVICES"])
             number = len(gpus)
@@ -149,7 +149,7 @@ def test_a_run_takes_the_gpu_of_the_one_that_ended(tmp_path: Path, monkeypatch: 
             third_runs.set()
         return 0
 
-    monkeypatch.setattr("student_train.ablate.subprocess.call", call)
+    monkeypatch.setattr(Children, "call", call)
     config = ablation(tmp_path, arms={"a": {}}, seeds=[0, 1, 2, 3])
     _run_all(config, plan_runs(config), lambda run: None)
     assert sorted(gpus[:2]) == ["4", "7"]
@@ -168,7 +168,7 @@ def test_finished_runs_stand_on_their_cache_and_on_the_runs_they_need(
     }
     arms: dict[str, Any] = {"a": {}, "b": {"needs": ["a"]}}
     over = {"base": base, "arms": arms, "seeds": [0], "score": "tests.test_ablate:count_files", "workers": 1}
-    monkeypatch.setattr("student_train.ablate._spawn", lambda config, run, gpu, threads: run_one(config, run))
+    monkeypatch.setattr("student_train.ablate._spawn", lambda config, run, *_: run_one(config, run))
 
     def again(**more: Any) -> None:
         ablate(ablation(tmp_path / "out", **over, **more), "quiet")

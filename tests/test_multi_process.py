@@ -11,7 +11,7 @@ from student_train import trainer
 from student_train.config import FitConfig
 from student_train.trainer import fit
 from tests.rounding import half_the_digits
-from tests.training_fixtures import STEPS, largest_difference, launch, tiny_fit, weights
+from tests.training_fixtures import STEPS, kept, largest_difference, launch, tiny_fit, weights
 
 TOLERANCE = half_the_digits(steps=STEPS)
 """Of a weight, as a share of its tensor's root mean square: Adam steps on sums taken in another order."""
@@ -38,16 +38,16 @@ def stopped_alone(config: FitConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """One process that stops in the middle of step 12; its last checkpoint is that of step 10."""
     backward = trainer.Run._backward
 
-    def stop(run: trainer.Run, *arguments: object) -> None:
+    def stop(run: trainer.Run, *arguments: object) -> object:
         if run.step == 12:
             raise Stopped
-        backward(run, *arguments)
+        return backward(run, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Run, "_backward", stop)
         with pytest.raises(Stopped):
             fit(config, "quiet")
-    assert [p.name for p in (Path(config.output) / "checkpoints").iterdir()] == ["step-00000010"]
+    assert kept(config) == ["step-00000005", "step-00000010"]
 
 
 def test_two_processes_give_the_weights_of_one_and_go_on_from_one(
@@ -71,7 +71,7 @@ def test_one_process_goes_on_where_two_were_killed(
 ) -> None:
     config = tiny_fit(folder, cache_folder, world, "two-then-one")
     assert launch(2, config, options=("--die-in", "12")) != 0
-    assert [p.name for p in (Path(config.output) / "checkpoints").iterdir()] == ["step-00000010"]
+    assert kept(config) == ["step-00000005", "step-00000010"]
     fit(config, "quiet")
     assert largest_difference(alone, config) < TOLERANCE
 

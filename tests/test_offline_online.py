@@ -245,7 +245,7 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     whole.train("quiet")
     first = fit_config(specs, tmp_path / "parts", max_steps=6, checkpoint_every=3)
     stopped = Run.prepare(first)
-    stopped._out_of_time = lambda: stopped.step == 3  # type: ignore[method-assign]
+    stopped._out_of_time = lambda _: stopped.step == 3  # type: ignore[method-assign]
     stopped.train("quiet")
     stopped.ended = False  # killed: what ended by its time does not go on
     stopped._checkpoint()

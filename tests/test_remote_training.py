@@ -15,7 +15,8 @@ import pytest
 
 from student_train.config import FitConfig, LossSpec
 from student_train.loader import make_loader
-from student_train.trainer import Run, run_fingerprint
+from student_train.trainer import Run
+from student_train.training.settings import run_settings
 from teacher_cache.config import CacheConfig, DataConfig, LayoutConfig, SignalsConfig
 from teacher_cache.reader import TeacherCache
 from teacher_cache.score import build_cache
@@ -137,7 +138,7 @@ def test_a_remote_cache_gives_the_batches_of_a_local_one(
         assert all(one.arrays[name].equal(other.arrays[name]) for name in one.arrays)
     for run in (here, there):
         source = run.dataset._sources[0]
-        assert run_fingerprint(config(), [source]) == run_fingerprint(config(prefetch_folder="elsewhere"), [source])
+        assert run_settings(config(), [source]) == run_settings(config(prefetch_folder="elsewhere"), [source])
 
 
 def test_a_temporary_folder_goes_with_its_source(config: Callable[..., FitConfig]) -> None:

@@ -179,16 +179,28 @@ def test_eight_bit_optimizer_without_its_library_says_what_to_install(monkeypatc
         make_optimizer(nn.Linear(2, 2), TrainConfig(optimizer="adamw_8bit"))
 
 
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard", "typo"])
+def test_a_tracker_that_would_track_nothing_is_refused_before_anything_is_loaded(
+    config: FitConfig, monkeypatch: pytest.MonkeyPatch, tracker: str
+) -> None:
+    """Accelerate warns, and a run of days is tracked nowhere."""
+    monkeypatch.setattr("student_train.training.setup.get_available_trackers", lambda: [])  # as if none were installed
+    expected = f"train.tracker={tracker} needs {tracker}. Install it .pip install {tracker}."
+    wanted = "train.tracker: expected one of .*wandb.*, found 'typo'" if tracker == "typo" else expected
+    with pytest.raises(ConfigError, match=wanted):
+        fit(variant(replace(config, student=StudentConfig(model="not there")), "tracked", train={"tracker": tracker}))
+
+
 def test_eight_bit_optimizer_goes_on_from_its_checkpoint(config: FitConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     train = {"optimizer": "adamw_8bit", "max_steps": 4, "checkpoint_every": 2}
     whole, parts = (variant(config, name, train=train) for name in ("eight", "eight-in-parts"))
     fit(whole, "quiet")
     backward = Run._backward
 
-    def stop(run: Run, *arguments: Any) -> None:
+    def stop(run: Run, *arguments: Any) -> Any:
         if run.step == 3:
             raise KeyboardInterrupt
-        backward(run, *arguments)
+        return backward(run, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_backward", stop)

@@ -53,6 +53,11 @@ def launch(ranks: int, *configs: FitConfig, options: tuple[str, ...] = ()) -> in
     return subprocess.run([*command, script, *options, *paths], env=environment, timeout=180).returncode
 
 
+def kept(config: FitConfig) -> list[str]:
+    """The names of a run's checkpoints, and of whatever else lies beside them."""
+    return sorted(path.name for path in (Path(config.output) / "checkpoints").iterdir())
+
+
 def weights(config: FitConfig) -> dict[str, torch.Tensor]:
     return load_file(Path(config.output) / "model" / "model.safetensors")
 
