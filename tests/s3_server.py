@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
+
+from tests.waiting import PATIENCE
 
 Fault = Callable[[dict[str, Any]], str | None]
 """Given a request's WSGI environment: None to serve it, or ``503``, ``403``, ``hang``, ``cut`` or ``flip``."""
@@ -24,6 +25,7 @@ class S3Server:
     def __init__(self) -> None:
         self.fault: Fault | None = None
         self.requests: list[tuple[str, str]] = []
+        self._hung: dict[str, threading.Event] = {}
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._serve, threaded=True)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -34,8 +36,13 @@ class S3Server:
                 "endpoint_url": f"http://127.0.0.1:{self._server.server_port}",
                 "region_name": "us-east-1",
             },
-            "config_kwargs": {"retries": {"max_attempts": 0}, "read_timeout": 2, "connect_timeout": 2},
+            "config_kwargs": {"retries": {"max_attempts": 0}, "read_timeout": PATIENCE, "connect_timeout": PATIENCE},
         }
+
+    @property
+    def impatient(self) -> dict[str, Any]:
+        """``options`` of a client that gives up an answer after a second."""
+        return {**self.options, "config_kwargs": {**self.options["config_kwargs"], "read_timeout": 1}}
 
     def close(self) -> None:
         self._server.shutdown()
@@ -63,7 +70,10 @@ class S3Server:
             self.fault = None
 
     def _serve(self, environ: dict[str, Any], start_response: Any) -> Any:
-        self.requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
+        path = environ["PATH_INFO"]
+        self.requests.append((environ["REQUEST_METHOD"], path))
+        if path in self._hung:
+            self._hung[path].set()
         fault = self.fault(environ) if self.fault else None
         if fault == "403":
             start_response("403 Forbidden", [("Content-Type", "application/xml")])
@@ -71,8 +81,9 @@ class S3Server:
         if fault == "503":
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
             return [_SLOW]
-        if fault == "hang":
-            time.sleep(4)
+        if fault == "hang":  # until it is asked again: then the client has given this one up
+            self._hung[path] = threading.Event()
+            self._hung[path].wait(PATIENCE)
         body = self._app(environ, start_response)
         return [_changed(b"".join(body), fault)] if fault in ("cut", "flip") else body
 

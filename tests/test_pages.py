@@ -36,7 +36,7 @@ from tests.store_fixtures import signals, synthetic_cache
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 SAMPLE = "train-000001-caption"
 Opened = Callable[..., Page]
-PATIENCE_MILLISECONDS = 30_000
+PATIENCE_MILLISECONDS = 300_000
 expect.set_options(timeout=PATIENCE_MILLISECONDS)
 
 

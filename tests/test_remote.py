@@ -18,6 +18,7 @@ from teacher_cache.storage import Storage, StorageError
 from teacher_cache.writer import committed_shards, finish
 from tests.s3_server import S3Server
 from tests.store_fixtures import signals, synthetic_cache
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def test_forked_workers_read_a_remote_cache(s3, tmp_path, shared):
         workers = [context.Process(target=_read, args=(cache, queue)) for _ in range(2)]
         for worker in workers:
             worker.start()
-        assert [queue.get(timeout=60) for _ in workers] == [wanted, wanted]
+        assert [queue.get(timeout=PATIENCE) for _ in workers] == [wanted, wanted]
         for worker in workers:
             worker.join()
         assert pickle.loads(pickle.dumps(cache)).read([9, 1]).arrays["topk_ids"].tolist() == wanted
@@ -212,7 +213,7 @@ def test_an_answer_that_never_comes_is_asked_for_again(server, s3):
             return "hang"
         return None
 
-    with server.failing(once), _open(made) as cache:
+    with server.failing(once), TeacherCache(Storage(s3[0], server.impatient)) as cache:
         np.testing.assert_array_equal(cache.read([0]).arrays["topk_ids"], made.records[0].arrays["topk_ids"])
     assert hung
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from teacher_cache.score import build_cache
 from teacher_cache.teacher_torch import TorchTeacher
 from tests.s3_server import S3Server
 from tests.training_fixtures import tiny_fit
+from tests.waiting import until
 
 SHARDS = 24
 
@@ -71,13 +71,6 @@ def loader(run: Run, workers: int = 0) -> Any:
     return iter(make_loader(run.dataset, run.plan, range(run.plan.steps), 0, 1, workers, False))
 
 
-def within(seconds: float, holds: Callable[[], bool]) -> bool:
-    end = time.monotonic() + seconds
-    while not holds() and time.monotonic() < end:
-        time.sleep(0.01)
-    return holds()
-
-
 def test_the_shards_of_coming_steps_are_copied_while_the_first_is_trained_on(
     config: Callable[..., FitConfig], tmp_path: Path
 ) -> None:
@@ -87,7 +80,7 @@ def test_the_shards_of_coming_steps_are_copied_while_the_first_is_trained_on(
     assert 8 < len(coming) <= 12  # the block in use, and of the next one what the last step in sight needs
     before = copied(tmp_path / "copies")  # where it was looked for an image
     run.dataset[first]  # reads at most two shards
-    assert within(10, lambda: copied(tmp_path / "copies") == coming | before)
+    until(lambda: copied(tmp_path / "copies") == coming | before)
 
 
 def test_no_shard_is_waited_for_once_training_runs(
@@ -170,5 +163,5 @@ def test_loader_processes_copy_ahead_into_one_folder(
     batches = list(itertools.islice(loader(run, workers=1), 2))
     assert {micro.step for micro, _ in batches} == {0}
     coming = {shard for _, shard in batches[0][0].coming}
-    assert within(20, lambda: coming <= copied(tmp_path / "copies"))
+    until(lambda: coming <= copied(tmp_path / "copies"))
     server.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from teacher_cache.stopping import SIGNALS, Stopped, stopping
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,7 +100,7 @@ def test_a_second_signal_ends_the_process_and_what_it_started() -> None:
     process = child("stop.at_once = lambda: print('children', flush=True)", until="False")
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=60)[0] == "children\n"
+    assert process.communicate(timeout=PATIENCE)[0] == "children\n"
     assert process.returncode in (-signal.SIGTERM, -signal.SIGINT)  # whichever the system delivers last
 
 
@@ -126,4 +127,4 @@ def test_helpers_leave_signals_to_their_parent() -> None:
     process = child("from teacher_cache.stopping import left_to_parent; left_to_parent()", until="sys.stdin.readline()")
     for number in SIGNALS:
         process.send_signal(number)
-    assert process.communicate("end\n", timeout=60)[0] == "asked 0\n"
+    assert process.communicate("end\n", timeout=PATIENCE)[0] == "asked 0\n"

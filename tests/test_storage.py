@@ -10,6 +10,7 @@ import pytest
 
 from teacher_cache import storage as storage_module
 from teacher_cache.storage import Storage, StorageError
+from tests.waiting import PATIENCE
 
 FILES = {"a/data": [b"123", memoryview(b"45")], "index": [b"i"]}
 
@@ -112,7 +113,7 @@ def test_real_refusals_of_the_system_are_explained_and_leave_nothing(tmp_path, t
     queue = context.Queue()
     process = context.Process(target=target, args=(str(tmp_path), queue))
     process.start()
-    assert message in queue.get(timeout=30)
+    assert message in queue.get(timeout=PATIENCE)
     process.join()
     os.chmod(tmp_path, 0o755)  # noqa: PTH101
     assert _bytes(tmp_path) == {}

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +18,15 @@ from teacher_cache.teacher_torch import load_processor
 from teacher_cache.tokenization import assemble, template_by_name, tokenize_prompt
 from teacher_cache.vllm_choice import context_length
 from teacher_cache.vllm_processes import dismiss, environment, kill_when_orphaned, last_error, start_error
+from tests.waiting import until
 
 DRIVER = """
-import subprocess, sys, time
+import signal, subprocess, sys
 from teacher_cache.vllm_processes import kill_when_orphaned
-engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+engine = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
 guard = kill_when_orphaned([engine.pid])
 print(engine.pid, flush=True)
-time.sleep(600)
+signal.pause()
 """
 
 
@@ -43,15 +43,12 @@ def test_an_engine_does_not_outlive_a_killed_driver() -> None:
     assert is_running(engine)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    deadline = time.monotonic() + 60
-    while is_running(engine) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_running(engine)
+    until(lambda: not is_running(engine))
     driver.stdout.close()
 
 
 def test_a_dismissed_guard_kills_nothing() -> None:
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    other = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
     dismiss(kill_when_orphaned([other.pid]))
     assert other.poll() is None
     other.kill()

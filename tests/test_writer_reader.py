@@ -16,6 +16,7 @@ from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage
 from teacher_cache.writer import ImagePlace, committed_shards, finish, write_shard
 from tests.store_fixtures import signals, synthetic_cache
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module", params=["plain", "zstd", "full", "gram"])
@@ -122,7 +123,7 @@ def test_worker_processes_read_the_same(method, tmp_path):
     with TeacherCache(made.storage) as cache:
         worker = context.Process(target=_read_in_a_worker, args=(cache, queue))
         worker.start()
-        found = queue.get(timeout=60)
+        found = queue.get(timeout=PATIENCE)
         worker.join()
         assert found == {k: v.tolist() for k, v in cache.read([9, 1]).arrays.items() if k != "stats"}
         again = pickle.loads(pickle.dumps(cache))

@@ -17,6 +17,7 @@ from pipelines.tiny.prepare import TEACHER
 from pipelines.tiny.student import write_student
 from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfig, TrainConfig
 from teacher_cache.config import as_plain
+from tests.waiting import PATIENCE
 
 STEPS = 20
 TRAIN = TrainConfig(
@@ -50,7 +51,7 @@ def launch(ranks: int, *configs: FitConfig, options: tuple[str, ...] = ()) -> in
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = torchrun if ranks > 1 else [sys.executable]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, script, *options, *paths], env=environment, timeout=180).returncode
+    return subprocess.run([*command, script, *options, *paths], env=environment, timeout=PATIENCE).returncode
 
 
 def kept(config: FitConfig) -> list[str]:

@@ -5,6 +5,7 @@ python3 -m venv .venv-lmms && .venv-lmms/bin/python pipelines/install_lmms_eval.
 """
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,12 @@ def student(tmp_path_factory):
 def task(world, tmp_path):
     write_local_task(world / "test.json", world / "images", tmp_path / "task", max_new_tokens=24)
     return tmp_path / "task"
+
+
+def test_what_is_installed_is_what_is_locked():
+    code = "from pipelines import locks; print(*locks.differences('lmms'), sep='\\n', end='')"
+    done = subprocess.run([PYTHON, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout == "", "rm .venv-lmms/ready; make test-lmms"
 
 
 def test_lmms_eval_scores_what_our_evaluation_scores(world, student, task, tmp_path):

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +54,7 @@ from teacher_cache.weights import rename_vision_weights, tensor_files
 from tests.rounding import MODEL, within
 from tests.training_fixtures import tiny_fit, weights
 from tests.vllm.conftest import TEACHER, make_config
+from tests.waiting import PATIENCE, until
 
 CLOSE = within(operations=MODEL)
 """Of states and logits of about 1 and above: two engines sum in another order."""
@@ -457,7 +457,7 @@ def test_killed_engine_then_killed_driver_in_a_run_of_1000_samples(config: Cache
         driver.kill()
         driver.wait()
     assert "Starting it again" in (tmp_path / "log").read_text()
-    engine.wait(60)  # raises TimeoutExpired where it outlives its driver
+    engine.wait(PATIENCE)  # raises TimeoutExpired where it outlives its driver
     done = {path.name: path.stat().st_mtime_ns for path in answers.glob("*.parquet")}
     assert 3 <= len(done) < 5
     subprocess.run(command, check=True, capture_output=True)
@@ -473,11 +473,7 @@ def engines_of(driver: int) -> list[psutil.Process]:
 
 
 def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert driver.poll() is None, "the run ended too early"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(condition, alive=lambda: driver.poll() is None)
 
 
 def test_no_memory_for_the_cache_says_what_to_set(config: CacheConfig, conversations: list[Conversation]) -> None:
