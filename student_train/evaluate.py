@@ -20,11 +20,12 @@ from student_train.loader import Preprocessor
 from student_train.objective import needed_arrays, teacher_side
 from student_train.processor import own_image_mode
 from student_train.targets import row_loss, row_targets
-from teacher_cache.config import DataConfig
+from teacher_cache.config import ConfigError, DataConfig
 from teacher_cache.conversations import IMAGE_TAG, Conversation, Skipped, read_conversations
 from teacher_cache.data.rows import expand
 from teacher_cache.images import image_tokens_of
 from teacher_cache.manifest import read_manifest
+from teacher_cache.model_config import position_limit
 from teacher_cache.models.pretrained import load_llava, read_processor
 from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage
@@ -108,7 +109,12 @@ def _generate(
     for conversation in conversations:
         segment = np.asarray(tokenize_prompt(conversation, form, tokenizer).segments[0])
         prompts.append(expand(segment, prepare.image_token, prepare.image_tokens))
-    length = max(len(p) for p in prompts)
+    length, positions = max(len(p) for p in prompts), position_limit(student.model.config)
+    if positions is not None and length + limit > positions:
+        raise ConfigError(
+            f"a question of {length} tokens and an answer of {limit} (max_new_tokens) do not fit into the student's "
+            f"{positions} positions. Set max_new_tokens to at most {positions - length}, or leave that question out"
+        )
     ids = torch.full((len(prompts), length), prepare.pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):

@@ -25,6 +25,7 @@ from student_train.config import TrainConfig
 from student_train.dataset import CacheSource, Source
 from student_train.features import ImageFeatures, image_key
 from student_train.order import BLOCK_SHARDS, epoch_batches, rank_part, shards_of
+from teacher_cache.config import ConfigError
 from teacher_cache.conversations import Image
 from teacher_cache.data.rows import expanded_length
 from teacher_cache.images import load_image, square
@@ -69,6 +70,24 @@ class StepPlan:
         self._first_shards = [self._shard_sources.index(n) for n in range(len(sources))]
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._shards = lru_cache(maxsize=2 * self._steps_ahead)(self._make_shards)
+
+    def check_positions(self, limit: int | None) -> None:
+        """Refuse samples that are longer than the student's ``limit`` positions: what it says there means nothing.
+
+        Raises
+        ------
+        ConfigError
+        """
+        over: Ints = np.flatnonzero(self._lengths > limit) if limit is not None else np.zeros(0, np.int64)
+        if len(over):
+            first, longest = int(over[0]), int(self._lengths.max())
+            source = self._source_of(first)
+            raise ConfigError(
+                f"student: it has {limit} positions, but {len(over)} of {len(self._lengths)} samples are longer with "
+                f"its {self._image_tokens} image tokens (first: sample {first - self._offsets[source]} of "
+                f"sources[{source}]; longest: {longest}). Take a student with more positions, or make the cache with a "
+                "smaller teacher.max_length, which skips longer samples"
+            )
 
     @property
     def steps_per_epoch(self) -> int:

@@ -42,6 +42,7 @@ from student_train.training.settings import run_settings
 from student_train.training.setup import check_tracker, make_accelerator, make_optimizer
 from teacher_cache.config import ConfigError, as_plain
 from teacher_cache.manifest import digest, read_manifest
+from teacher_cache.model_config import position_limit
 from teacher_cache.progress import Style, note, stage
 from teacher_cache.reader import TeacherCache
 from teacher_cache.stopping import Stop, Stopped, stopping
@@ -131,6 +132,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         preprocessor = preprocessor_of(model, processor)
         plan = StepPlan(sources, [s.share for s in config.sources], train, preprocessor.image_tokens)
+        plan.check_positions(position_limit(model.config))
         features = _features(config, model, sources, preprocessor, accelerator)
         teachers = [_teacher_side(config, source, model, accelerator.device) for source in sources]
         student = DistilledStudent(

@@ -24,7 +24,7 @@ from teacher_cache.manifest import CacheError, Manifest, digest
 from teacher_cache.progress import Style, note
 from teacher_cache.storage import Storage
 from teacher_cache.store import parquet
-from teacher_cache.teacher import AnswerRequest, Teacher, TeacherCrashed
+from teacher_cache.teacher import OVERFLOW, AnswerRequest, Teacher, TeacherCrashed
 from teacher_cache.tokenization import Ids, Prompt, Template, tokenize_answer
 from teacher_cache.writer import answers_name
 
@@ -33,7 +33,8 @@ _KEY = b"teacher_cache"
 
 @dataclass
 class AnsweredSample:
-    """The answers of one conversation: ids, why each ended (``stop``, ``length``, ``original``) and who gave them.
+    """The answers of one conversation: ids, why each ended (``stop``, ``length``, ``overflow``; ``original``: it was
+    not generated) and who gave them.
 
     ``hidden`` (S, d): states of the whole expanded sequence but its last token, from a one-pass teacher.
     """
@@ -43,6 +44,11 @@ class AnsweredSample:
     finish_reasons: list[str]
     source: str
     hidden: torch.Tensor | None = None
+
+    @property
+    def overflowed(self) -> bool:
+        """An answer of it was made from logits that are not finite."""
+        return OVERFLOW in self.finish_reasons
 
 
 def answer_conversations(
@@ -87,7 +93,7 @@ def answer_conversations(
     def ask(i: int) -> AnswerRequest | None:
         """The next question of conversation ``i``, if there is one that fits."""
         conversation, turn = conversations[i], len(samples[i].answers)
-        if not conversation.regenerate or turn == len(conversation.questions):
+        if not conversation.regenerate or turn == len(conversation.questions) or samples[i].overflowed:
             return None
         ids = prompts[i].before(turn, originals[i] if history == "original" else samples[i].answers)
         shown = int(images[i] is not None)

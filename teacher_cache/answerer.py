@@ -45,6 +45,11 @@ class AnsweringStudent:
     def tokenizer(self) -> Any:
         return self.teacher.tokenizer
 
+    @property
+    def positions(self) -> int | None:
+        limits = [limit for limit in (self.teacher.positions, self.student.positions) if limit is not None]
+        return min(limits, default=None)
+
     def answers(self, requests: Sequence[AnswerRequest], then: Then | None = None) -> Iterator[tuple[int, Answer]]:
         return self.student.answers(requests, then)
 
@@ -87,7 +92,7 @@ def answerer_facts(config: CacheConfig) -> dict[str, str]:
     name = config.teacher.answerer
     if not name:
         return {}
-    from teacher_cache.teacher_torch import checkpoint_digest
+    from teacher_cache.models.checkpoint import checkpoint_digest
 
     shown = Path(name).name if Path(name).is_dir() else name
     return {"answerer": shown, "answerer_weights": checkpoint_digest(name)}

@@ -14,8 +14,8 @@ from teacher_cache.config import CacheConfig
 from teacher_cache.conversations import Conversation
 from teacher_cache.inputs import Samples, ShardInput, unfit_sample
 from teacher_cache.manifest import CacheError
-from teacher_cache.signals import wanted_states
-from teacher_cache.teacher import SampleStates, ScoreRequest, Teacher
+from teacher_cache.signals import finite_logits, finite_states, wanted_states
+from teacher_cache.teacher import SampleStates, ScoreRequest, Teacher, TeacherError
 from teacher_cache.tokenization import assemble, template_by_name, tokenize_answer
 
 
@@ -38,9 +38,14 @@ def calibrate(config: CacheConfig, samples: Samples, teacher: Teacher) -> dict[s
     if not fit:
         raise CacheError("no usable sample among the first ones, so channel scales cannot be fitted: check data.path")
     states: list[SampleStates] = []
-    requests = [ScoreRequest(tokenized[i], shard.images[i]) for i in fit]
+    requests, head = [ScoreRequest(tokenized[i], shard.images[i]) for i in fit], teacher.head()
     for _, batch in teacher.score(requests, wanted_states(signals)):
-        states += batch
+        states += [s for s in batch if finite_states(s) and finite_logits(s.rows, head, config.speed.head_rows)]
+    if not states:
+        raise TeacherError(
+            f"teacher.model={config.teacher.model}: none of the first {len(fit)} samples has finite logits and states "
+            f"in teacher.dtype={config.teacher.dtype}. Set teacher.dtype=bfloat16 or float32, and another output"
+        )
     kinds: dict[str, list[torch.Tensor | None]] = {}
     if signals.hidden != "none":
         kinds["hidden"] = [s.text if signals.hidden == "text" else s.rows for s in states]

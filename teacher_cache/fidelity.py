@@ -20,6 +20,7 @@ import numpy.typing as npt
 from teacher_cache.codecs import decode, is_coarse, with_exact_head
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.rows import rows_among_text
+from teacher_cache.manifest import Manifest, check_weights
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import Array, TeacherRecord
 from teacher_cache.storage import Storage
@@ -99,7 +100,7 @@ def cache_fidelity(
         chosen = np.sort(np.random.default_rng(seed).permutation(len(cache))[:samples])
         records = [cache[int(i)] for i in chosen]
         records = [r for r in records if r.rows]
-        exact, head = _exact_states(config, teacher, records) if config is not None else (None, None)
+        exact, head = _exact_states(config, teacher, records, cache.manifest) if config is not None else (None, None)
         stored = [_row_states(cache, r) for r in records]
         if head is None and stored and stored[0] is not None:
             head = cache.head.astype(np.float32)
@@ -259,7 +260,7 @@ def _row_states(cache: TeacherCache, record: TeacherRecord) -> Array | None:
 
 
 def _exact_states(
-    config: CacheConfig, teacher: Teacher | None, records: list[TeacherRecord]
+    config: CacheConfig, teacher: Teacher | None, records: list[TeacherRecord], manifest: Manifest
 ) -> tuple[list[Array], Array]:
     """(R, d) states of every record from the live teacher, and its output head (V, d)."""
     from teacher_cache.conversations import Conversation, read_conversations
@@ -271,6 +272,7 @@ def _exact_states(
     teacher = teacher if teacher is not None else open_teacher(config, data)
     by_id = {s.sample_id: s for s in data if isinstance(s, Conversation)}
     try:
+        check_weights(manifest, teacher.description.weights, config.output)
         states = [s.rows.float().cpu().numpy() for s in score_again(config, teacher, records, by_id)]
         head = teacher.head().float().cpu().numpy()
     finally:

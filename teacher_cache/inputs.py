@@ -95,19 +95,26 @@ def image_or_reason(sample: Conversation | Skipped, folder: str) -> Picture | Sk
 def _unfit_prompt(config: CacheConfig, teacher: Teacher, prompt: Prompt) -> str:
     """Why a conversation cannot be answered, or an empty text."""
     length = sum(_expanded_length(teacher, np.asarray(segment)) for segment in prompt.segments)
-    if length >= config.teacher.max_length:
-        return (
-            f"questions alone take {length} tokens, teacher.max_length is {config.teacher.max_length}: "
-            f"{length - config.teacher.max_length + 1} over"
-        )
+    limit, what = length_limit(config, teacher)
+    if length >= limit:
+        return f"questions alone take {length} tokens, {what}: {length - limit + 1} over"
     return ""
+
+
+def length_limit(config: CacheConfig, teacher: Teacher) -> tuple[int, str]:
+    """Tokens of the longest conversation that can be cached (image expanded), and what sets that limit."""
+    limit, positions = config.teacher.max_length, teacher.positions
+    if positions is not None and positions < limit:
+        return positions, f"the model has {positions} positions"
+    return limit, f"teacher.max_length is {limit}"
 
 
 def unfit_sample(config: CacheConfig, teacher: Teacher, sample: TokenizedSample) -> str:
     """Why an answered conversation cannot be cached, or an empty text."""
-    length, limit = _expanded_length(teacher, sample.input_ids), config.teacher.max_length
+    length = _expanded_length(teacher, sample.input_ids)
+    limit, what = length_limit(config, teacher)
     if length > limit:
-        return f"{length} tokens with answers, teacher.max_length is {limit}: {length - limit} over"
+        return f"{length} tokens with answers, {what}: {length - limit} over"
     if np.count_nonzero(sample.input_ids == teacher.description.image_token) > 1:
         return "the text of a question or an answer holds the image token"
     return ""

@@ -143,6 +143,7 @@ def check_same_content(old: Manifest, new: Manifest, where: str) -> None:
     """Refuse to go on with a cache that was begun with other content settings; names the first differences."""
     if old.fingerprint == new.fingerprint:
         return
+    check_weights(old, str(new.teacher["weights"]), where)
     differences = [
         f"{path}: {was!r} in the cache, {now!r} now"
         for name in _CONTENT
@@ -154,6 +155,23 @@ def check_same_content(old: Manifest, new: Manifest, where: str) -> None:
         + (f" (and {len(differences) - 3} more)" if len(differences) > 3 else "")
         + ". Set them back, or choose another output"
     )
+
+
+def check_weights(manifest: Manifest, weights: str, where: str) -> None:
+    """Refuse to go on with a cache of which it cannot be told whether this checkpoint made it.
+
+    Raises
+    ------
+    CacheError
+        It was made by 0.1, whose digest left most of a large weight file out.
+    """
+    whole = "whole:"  # what models.checkpoint writes
+    if weights.startswith(whole) and not str(manifest.teacher["weights"]).startswith(whole):
+        raise CacheError(
+            f"{where}: made by teacher-cache 0.1, whose digest of a checkpoint did not cover every byte, so it cannot "
+            "be told whether this is the same teacher. Its students can be trained as before; to go on with it or to "
+            "score it again, use 0.1, or build it again into another output"
+        )
 
 
 def digest(plain: Any) -> str:

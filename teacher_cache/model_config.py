@@ -36,6 +36,15 @@ def load_model_config(name: str, revision: str = "", setting: str = "model") -> 
         ) from error
 
 
+def position_limit(model: Any) -> int | None:
+    """Positions of the language model in a Transformers configuration; None for a model that has no limit.
+
+    Beyond them rotary positions were never trained, and learned ones do not exist.
+    """
+    limit = getattr(model.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit and limit > 0 else None
+
+
 def shipped_models() -> Path:
     """``pipelines/models``: found as data, nothing of it is imported."""
     spec = importlib.util.find_spec("pipelines")

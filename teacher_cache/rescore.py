@@ -11,7 +11,7 @@ import numpy.typing as npt
 from teacher_cache.config import CacheConfig, SignalsConfig
 from teacher_cache.conversations import Conversation, read_conversations
 from teacher_cache.images import load_image
-from teacher_cache.manifest import CacheError
+from teacher_cache.manifest import CacheError, check_weights
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import TeacherRecord
 from teacher_cache.storage import Storage
@@ -58,7 +58,8 @@ def rescore_cache(
 ) -> RescoreReport:
     """Let the teacher of ``config`` score ``samples`` samples of its cache again.
 
-    Raises ``CacheError`` when a sample of the cache is not in the data any more, or the cache has no top-k.
+    Raises ``CacheError`` when a sample of the cache is not in the data any more, or the cache has no top-k, or 0.1
+    made it.
     """
     from teacher_cache.score import open_teacher
 
@@ -68,6 +69,7 @@ def rescore_cache(
     by_id = {s.sample_id: s for s in data if isinstance(s, Conversation)}
     try:
         with TeacherCache(Storage(config.output)) as cache:
+            check_weights(cache.manifest, teacher.description.weights, config.output)
             if not cache.manifest.signals_config.top_k:
                 raise CacheError(
                     f"{config.output}: no top-k to compare with (signals.top_k is 0). Compare the states in its place: "

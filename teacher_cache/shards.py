@@ -18,14 +18,14 @@ from teacher_cache.codecs import ChannelScales
 from teacher_cache.config import CacheConfig
 from teacher_cache.conversations import Conversation, Skipped
 from teacher_cache.data.rows import positions_of
-from teacher_cache.inputs import Samples, ShardInput, unfit_sample
+from teacher_cache.inputs import Samples, ShardInput, length_limit, unfit_sample
 from teacher_cache.manifest import Manifest
 from teacher_cache.progress import Stage, Style, note, stage
 from teacher_cache.reader import scales_from_bytes
 from teacher_cache.records import Array, TeacherRecord
-from teacher_cache.signals import Extractor, wanted_states
+from teacher_cache.signals import NOT_FINITE, Extractor, finite_arrays, finite_states, wanted_states
 from teacher_cache.storage import Storage
-from teacher_cache.teacher import SampleStates, ScoreRequest, Teacher, TeacherCrashed, pick
+from teacher_cache.teacher import SampleStates, ScoreRequest, Teacher, TeacherCrashed, TeacherError, pick
 from teacher_cache.tokenization import TokenizedSample, assemble, template_by_name
 from teacher_cache.visual import owned_images, plan_images
 from teacher_cache.writer import SCALES, ImagePlace, answers_name, write_images, write_shard
@@ -122,7 +122,7 @@ def answer_shard(
             history=config.data.history,
             seed=config.generation.seed,
             capture=teacher.one_pass and not (config.signals.second_last or config.signals.attention),
-            max_length=config.teacher.max_length,
+            max_length=length_limit(config, teacher)[0],
             source="student" if config.teacher.answerer else "teacher",
             style=style,
         )
@@ -148,35 +148,67 @@ def score_shard(
     """Records of the shard in input order, and the lines of the images that this shard owns."""
     begin = time.monotonic()
     turns = [len(p.segments) for p in shard.prompts]
-    kept = shard.skip(
-        lambda i: (
-            f"longer than teacher.max_length={config.teacher.max_length} before its last question"
-            if len(answered[i].answers) < turns[i]
-            else ""
-        )
-    )
+    _, limited = length_limit(config, teacher)
+    read = len(shard.conversations)
+
+    def unanswered(i: int) -> str:
+        if answered[i].overflowed:
+            return NOT_FINITE
+        return f"too long before its last question: {limited}" if len(answered[i].answers) < turns[i] else ""
+
+    kept = shard.skip(unanswered)
+    failed = sum(sample.overflowed for sample in answered)
     answered = [answered[i] for i in kept]
     tokenized = [assemble(p, a.answers) for p, a in zip(shard.prompts, answered, strict=True)]
     kept = shard.skip(lambda i: unfit_sample(config, teacher, tokenized[i]))
     answered, tokenized = [answered[i] for i in kept], [tokenized[i] for i in kept]
     owned = {image_id: place.row for image_id, place in places.items() if place.shard == number}
-    arrays: list[dict[str, Array] | None] = [None] * len(tokenized)
-    visual: dict[str, dict[str, Array]] = {}
-    for batch, states in _states(teacher, shard, answered, tokenized, extractor):
-        for i, record in zip(batch, extractor.records([tokenized[i].sample_id for i in batch], states), strict=True):
-            arrays[i] = record
-        for i, state in zip(batch, states, strict=True):
-            image = shard.conversations[i].image
-            if image is not None and image.image_id in owned and image.image_id not in visual:
-                assert state.visual is not None
-                visual[image.image_id] = extractor.image(state.visual)
+    arrays, visual = _scored_arrays(teacher, shard, answered, tokenized, extractor, owned)
+    kept = shard.skip(lambda i: "" if arrays[i] is not None else NOT_FINITE)
+    _refuse_overflow(config, number, failed + len(tokenized) - len(kept), read)
     records = [
-        _record(manifest, teacher, shard.conversations[i], answered[i], tokenized[i], arrays[i])
-        for i in range(len(tokenized))
+        _record(manifest, teacher, conversation, answered[i], tokenized[i], arrays[i])
+        for i, conversation in zip(kept, shard.conversations, strict=True)
     ]
     images = owned_images(config, teacher, extractor, shard, owned, visual)
     clock.scoring += time.monotonic() - begin
     return records, images
+
+
+def _scored_arrays(
+    teacher: Teacher,
+    shard: ShardInput,
+    answered: list[AnsweredSample],
+    tokenized: list[TokenizedSample],
+    extractor: Extractor,
+    owned: dict[str, int],
+) -> tuple[list[dict[str, Array] | None], dict[str, dict[str, Array]]]:
+    """What is stored of each sample, None where a number of it is not finite; and of each image in ``owned``."""
+    arrays: list[dict[str, Array] | None] = [None] * len(tokenized)
+    visual: dict[str, dict[str, Array]] = {}
+    for batch, states in _states(teacher, shard, answered, tokenized, extractor):
+        made = extractor.records([tokenized[i].sample_id for i in batch], states)
+        for i, state, record in zip(batch, states, made, strict=True):
+            image = shard.conversations[i].image
+            first = image is not None and image.image_id in owned and image.image_id not in visual
+            assert not first or state.visual is not None
+            shown = extractor.image(state.visual) if first and state.visual is not None else {}
+            if not (finite_states(state) and finite_arrays(record) and finite_arrays(shown)):
+                continue
+            arrays[i] = record
+            if first and image is not None:
+                visual[image.image_id] = shown
+    return arrays, visual
+
+
+def _refuse_overflow(config: CacheConfig, number: int, failed: int, read: int) -> None:
+    """A few samples that overflow are left out; where most do, it is the teacher that does not fit its dtype."""
+    if failed >= 8 and 2 * failed > read:
+        raise TeacherError(
+            f"shard {number:05d}: the logits or states of {failed} of its {read} samples are not finite, so "
+            f"teacher.model={config.teacher.model} cannot be run in teacher.dtype={config.teacher.dtype}. Set "
+            "teacher.dtype=bfloat16 or float32, and another output"
+        )
 
 
 Scored = tuple[list[TeacherRecord], list[tuple[str, dict[str, Array] | None]]]

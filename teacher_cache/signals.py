@@ -6,9 +6,10 @@ never exist at once. The logits are formed from the states and the head, as a re
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,26 @@ from teacher_cache.codecs import ChannelScales, encode
 from teacher_cache.config import SignalsConfig
 from teacher_cache.records import Array, TeacherShape
 from teacher_cache.teacher import SampleStates, Wanted
+
+NOT_FINITE = "logits or states that are not finite (inf or NaN): another teacher.dtype may hold them"
+"""Why such a sample is skipped. The same words every time: reasons are part of a cache's bytes."""
+
+
+def finite_states(states: SampleStates) -> bool:
+    """Whether every state of the sample is a number."""
+    parts = (getattr(states, part.name) for part in dataclasses.fields(states))
+    return all(bool(torch.isfinite(part).all()) for part in parts if part is not None)
+
+
+def finite_arrays(arrays: Mapping[str, Array]) -> bool:
+    """Whether what will be stored is finite: states may be where their logits, or float16 of them, are not."""
+    return all(bool(np.isfinite(a).all()) for a in arrays.values() if np.issubdtype(a.dtype, np.floating))
+
+
+@torch.inference_mode()
+def finite_logits(rows: torch.Tensor, head: torch.Tensor, head_rows: int) -> bool:
+    """Whether ``rows @ head.T`` is finite, in the dtype in which it will be formed."""
+    return all(bool(torch.isfinite(part @ head.T).all()) for part in torch.split(rows, head_rows))
 
 
 def wanted_states(signals: SignalsConfig) -> Wanted:

@@ -46,6 +46,10 @@ class AnswerRequest:
     capture: bool = False
 
 
+OVERFLOW = "overflow"
+"""Why an answer ended whose logits were not finite: it has no ids, and its sample is skipped."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What the teacher said: the ids it produced, the end token included when ``finish_reason`` is ``stop``.
@@ -111,6 +115,11 @@ class Teacher(Protocol):
 
     @property
     def tokenizer(self) -> Any: ...
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest sequence that the model was made for (image expanded); None where nothing limits it."""
+        ...
 
     @property
     def one_pass(self) -> bool:

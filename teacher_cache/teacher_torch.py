@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LogitsProcessorList
 
 from teacher_cache.config import GenerationConfig, SpeedConfig, TeacherConfig
 from teacher_cache.data.rows import expand, positions_of
 from teacher_cache.images import AnyImage, image_tokens_of, square
+from teacher_cache.model_config import position_limit
+from teacher_cache.models.checkpoint import checkpoint_digest
 from teacher_cache.models.pretrained import check_llava, load_llava, read_config, read_processor
 from teacher_cache.records import TeacherShape
 from teacher_cache.teacher import (
+    OVERFLOW,
     Answer,
     AnswerRequest,
     SampleStates,
@@ -28,8 +32,8 @@ from teacher_cache.teacher import (
     answers_in_rounds,
     pick,
 )
+from teacher_cache.teachers.decoding import FiniteLogits
 from teacher_cache.tokenization import end_token_id, image_token_id, template_by_name, tokenizer_fingerprint
-from teacher_cache.weights import checkpoint_folder
 
 
 class TorchTeacher:
@@ -75,6 +79,10 @@ class TorchTeacher:
     def tokenizer(self) -> Any:
         return self._tokenizer
 
+    @property
+    def positions(self) -> int | None:
+        return position_limit(self._model.config)
+
     def head(self) -> torch.Tensor:
         weight: torch.Tensor = self._model.get_output_embeddings().weight.detach()
         return weight
@@ -90,16 +98,21 @@ class TorchTeacher:
     @torch.inference_mode()
     def answer(self, requests: Sequence[AnswerRequest]) -> list[Answer]:
         """Batches of similar length, padded on the left. A prompt without an image never shares a batch with one
-        that has one: the vision tower then runs on full batches only."""
+        that has one: the vision tower then runs on full batches only. One whose answer may reach the model's last
+        position is alone: it stops there, and the answers of others do not depend on it."""
         answers: list[Answer | None] = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (requests[i].image is None, len(requests[i].input_ids), i))
-        size = self._speed.answer_batch
+        rooms = [self._room(request) for request in requests]
+        whole = self._generation.max_new_tokens
+        batches = [[i] for i in order if rooms[i] < whole]
         for has_image in (True, False):
-            group = [i for i in order if (requests[i].image is not None) == has_image]
-            for start in range(0, len(group), size):
-                places = group[start : start + size]
-                for place, answer in zip(places, self._generate([requests[i] for i in places]), strict=True):
-                    answers[place] = answer
+            group = [i for i in order if (requests[i].image is not None) == has_image and rooms[i] == whole]
+            size = self._speed.answer_batch
+            batches += [group[start : start + size] for start in range(0, len(group), size)]
+        for places in batches:
+            given = self._generate([requests[i] for i in places], rooms[places[0]])
+            for place, answer in zip(places, given, strict=True):
+                answers[place] = answer
         assert all(answer is not None for answer in answers)
         return [answer for answer in answers if answer is not None]
 
@@ -124,30 +137,44 @@ class TorchTeacher:
                 ],
             )
 
-    def _generate(self, requests: list[AnswerRequest]) -> list[Answer]:
+    def _room(self, request: AnswerRequest) -> int:
+        """Tokens that may be generated: one beyond the last position tells that the answer did not fit."""
+        limit, most = self.positions, self._generation.max_new_tokens
+        if limit is None:
+            return most
+        description = self._description
+        ids = np.asarray(request.input_ids, np.int64)
+        read = len(expand(ids, description.image_token, description.shape.image_tokens))
+        return max(min(most, limit + 1 - read), 1)
+
+    def _generate(self, requests: list[AnswerRequest], room: int) -> list[Answer]:
         inputs = self._inputs([np.asarray(r.input_ids) for r in requests], [r.image for r in requests], "left")
+        watch = FiniteLogits(inputs["input_ids"].shape[1], self._description.end_token, self._description.image_token)
         if self._generation.temperature > 0:
-            produced = self._sample(inputs, [r.seed for r in requests])
+            produced = self._sample(inputs, [r.seed for r in requests], room, watch)
         else:
             produced = self._model.generate(
                 **inputs,
-                max_new_tokens=self._generation.max_new_tokens,
+                max_new_tokens=room,
                 do_sample=False,
                 num_beams=1,
                 eos_token_id=self._description.end_token,
                 pad_token_id=self._pad,
                 suppress_tokens=[self._description.image_token],
+                logits_processor=LogitsProcessorList([watch]),
             )[:, inputs["input_ids"].shape[1] :]
-        return [self._cut(row.tolist()) for row in produced]
+        return [self._cut(row.tolist(), watch.failed(place)) for place, row in enumerate(produced)]
 
-    def _sample(self, inputs: dict[str, torch.Tensor], seeds: list[int]) -> torch.Tensor:
+    def _sample(
+        self, inputs: dict[str, torch.Tensor], seeds: list[int], room: int, watch: FiniteLogits
+    ) -> torch.Tensor:
         """Nucleus sampling with one generator per request, so that an answer does not depend on its batch."""
         generators = [np.random.default_rng(seed) for seed in seeds]
         end, temperature = self._description.end_token, self._generation.temperature
         mask, pixel_values = inputs["attention_mask"], inputs.get("pixel_values")
         step, cache, produced = inputs["input_ids"], None, []
         done = torch.zeros(len(seeds), dtype=torch.bool)
-        for _ in range(self._generation.max_new_tokens):
+        for _ in range(room):
             out = self._model(
                 input_ids=step,
                 attention_mask=mask,
@@ -159,10 +186,12 @@ class TorchTeacher:
             )
             cache = out.past_key_values
             logits = out.logits[:, -1].float().cpu()
+            watch.look(logits, done)
             logits[:, self._description.image_token] = -torch.inf
+            done |= torch.tensor([watch.failed(place) for place in range(len(seeds))])
             drawn = [
-                nucleus_draw(row / temperature, self._generation.top_p, generator.random())
-                for row, generator in zip(logits, generators, strict=True)
+                end if over else nucleus_draw(row / temperature, self._generation.top_p, generator.random())
+                for row, generator, over in zip(logits, generators, done.tolist(), strict=True)
             ]
             token = torch.tensor([self._pad if d else t for d, t in zip(done.tolist(), drawn, strict=True)])
             done |= token == end
@@ -173,8 +202,10 @@ class TorchTeacher:
             mask = torch.cat([mask, torch.ones_like(step)], 1)
         return torch.stack(produced, 1)
 
-    def _cut(self, ids: list[int]) -> Answer:
+    def _cut(self, ids: list[int], failed: bool) -> Answer:
         """Up to and including the end token; what was cut off by ``max_new_tokens`` has none."""
+        if failed:
+            return Answer((), OVERFLOW)
         end = self._description.end_token
         if end in ids:
             return Answer(tuple(ids[: ids.index(end) + 1]), "stop")
@@ -287,35 +318,6 @@ def describe_teacher(config: TeacherConfig, tokenizer: Any, processor: Any) -> T
         end_token=end_token_id(tokenizer, template),
         image_processing=_digest({"mode": config.image_mode, **_processing(processor.image_processor)}),
     )
-
-
-def checkpoint_digest(model: str, revision: str = "") -> str:
-    """A digest that differs for another checkpoint: ``config.json``, and each weight file's size and ends.
-
-    Whole weight files are read up to 64 MiB; of larger ones the first and the last MiB (a safetensors header holds
-    every name, shape and offset), since hashing 26 GB takes longer than loading it. The library's version, which stands
-    in ``config.json`` too, does not enter.
-    """
-    folder = checkpoint_folder(model, revision)
-    plain = _without_version(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            if size <= 64 << 20:
-                digest.update(file.read())
-            else:
-                digest.update(file.read(1 << 20))
-                file.seek(-(1 << 20), 2)
-                digest.update(file.read())
-    return digest.hexdigest()
-
-
-def _without_version(plain: Any) -> Any:
-    if not isinstance(plain, dict):
-        return plain
-    return {name: _without_version(value) for name, value in plain.items() if name != "transformers_version"}
 
 
 _PROCESSING = [

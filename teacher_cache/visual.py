@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import torch
 
 from teacher_cache.config import CacheConfig
 from teacher_cache.conversations import Conversation, Skipped
 from teacher_cache.inputs import Samples, ShardInput, image_or_reason
 from teacher_cache.records import Array
-from teacher_cache.signals import Extractor, wanted_states
+from teacher_cache.signals import Extractor, finite_arrays, wanted_states
 from teacher_cache.teacher import ScoreRequest, Teacher
 from teacher_cache.tokenization import Template, TokenizedSample, template_by_name, tokenize_prompt
 from teacher_cache.writer import ImagePlace
@@ -62,5 +63,7 @@ def _score_image(
     sample = TokenizedSample(conversation.sample_id, ids, np.zeros(len(ids), np.bool_))
     for _, states in teacher.score([ScoreRequest(sample, image)], wanted_states(extractor.signals)):
         assert states[0].visual is not None
-        return {conversation.image.image_id: extractor.image(states[0].visual)}
+        arrays = extractor.image(states[0].visual)
+        finite = bool(torch.isfinite(states[0].visual).all()) and finite_arrays(arrays)
+        return {conversation.image.image_id: arrays} if finite else {}
     return {}

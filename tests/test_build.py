@@ -21,11 +21,12 @@ from pipelines.tiny.prepare import TEACHER
 from teacher_cache.cli import app
 from teacher_cache.config import CacheConfig, ConfigError, DataConfig
 from teacher_cache.manifest import CacheError
+from teacher_cache.models.checkpoint import checkpoint_digest
 from teacher_cache.reader import TeacherCache
 from teacher_cache.score import answer_only, build_cache, check_answered, check_config
 from teacher_cache.storage import StorageError
 from teacher_cache.teacher import TeacherError
-from teacher_cache.teacher_torch import TorchTeacher, checkpoint_digest, load_processor
+from teacher_cache.teacher_torch import TorchTeacher, load_processor
 
 ROOT = Path(__file__).parents[1]
 EXCEPTED = {"cost.json"}  # how long it took; and created_at in the manifest, see contents()

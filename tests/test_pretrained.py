@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -28,8 +29,15 @@ from student_train.evaluate import Student
 from student_train.plan import student_architecture
 from student_train.student import load_student
 from teacher_cache.config import CacheConfig, ConfigError, DataConfig, GenerationConfig, SpeedConfig, TeacherConfig
+from teacher_cache.fidelity import cache_fidelity
+from teacher_cache.manifest import CacheError, read_manifest, write_manifest
+from teacher_cache.models.checkpoint import checkpoint_digest
 from teacher_cache.models.pretrained import ModelError, load_language_model, read_processor
 from teacher_cache.plan import plan_cache
+from teacher_cache.reader import TeacherCache
+from teacher_cache.rescore import rescore_cache
+from teacher_cache.score import build_cache
+from teacher_cache.storage import Storage
 from teacher_cache.teacher import TeacherError
 from teacher_cache.teacher_torch import TorchTeacher
 
@@ -287,3 +295,48 @@ def test_a_vision_tower_by_itself_is_taken(tmp_path: Path) -> None:
     model, _ = load_student(config, 0)
     ours, theirs = model.model.vision_tower.state_dict(), teacher.model.vision_tower.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_digest_covers_every_byte_of_a_large_checkpoint(tmp_path: Path) -> None:
+    """70 MiB, with a byte changed in the middle: a merged adapter changes nothing at the ends of a file."""
+    (tmp_path / "config.json").write_text("{}")
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(70 << 20, dtype=torch.uint8)}, path)
+    before = checkpoint_digest(str(tmp_path))
+    content = path.read_bytes()
+    path.write_bytes(content[: 35 << 20] + b"x" + content[(35 << 20) + 1 :])
+    assert checkpoint_digest(str(tmp_path)) != before
+    path.write_bytes(content)
+    assert checkpoint_digest(str(tmp_path)) == before
+
+
+def test_a_cache_whose_digest_did_not_cover_the_checkpoint_is_read_but_not_gone_on_with(
+    cache_config: CacheConfig, cache_folder: Path, teacher: TorchTeacher, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(cache_folder, folder)
+    storage = Storage(folder)
+    manifest = read_manifest(storage)
+    old = dataclasses.replace(manifest, teacher=manifest.teacher | {"weights": "0" * 64}, complete=False)
+    write_manifest(storage, old)
+    config = dataclasses.replace(cache_config, output=str(folder))
+    with pytest.raises(CacheError, match=r"made by teacher-cache 0\.1, whose digest.*students can be trained"):
+        build_cache(config, teacher=teacher, style="quiet")
+
+
+def test_a_cache_of_another_digest_scheme_is_not_scored_again(
+    cache_config: CacheConfig, teacher: TorchTeacher, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(
+        cache_config, output=str(tmp_path / "cache"), data=dataclasses.replace(cache_config.data, max_samples=3)
+    )
+    description = dataclasses.replace(teacher.description, weights="0" * 64)
+    old = TorchTeacher(cache_config.teacher, cache_config.generation, cache_config.speed)
+    old._description = description
+    build_cache(config, teacher=old, style="quiet")
+    with TeacherCache.open(config.output) as cache:
+        assert len(cache) == 3, "reading needs no digest"
+    with pytest.raises(CacheError, match=r"made by teacher-cache 0\.1"):
+        rescore_cache(config, 2, teacher=teacher)
+    with pytest.raises(CacheError, match=r"made by teacher-cache 0\.1"):
+        cache_fidelity(Storage(config.output), 2, config=config, teacher=teacher)
