@@ -6,16 +6,25 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from student_train.report_costs import quality_against_cost, teacher_share
 from student_train.report_data import Experiment, load_experiment
 from student_train.report_disagreement import disagreement
 from teacher_cache.charts import Point, Series, key, line_chart
-from teacher_cache.page import bytes_text, card, escape, render_page, seconds_text, tiles, write_page
+from teacher_cache.page import Card, bytes_text, seconds_text, write_page
 
 LOWER_IS_BETTER = ("kl", "loss", "hallucination", "missed", "perplexity", "chair")
 UNDIRECTED = ("yes_ratio",)
+
+
+class Cell(NamedTuple):
+    """Of the table of results: a number ± its deviation, the difference to the baseline and how that is coloured."""
+
+    text: str
+    deviation: str = ""
+    difference: str = ""
+    css: str = ""
 
 
 def write_report(runs: str | Path | Sequence[str | Path], output: str | Path, image_folder: str = "") -> Path:
@@ -30,65 +39,51 @@ def write_report(runs: str | Path | Sequence[str | Path], output: str | Path, im
     """
     folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
     experiment = load_experiment(folders, image_folder)
-    body = [
-        _header(experiment),
-        "<h2>Results</h2>",
-        card("Scores", results_table(experiment.table), _legend(experiment.table)),
-        "<h2>Loss</h2>",
-        loss_curves(experiment),
-        "<h2>Quality against cost</h2>",
-        quality_against_cost(experiment),
-        teacher_share(experiment),
-        disagreement(experiment),
-    ]
-    return write_page(output, render_page(f"{experiment.title} · report", f"<main>{''.join(body)}</main>"))
-
-
-def results_table(table: dict[str, Any]) -> str:
-    """Mean ± deviation over seeds and the paired difference to the baseline, one line an arm."""
-    metrics = table["metrics"]
-    head = "".join(f"<th scope='col'>{escape(m.replace('_', ' '))}</th>" for m in [*metrics, "CPU s", "peak MB"])
-    rows = []
-    for arm in table["arms"]:
-        cells = "".join(f"<td>{_score(table, arm, m)}</td>" for m in metrics)
-        cells += "".join(f"<td>{_number(arm[cost], ',.0f')}</td>" for cost in ("cpu_seconds", "peak_megabytes"))
-        note = f"<small>{escape(arm['note'])}</small>" if arm.get("note") else ""
-        rows.append(f'<tr><th scope="row">{escape(arm["name"])}{note}</th>{cells}</tr>')
-    return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Scores"><table class="results"><thead><tr>'
-        f'<th scope="col">arm</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    table = experiment.table
+    return write_page(
+        output,
+        "report.html",
+        "student_train.studies",
+        title=f"{experiment.title} · report",
+        experiment=experiment,
+        numbers=_numbers(experiment),
+        legend=_legend(table),
+        heads=["arm", *(m.replace("_", " ") for m in table["metrics"]), "CPU s", "peak MB"],
+        results=[(arm, _cells(table, arm)) for arm in table["arms"]],
+        key=key(experiment.arms),
+        curves=loss_curves(experiment),
+        costs=quality_against_cost(experiment),
+        share=teacher_share(experiment),
+        questions=disagreement(experiment),
     )
 
 
-def loss_curves(experiment: Experiment) -> str:
+def loss_curves(experiment: Experiment) -> list[Card]:
     """A chart per part of the loss: the mean over seeds, single seeds thin behind it."""
     parts = dict.fromkeys(part for run in experiment.runs for part in run.curves)
     if set(parts) == {"cross_entropy", "loss"}:  # one term: its sum would be the same chart again
         del parts["loss"]
-    names = sorted(parts, key=lambda part: (part == "loss", part != "cross_entropy", part))
     drawn = []
-    for part in names:
+    for part in sorted(parts, key=lambda part: (part == "loss", part != "cross_entropy", part)):
         series = [s for style, arm in enumerate(experiment.arms) for s in _curves(experiment, arm, part, style)]
+        name = part.replace("_", " ")
         note = "Arms with other terms have another sum: compare cross_entropy, not this." if part == "loss" else ""
-        drawn.append(card(part.replace("_", " "), line_chart(series, "step", part.replace("_", " ")), note))
-    return f'{key(experiment.arms)}<div class="grid">{"".join(drawn)}</div>'
+        drawn.append(Card(name, line_chart(series, "step", name), note))
+    return drawn
 
 
-def _header(experiment: Experiment) -> str:
+def _numbers(experiment: Experiment) -> list[tuple[str, str]]:
+    """What stands in large letters at the top, with a word for each."""
     table, teacher = experiment.table, experiment.table["teacher"]
     numbers = [(str(len(table["arms"])), "arms"), (str(len(experiment.runs)), "runs")]
     if table["metrics"] and (best := _best(table, table["metrics"][0])):
-        numbers.append(
-            (best["name"], f"best {table['metrics'][0].replace('_', ' ')}: {best['mean'][table['metrics'][0]]:.3g}")
-        )
+        metric = table["metrics"][0]
+        numbers.append((best["name"], f"best {metric.replace('_', ' ')}: {best['mean'][metric]:.3g}"))
     if teacher.get("bytes"):
         numbers.append((bytes_text(teacher["bytes"]), "of teacher cache, written once"))
     if "score_seconds" in teacher:
         numbers.append((seconds_text(teacher["answer_seconds"] + teacher["score_seconds"]), "of the teacher, once"))
-    return (
-        f'<header><p class="eyebrow">Students from one teacher cache</p><h1>{escape(experiment.title)}</h1></header>'
-        f"{tiles(numbers)}"
-    )
+    return numbers
 
 
 def _legend(table: dict[str, Any]) -> str:
@@ -101,19 +96,25 @@ def _legend(table: dict[str, Any]) -> str:
     )
 
 
-def _score(table: dict[str, Any], arm: dict[str, Any], metric: str) -> str:
+def _cells(table: dict[str, Any], arm: dict[str, Any]) -> list[Cell]:
+    """Mean ± deviation over seeds and the paired difference to the baseline, then what the arm cost."""
+    costs = (arm["cpu_seconds"], arm["peak_megabytes"])
+    texts = ["–" if cost is None or math.isnan(cost) else f"{cost:,.0f}" for cost in costs]
+    return [*(_score(table, arm, m) for m in table["metrics"]), *map(Cell, texts)]
+
+
+def _score(table: dict[str, Any], arm: dict[str, Any], metric: str) -> Cell:
     mean, deviation, difference = (arm[part].get(metric) for part in ("mean", "deviation", "difference"))
     if mean is None:
-        return "–"
+        return Cell("–")
     if len(table["seeds"]) < 2:
-        return f"{mean:.3g}"
-    text = f'{mean:.3g} <span class="pm">± {deviation:.2g}</span>'
+        return Cell(f"{mean:.3g}")
+    cell = Cell(f"{mean:.3g}", f"{deviation:.2g}")
     if arm["name"] == table["baseline"]:
-        return f"{text}<small>baseline</small>"
+        return cell._replace(difference="baseline")
     if difference is None:
-        return text
-    css = _verdict(metric, *difference)
-    return f'{text}<small class="{css}">{difference[0]:+.2g} ± {difference[1]:.2g}</small>'
+        return cell
+    return cell._replace(difference=f"{difference[0]:+.2g} ± {difference[1]:.2g}", css=_verdict(metric, *difference))
 
 
 def _verdict(metric: str, difference: float, deviation: float) -> str:
@@ -143,7 +144,3 @@ def _curves(experiment: Experiment, arm: str, part: str, style: int) -> list[Ser
     mean: list[Point] = [(s, statistics.fmean(b[s] for b in by_step)) for s in steps]
     thin = [Series(arm, curve, style, thin=True) for curve in curves] if len(curves) > 1 else []
     return [*thin, Series(arm, mean, style)]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None or math.isnan(value) else format(value, form)

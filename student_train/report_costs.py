@@ -7,17 +7,17 @@ from typing import Any
 
 from student_train.report_data import Experiment
 from teacher_cache.charts import Dot, Series, key, line_chart, scatter_chart
-from teacher_cache.page import bytes_text, card, seconds_text
+from teacher_cache.page import Card, bytes_text, seconds_text
 
 STUDENTS = 32
 """How far the chart of the shared teacher goes."""
 
 
-def quality_against_cost(experiment: Experiment) -> str:
-    """The first metric against seconds, memory and bytes of the cache."""
+def quality_against_cost(experiment: Experiment) -> list[Card]:
+    """The first metric against seconds, memory and bytes of the cache; nothing where no run was scored."""
     table = experiment.table
     if not table["metrics"]:
-        return '<p class="note">No scores in these runs (scores.json), so nothing to set against their cost.</p>'
+        return []
     metric = table["metrics"][0]
     read = {
         arm: [r.bytes_read / 1e6 for r in experiment.of(arm) if r.bytes_read is not None] for arm in experiment.arms
@@ -35,19 +35,19 @@ def quality_against_cost(experiment: Experiment) -> str:
     for label, values, note in axes:
         dots = [_dot(arm, metric, values[arm["name"]], style) for style, arm in enumerate(table["arms"])]
         chart = scatter_chart([d for d in dots if d is not None], label, metric)
-        drawn.append(card(f"{metric.replace('_', ' ')} against {label}", chart, note))
-    return f'<div class="grid">{"".join(drawn)}</div>'
+        drawn.append(Card(f"{metric.replace('_', ' ')} against {label}", chart, note))
+    return drawn
 
 
-def teacher_share(experiment: Experiment) -> str:
+def teacher_share(experiment: Experiment) -> Card | None:
     """What a student costs when the teacher's single run is shared by n of them, beside running it in every one."""
     teacher = experiment.table["teacher"]
     if "answer_seconds" not in teacher or "score_seconds" not in teacher:
-        return ""
+        return None
     answer, score = float(teacher["answer_seconds"]), float(teacher["score_seconds"])
     seconds = [a["seconds"] for a in experiment.table["arms"] if a["seconds"] is not None]
     if not seconds:
-        return ""
+        return None
     student = statistics.fmean(seconds)
     known = [run.passes for run in experiment.runs if run.passes]
     passes = statistics.fmean(known) if known else 1.0
@@ -65,8 +65,7 @@ def teacher_share(experiment: Experiment) -> str:
         f"A run that keeps the teacher in memory would score its {passes:,.1f} passes over the data again; that line "
         "is computed from these times, not measured."
     )
-    inner = f"{key([line.name for line in lines])}{chart}"
-    return f"<h2>What the teacher costs</h2>{card('Seconds a student, teacher included', inner, words)}"
+    return Card("Seconds a student, teacher included", key([line.name for line in lines]) + chart, words)
 
 
 def _dot(arm: dict[str, Any], metric: str, x: float | None, style: int) -> Dot | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from student_train.report_data import Experiment
-from teacher_cache.page import card, escape, image_element
+from teacher_cache.conversations import Image
+from teacher_cache.page import picture
 
 SHOWN = 18
 
@@ -27,11 +28,11 @@ class _Question:
     likeness: float
 
 
-def disagreement(experiment: Experiment) -> str:
-    """The section as HTML; empty when no run has predictions."""
+def disagreement(experiment: Experiment) -> dict[str, Any]:
+    """What the section is made of; empty when no run has predictions."""
     questions = _questions(experiment)
     if not questions:
-        return ""
+        return {}
     versus = "the teacher’s answers" if "teacher" in questions[0].line else "the reference answers"
     worst = sorted(questions, key=lambda q: (q.agreeing, q.likeness))[:SHOWN]
     missed = sum(q.agreeing == 0 for q in questions)
@@ -39,12 +40,16 @@ def disagreement(experiment: Experiment) -> str:
         f"{len(questions):,} questions that every run answered, compared with {versus}; no run agrees on {missed:,} of "
         f"them. Below are the {len(worst)} with the least agreement."
     )
-    by_type = _by_type(experiment, questions)
-    cards = "".join(_card(q, experiment.arms) for q in worst if q.agreeing < 1)
-    return (
-        f'<h2>Where students disagree with the teacher</h2><p class="lead">{escape(lead)}</p>{by_type}'
-        f'<div class="worst">{cards}</div>'
-    )
+    types: dict[str, list[_Question]] = defaultdict(list)
+    for question in questions:
+        types[str(question.line.get("question_type") or "all questions")].append(question)
+    return {
+        "lead": lead,
+        "types": list(types),
+        "counts": [len(group) for group in types.values()],
+        "agreement": [(arm, [_share(arm, group) for group in types.values()]) for arm in experiment.arms],
+        "worst": [_values(q, experiment.arms) for q in worst if q.agreeing < 1],
+    }
 
 
 def same_answer(one: str, other: str) -> bool:
@@ -88,61 +93,25 @@ def _questions(experiment: Experiment) -> list[_Question]:
     return questions
 
 
-def _by_type(experiment: Experiment, questions: list[_Question]) -> str:
-    """Share of agreeing answers, arms × types of question."""
-    types: dict[str, list[_Question]] = defaultdict(list)
-    for question in questions:
-        types[str(question.line.get("question_type") or "all questions")].append(question)
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in types)
-    rows = []
-    for arm in experiment.arms:
-        cells = "".join(_cell(arm, group) for group in types.values())
-        rows.append(f'<tr><th scope="row">{escape(arm)}</th>{cells}</tr>')
-    counts = "".join(f"<td>{len(group):,}</td>" for group in types.values())
-    table = (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Agreement by type of question"><table><thead><tr>'
-        f'<th scope="col">agreeing answers, %</th>{head}</tr></thead><tbody>{"".join(rows)}'
-        f'<tr><th scope="row">questions</th>{counts}</tr></tbody></table></div>'
-    )
-    return card("By type of question", table)
-
-
-def _cell(arm: str, group: list[_Question]) -> str:
+def _share(arm: str, group: list[_Question]) -> str | None:
+    """Percent of the arm's answers that agree."""
     given = [same_answer(a, q.target) for q in group for a in q.answers.get(arm, [])]
-    if not given:
-        return "<td>–</td>"
-    share = 100 * statistics.fmean(given)
-    return f'<td class="heat" style="--p:{share:.0f}">{share:.0f}</td>'
+    return f"{100 * statistics.fmean(given):.0f}" if given else None
 
 
-def _card(question: _Question, arms: list[str]) -> str:
+def _values(question: _Question, arms: list[str]) -> dict[str, Any]:
+    """What the question's card is given: (who, answer, style) of the reference, the teacher and every arm."""
     line = question.line
     image = str(line.get("image") or "")
-    asked = str(line["question"]).replace("<image>", "").strip()
-    picture = f"<div>{image_element(image, question.image_folder, f'Image {image}')}</div>" if image else ""
-    rows = [("reference", str(line["reference"]), "")]
-    if "teacher" in line:
-        rows.append(("teacher", str(line["teacher"]), ""))
+    rows = [(name, str(line[name]), "") for name in ("reference", "teacher") if name in line]
     for arm in arms:
-        for answer, count in _counted(question.answers.get(arm, [])):
+        for answer, count in Counter(question.answers.get(arm, [])).most_common():
             css = "better" if same_answer(answer, question.target) else "worse"
-            times = f" (×{count})" if count > 1 else ""
-            rows.append((arm + times, answer or "(nothing)", css))
-    answers = "".join(
-        f"<div><dt>{escape(n)}</dt><dd{f' class={css}' if css else ''}>{_mark(css)}{escape(text)}</dd></div>"
-        for n, text, css in rows
-    )
-    return (
-        f'<article class="card{"" if image else " text-only"}">{picture}<div><h3>{escape(line["id"])}</h3>'
-        f'<p class="question">{escape(asked)}</p></div><dl class="answers">{answers}</dl></article>'
-    )
-
-
-def _mark(css: str) -> str:
-    """A sign beside the colour, for those who do not see the colour."""
-    return {"better": "✓ ", "worse": "✗ "}.get(css, "")
-
-
-def _counted(answers: list[str]) -> list[tuple[str, int]]:
-    """Different answers of an arm's seeds, most frequent first."""
-    return sorted(((a, answers.count(a)) for a in dict.fromkeys(answers)), key=lambda pair: -pair[1])
+            rows.append((f"{arm} (×{count})" if count > 1 else arm, answer or "(nothing)", css))
+    return {
+        "id": line["id"],
+        "asked": str(line["question"]).replace("<image>", "").strip(),
+        "image": image,
+        "picture": picture(Image(image, path=image), question.image_folder) if image else None,
+        "answers": rows,
+    }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from student_train.stages import merge
+from teacher_cache.charts import GREY, Interval, picture
 from teacher_cache.manifest import CacheError, read_manifest
 from teacher_cache.storage import Storage
 
@@ -173,28 +174,14 @@ def as_csv(table: Mapping[str, Any]) -> str:
 
 def draw(table: Mapping[str, Any], path: Path) -> None:
     """One panel a metric: mean, deviation and every seed of each arm."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    metrics, arms = table["metrics"], table["arms"]
-    figure = Figure(figsize=(1.6 + 2.6 * len(metrics), 1.2 + 0.34 * len(arms)), layout="constrained")
-    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-    places = list(range(len(arms)))[::-1]
-    for axis, metric in zip(axes, metrics, strict=True):
-        for place, arm in zip(places, arms, strict=True):
-            colour = "#888888" if arm["name"] == table["baseline"] else "#1f6feb"
-            seeds = [v[metric] for v in arm["seeds"].values() if v[metric] is not None]
-            if not seeds:
-                continue
-            axis.errorbar(arm["mean"][metric], place, xerr=arm["deviation"][metric], fmt="o", color=colour, capsize=3)
-            axis.scatter(seeds, [place] * len(seeds), s=8, color=colour, alpha=0.4)
-        axis.set_title(metric, fontsize=9)
-        axis.grid(axis="x", alpha=0.3)
-        axis.tick_params(labelsize=8)
-    axes[0].set_yticks(places, [arm["name"] for arm in arms])
-    figure.savefig(path, metadata={"Date": None})
+    panels: dict[str, list[Interval]] = {m: [] for m in table["metrics"]}
+    for row, arm in enumerate(table["arms"]):
+        style = GREY if arm["name"] == table["baseline"] else 0
+        for metric, intervals in panels.items():
+            seeds = [v[metric] for v in arm["seeds"].values() if v[metric] is not None and math.isfinite(v[metric])]
+            if seeds:
+                intervals.append(Interval(row, arm["mean"][metric], arm["deviation"][metric], seeds, style))
+    path.write_text(picture([arm["name"] for arm in table["arms"]], panels), encoding="utf-8")
 
 
 def _cell(arm: Mapping[str, Any], metric: str, is_baseline: bool) -> str:

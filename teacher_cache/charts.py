@@ -1,38 +1,42 @@
-"""Small charts as SVG text: no library, no script, colours from the page's style, so they follow light and dark.
+"""Small charts as SVG: no library, no script, sharp text, colours from the style, so they follow light and dark.
 
-Each is drawn 330 units wide, about the width of a phone, so that its letters keep their size there.
+Each is drawn 330 units wide, about the width of a phone, so that its letters keep their size there. ``picture`` is a
+file of its own, every other chart a part of a page. All texts pass through ``_tag``, which escapes them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from teacher_cache.page import escape
+from markupsafe import Markup
+
+from teacher_cache.page import clean, render
 
 WIDTH, HEIGHT = 330, 200
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 COLOURS = 8
+GREY = 7
+"""The style that stands behind all others: what they are compared with."""
 
 _LETTER = 6.2
 _WIDE = 20
+_PANEL, _LINE, _HEAD, _GAP = 190, 24, 34, 20
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line. ``style`` picks its colour and dash; ``thin`` lines stand behind (single seeds behind their mean);
-    ``spread`` (one value a point) is drawn as a band around the line."""
+    """A line. ``style`` picks its colour and dash; ``thin`` lines stand behind (single seeds behind their mean)."""
 
     name: str
     points: Sequence[Point]
     style: int = 0
     thin: bool = False
-    spread: Sequence[float] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,24 @@ class Dot:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A mean with its deviation and the single values behind it, on the line ``row`` of a panel."""
+
+    row: int
+    mean: float
+    spread: float
+    values: Sequence[float]
+    style: int = 0
+
+
+@dataclass(frozen=True)
 class _Frame:
     """The plane of a chart: data units to SVG units, on a linear or logarithmic x axis."""
 
-    x: tuple[float, float]
-    y: tuple[float, float]
+    x: Point
+    y: Point
     log_x: bool = False
     log_y: bool = False
-
-    def at(self, x: float, y: float) -> str:
-        return f"{self.across(x):.1f},{self.up(y):.1f}"
 
     def across(self, x: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * _share(x, self.x, self.log_x)
@@ -67,54 +79,62 @@ class _Frame:
 
 def line_chart(
     series: Sequence[Series], x_label: str, y_label: str, *, log_x: bool = False, y_range: Point | None = None
-) -> str:
+) -> Markup:
     """Lines over a common plane, its y axis logarithmic where the heights span more than ``_WIDE`` and no ``y_range``
     is given; points that are not finite are left out (a loss that diverged)."""
-    series = [_finite(s) for s in series]
+    series = [replace(s, points=[p for p in s.points if all(map(math.isfinite, p))]) for s in series]
     points = [p for s in series for p in s.points]
     if not points:
-        return '<p class="note">nothing to draw</p>'
+        return _nothing()
     heights = [y for _, y in points]
     log_y = y_range is None and 0 < _WIDE * min(heights) < max(heights)
     y_span = y_range or ((min(heights), max(heights)) if log_y else _padded(heights))
     frame = _Frame(_span([x for x, _ in points], log_x), y_span, log_x, log_y)
-    drawn = "".join(_line(s, frame) for s in sorted(series, key=lambda s: not s.thin))
-    return _svg(_axes(frame, x_label, y_label) + drawn, f"{y_label} against {x_label}")
+    lines = [_line(s, frame) for s in sorted(series, key=lambda s: not s.thin) if s.points]
+    return _chart(frame, x_label, y_label, f"{y_label} against {x_label}", lines)
 
 
-def scatter_chart(dots: Sequence[Dot], x_label: str, y_label: str) -> str:
+def scatter_chart(dots: Sequence[Dot], x_label: str, y_label: str) -> Markup:
     """Named dots with whiskers of one deviation, their names beside them."""
     dots = [d for d in dots if math.isfinite(d.x) and math.isfinite(d.y)]
     if not dots:
-        return '<p class="note">nothing to draw</p>'
+        return _nothing()
     heights = [v for d in dots for v in (d.y - d.spread, d.y + d.spread)]
     frame = _Frame(_padded([d.x for d in dots], 0.15), _padded(heights))
-    drawn = "".join(_dot(d, frame) for d in dots) + "".join(_labels(dots, frame))
-    return _svg(_axes(frame, x_label, y_label) + drawn, f"{y_label} against {x_label}")
+    drawn = [*(_dot(d, frame) for d in dots), *_labels(dots, frame)]
+    return _chart(frame, x_label, y_label, f"{y_label} against {x_label}", drawn)
 
 
-def histogram(edges: Sequence[float], counts: Sequence[int], x_label: str, y_label: str) -> str:
+def histogram(edges: Sequence[float], counts: Sequence[int], x_label: str, y_label: str) -> Markup:
     """Counts between ``edges`` (one more than counts), the number in words on each bar for pointer and reader."""
     frame = _Frame((edges[0], edges[-1]), (0.0, max([*counts, 1]) * 1.05))
-    drawn = []
+    bars = []
     for (left, right), count in zip(pairwise(edges), counts, strict=True):
         x, y = frame.across(left), frame.up(count)
+        words = _tag("title", f"{left:,.0f} to {right - 1:,.0f}: {count:,}")
         width = max(frame.across(right) - x - 1, 0.5)
-        words = escape(f"{left:,.0f} to {right - 1:,.0f}: {count:,}")
-        drawn.append(
-            f'<rect class="bar" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{frame.up(0) - y:.1f}">'
-            f"<title>{words}</title></rect>"
-        )
-    return _svg(_axes(frame, x_label, y_label) + "".join(drawn), f"{y_label} by {x_label}")
+        bars.append(_tag("rect", words, class_="bar", x=x, y=y, width=width, height=frame.up(0) - y))
+    return _chart(frame, x_label, y_label, f"{y_label} by {x_label}", bars)
 
 
-def key(names: Sequence[str]) -> str:
+def key(names: Sequence[str]) -> Markup:
     """What the colours and dashes of a page's charts stand for; style n is ``names[n]``."""
-    items = []
+    items = Markup()
     for style, name in enumerate(names):
-        stroke = f'<line class="line {_colour(style)}" x1="1" x2="25" y1="5" y2="5"{_dash(style)}/>'
-        items.append(f'<li><svg viewBox="0 0 26 10" aria-hidden="true">{stroke}</svg>{escape(name)}</li>')
-    return f'<ul class="key">{"".join(items)}</ul>'
+        stroke = _tag("line", class_=f"line {_stroke(style)}", x1=1, x2=25, y1=5, y2=5, stroke_dasharray=_dash(style))
+        items += _tag("li", _tag("svg", stroke, viewBox="0 0 26 10", aria_hidden="true") + clean(name))
+    return _tag("ul", items, class_="key")
+
+
+def picture(rows: Sequence[str], panels: Mapping[str, Sequence[Interval]]) -> str:
+    """An SVG file: names on the left, beside them a panel for each of ``panels`` with an interval a row."""
+    left = round(_LETTER * max(map(len, rows), default=0)) + 2 * _GAP
+    floor = _HEAD + _LINE * len(rows)
+    names = [_tag("text", n, class_="name", x=_GAP, y=_HEAD + _LINE * i + 16) for i, n in enumerate(rows)]
+    drawn = [_panel(t, panel, left + n * (_PANEL + _GAP), floor) for n, (t, panel) in enumerate(panels.items())]
+    width, height = left + len(panels) * (_PANEL + _GAP), floor + 26
+    label = ", ".join(panels)
+    return render("picture.svg", width=width, height=height, label=label, drawn=Markup().join([*names, *drawn]))
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -134,36 +154,40 @@ def short(value: float) -> str:
     return f"{value:,.4g}" if abs(value) < 1e3 else f"{value:,.0f}"
 
 
-def _line(series: Series, frame: _Frame) -> str:
-    if not series.points:
-        return ""
-    band = ""
-    if series.spread:
-        upper = [frame.at(x, y + s) for (x, y), s in zip(series.points, series.spread, strict=True)]
-        lower = [frame.at(x, y - s) for (x, y), s in zip(series.points, series.spread, strict=True)]
-        band = f'<polygon class="band f{series.style % COLOURS}" points="{" ".join([*upper, *reversed(lower)])}"/>'
-    points = " ".join(frame.at(x, y) for x, y in series.points)
-    css = f"line {_colour(series.style)}{' thin' if series.thin else ''}"
+def _tag(name: str, inner: object = "", **attributes: object) -> Markup:
+    """An element; what is not Markup in it is cleaned and escaped. ``class_`` is class, ``stroke_width`` stroke-width,
+    an empty attribute is left out, lengths are written to a tenth of a unit."""
+    spelled = Markup()
+    for attribute, value in attributes.items():
+        if value != "":
+            text = clean(f"{value:.1f}" if isinstance(value, float) else value)
+            spelled += Markup(' {}="{}"').format(attribute.rstrip("_").replace("_", "-"), text)
+    return Markup("<{0}{1}>{2}</{0}>").format(name, spelled, clean(inner))
+
+
+def _nothing() -> Markup:
+    return _tag("p", "nothing to draw", class_="note")
+
+
+def _line(series: Series, frame: _Frame) -> Markup:
+    places = [(frame.across(x), frame.up(y)) for x, y in series.points]
     last_x, last_y = series.points[-1]
-    words = escape(f"{series.name}: {last_y:.4g} at {last_x:,.4g}")
-    drawn = f'<polyline class="{css}"{_dash(series.style)} points="{points}"><title>{words}</title></polyline>'
-    if len(series.points) == 1:
-        drawn = f'<circle class="f{series.style % COLOURS}" r="3" cx="{frame.across(last_x):.1f}" '
-        drawn += f'cy="{frame.up(last_y):.1f}"><title>{words}</title></circle>'
-    return band + drawn
+    words = _tag("title", f"{series.name}: {last_y:.4g} at {last_x:,.4g}")
+    if len(places) == 1:
+        return _tag("circle", words, class_=_fill(series.style), r=3, cx=places[0][0], cy=places[0][1])
+    css = f"line {_stroke(series.style)}{' thin' if series.thin else ''}"
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    return _tag("polyline", words, class_=css, stroke_dasharray=_dash(series.style), points=points)
 
 
-def _dot(dot: Dot, frame: _Frame) -> str:
-    x, colour = frame.across(dot.x), dot.style % COLOURS
-    top, bottom = frame.up(dot.y + dot.spread), frame.up(dot.y - dot.spread)
-    words = escape(f"{dot.name}: {dot.y:.4g} ± {dot.spread:.2g} at {dot.x:,.4g}")
-    return (
-        f'<line class="whisker k{colour}" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
-        f'<circle class="f{colour}" r="4" cx="{x:.1f}" cy="{frame.up(dot.y):.1f}"><title>{words}</title></circle>'
-    )
+def _dot(dot: Dot, frame: _Frame) -> Markup:
+    x, top, bottom = frame.across(dot.x), frame.up(dot.y + dot.spread), frame.up(dot.y - dot.spread)
+    words = _tag("title", f"{dot.name}: {dot.y:.4g} ± {dot.spread:.2g} at {dot.x:,.4g}")
+    whisker = _tag("line", class_=f"whisker {_stroke(dot.style)}", x1=x, x2=x, y1=top, y2=bottom)
+    return whisker + _tag("circle", words, class_=_fill(dot.style), r=4, cx=x, cy=frame.up(dot.y))
 
 
-def _labels(dots: Sequence[Dot], frame: _Frame) -> Iterator[str]:
+def _labels(dots: Sequence[Dot], frame: _Frame) -> Iterator[Markup]:
     """Each name at the first place around its dot where it meets no dot, no other name and no edge."""
     taken = [(frame.across(d.x) - 5, frame.up(d.y) - 5, frame.across(d.x) + 5, frame.up(d.y) + 5) for d in dots]
     for dot in dots:
@@ -173,39 +197,53 @@ def _labels(dots: Sequence[Dot], frame: _Frame) -> Iterator[str]:
         free = [box for box in boxes if box[0] > LEFT and box[2] < WIDTH and not any(_meet(box, t) for t in taken)]
         box = (free or boxes)[0]
         taken.append(box)
-        yield f'<text class="name" x="{box[0]:.1f}" y="{box[1] + 10:.1f}">{escape(dot.name)}</text>'
+        yield _tag("text", dot.name, class_="name", x=box[0], y=box[1] + 10)
 
 
 def _meet(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def _axes(frame: _Frame, x_label: str, y_label: str) -> str:
-    floor = HEIGHT - BOTTOM
+def _chart(frame: _Frame, x_label: str, y_label: str, label: str, drawn: Sequence[Markup]) -> Markup:
+    """The axes with their words, and what is drawn over them."""
+    floor, middle = HEIGHT - BOTTOM, (TOP + HEIGHT - BOTTOM) / 2
     parts = []
     for value in _decades(*frame.y) if frame.log_y else ticks(*frame.y):
         y = frame.up(value)
-        parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
+        parts.append(_tag("line", class_="axis", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y))
+        parts.append(_tag("text", short(value), x=LEFT - 6, y=y + 4, text_anchor="end"))
     for value in _powers(*frame.x) if frame.log_x else ticks(*frame.x):
-        x = frame.across(value)
-        parts.append(f'<text x="{x:.1f}" y="{floor + 15}" text-anchor="middle">{short(value)}</text>')
-    parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>'
-    )
-    middle = (TOP + floor) / 2
-    turned = f'transform="rotate(-90 9 {middle})" x="9" y="{middle}" text-anchor="middle"'
-    return "".join([*parts, f"<text {turned}>{escape(y_label)}</text>"])
+        parts.append(_tag("text", short(value), x=frame.across(value), y=floor + 15, text_anchor="middle"))
+    parts.append(_tag("text", x_label, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 5, text_anchor="middle"))
+    parts.append(_tag("text", y_label, transform=f"rotate(-90 9 {middle})", x=9, y=middle, text_anchor="middle"))
+    inner = Markup().join([*parts, *drawn])
+    return _tag("svg", inner, class_="chart", viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label)
 
 
-def _svg(inner: str, label: str) -> str:
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{inner}</svg>'
+def _panel(title: str, intervals: Sequence[Interval], left: int, floor: int) -> Markup:
+    """One metric: a grid of round numbers, and on each row its mean, deviation and single values."""
+    ends = [v for i in intervals for v in (i.mean - i.spread, i.mean + i.spread, *i.values)]
+    low, high = min(ends, default=0.0), max(ends, default=1.0)
+    pad = (high - low) * 0.06 or abs(high) * 0.1 or 0.5
 
+    def across(value: float) -> float:
+        return left + _PANEL * _share(value, (low - pad, high + pad), False)
 
-def _finite(series: Series) -> Series:
-    keep = [i for i, (x, y) in enumerate(series.points) if math.isfinite(x) and math.isfinite(y)]
-    spread = [series.spread[i] for i in keep] if series.spread else ()
-    return Series(series.name, [series.points[i] for i in keep], series.style, series.thin, spread)
+    parts = [_tag("rect", class_="ground", x=left, y=_HEAD, width=_PANEL, height=floor - _HEAD, rx=4)]
+    parts.append(_tag("text", title, class_="name", x=left + _PANEL / 2, y=_HEAD - 12, text_anchor="middle"))
+    for value in ticks(low - pad, high + pad, 4):
+        x = across(value)
+        parts.append(_tag("line", class_="axis", x1=x, x2=x, y1=_HEAD, y2=floor))
+        parts.append(_tag("text", short(value), x=x, y=floor + 15, text_anchor="middle"))
+    for i in intervals:
+        x, y, stroke, fill = across(i.mean), _HEAD + _LINE * i.row + 12, _stroke(i.style), _fill(i.style)
+        first, last = across(i.mean - i.spread), across(i.mean + i.spread)
+        path = f"M{first:.1f} {y}H{last:.1f}M{first:.1f} {y - 4}v8M{last:.1f} {y - 4}v8"
+        parts.append(_tag("path", class_=f"whisker {stroke}", d=path))
+        parts += [_tag("circle", class_=f"single {fill}", r=2, cx=across(v), cy=y) for v in i.values]
+        words = _tag("title", f"{title}: {i.mean:.4g} ± {i.spread:.2g}")
+        parts.append(_tag("circle", words, class_=fill, r=4, cx=x, cy=y))
+    return Markup().join(parts)
 
 
 def _span(values: Sequence[float], log: bool) -> Point:
@@ -239,10 +277,13 @@ def _powers(low: float, high: float) -> list[float]:
     return values[:: -(-len(values) // 8)]
 
 
-def _colour(style: int) -> str:
+def _stroke(style: int) -> str:
     return f"k{style % COLOURS}"
 
 
+def _fill(style: int) -> str:
+    return f"f{style % COLOURS}"
+
+
 def _dash(style: int) -> str:
-    dash = DASHES[(style // 2) % len(DASHES)]
-    return f' stroke-dasharray="{dash}"' if dash else ""
+    return DASHES[(style // 2) % len(DASHES)]

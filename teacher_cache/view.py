@@ -9,14 +9,12 @@ import numpy as np
 
 from teacher_cache.info import cache_info
 from teacher_cache.manifest import CacheError
-from teacher_cache.page import bytes_text, card, escape, facts, render_page, tiles, write_page
+from teacher_cache.page import bytes_text, write_page
 from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage
 from teacher_cache.token_text import TokenText
-from teacher_cache.view_overview import Measured, measure, overview_cards, skipped_card
-from teacher_cache.view_samples import legend, sample_article
-
-SCRIPT = "view.js"
+from teacher_cache.view_overview import MAX_SKIPPED_LINES, Measured, measure, overview, skipped_samples
+from teacher_cache.view_samples import CLASSES, sample_values
 
 
 def write_view(
@@ -43,18 +41,25 @@ def write_view(
         chosen = choose_samples(opened, samples, ids, seed)
         words = TokenText.open(tokenizer, opened) if tokenizer else TokenText()
         measured = measure(opened, seed)
-        body = [
-            _header(opened, measured),
-            "<h2>Overview</h2>",
-            f'<div class="overview">{card("Contents", facts(cache_info(storage)))}<div class="grid">',
-            *overview_cards(opened, measured),
-            f"</div></div>{skipped_card(storage)}",
-            _samples_header(opened, chosen, bool(ids), seed, words),
-            *(sample_article(opened, index, str(image_folder), words) for index in chosen),
-            '<div id="inspector" role="tooltip" hidden></div>',
-        ]
-    title = f"{opened.manifest.teacher['model']} · teacher cache"
-    return write_page(output, render_page(title, f"<main>{''.join(body)}</main>", SCRIPT))
+        how = "chosen by id" if ids else f"drawn at random with seed {seed}"
+        model = opened.manifest.teacher["model"]
+        return write_page(
+            output,
+            "view.html",
+            script="view.js",
+            title=f"{model} · teacher cache",
+            model=model,
+            data=", ".join(f["name"] for f in opened.manifest.data["files"]),
+            numbers=_numbers(opened, measured),
+            contents=cache_info(storage),
+            overview=overview(opened, measured),
+            skipped=skipped_samples(storage),
+            most_skipped=MAX_SKIPPED_LINES,
+            chosen=f"{len(chosen):,} of {len(opened):,}, {how}.",
+            classes=CLASSES,
+            words_known=words.known,
+            samples=(sample_values(opened, index, str(image_folder), words) for index in chosen),
+        )
 
 
 def choose_samples(cache: TeacherCache, samples: int, ids: Sequence[str], seed: int) -> list[int]:
@@ -70,10 +75,9 @@ def choose_samples(cache: TeacherCache, samples: int, ids: Sequence[str], seed: 
     return sorted(int(i) for i in drawn)
 
 
-def _header(cache: TeacherCache, measured: Measured) -> str:
-    manifest = cache.manifest
-    counts = manifest.counts
-    names = ", ".join(f["name"] for f in manifest.data["files"])
+def _numbers(cache: TeacherCache, measured: Measured) -> list[tuple[str, str]]:
+    """What stands in large letters at the top, with a word for each."""
+    counts = cache.manifest.counts
     numbers = [
         (f"{counts['samples']:,}", "samples"),
         (f"{counts['rows']:,}", "answer tokens"),
@@ -83,19 +87,4 @@ def _header(cache: TeacherCache, measured: Measured) -> str:
     if measured.regenerated:
         share = measured.changed / measured.regenerated
         numbers.append((f"{100 * share:.0f} %", "of regenerated answers differ from the original"))
-    return (
-        f'<header><p class="eyebrow">Teacher cache</p><h1>{escape(manifest.teacher["model"])}</h1>'
-        f'<p class="lead">Answers to {escape(names)}, with the teacher’s confidence in every token.</p></header>'
-        f"{tiles(numbers)}"
-    )
-
-
-def _samples_header(cache: TeacherCache, chosen: Sequence[int], named: bool, seed: int, words: TokenText) -> str:
-    how = "chosen by id" if named else f"drawn at random with seed {seed}"
-    missing = (
-        "" if words.known else " Tokens are shown as ids: name the teacher’s folder with --tokenizer to see words."
-    )
-    return (
-        f'<h2 id="samples">Samples</h2><p class="lead">{len(chosen):,} of {len(cache):,}, {how}.'
-        f"{escape(missing)}</p>{legend()}"
-    )
+    return numbers

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from teacher_cache.charts import Series, histogram, key, line_chart
 from teacher_cache.checksums import INDEX
-from teacher_cache.page import bars, card, escape
+from teacher_cache.page import Card
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import Array
 from teacher_cache.storage import Storage
@@ -24,7 +24,6 @@ MAX_SHARDS = 16
 MAX_SAMPLES_A_SHARD = 64
 MAX_SKIPPED_LINES = 30
 POSITION_EDGES = (0, 1, 2, 3, 4, 8, 16, 32, 64, 128, 1 << 30)
-_BRACKETS = "In brackets: tokens."
 TYPES = ("yes or no", "number", "one to three words", "a sentence (up to 20 words)", "longer")
 
 Texts = dict[str, list[str]]
@@ -96,32 +95,24 @@ def answer_type(answer: str) -> str:
     return TYPES[2] if len(words) <= 3 else TYPES[3] if len(words) <= 20 else TYPES[4]
 
 
-def overview_cards(cache: TeacherCache, measured: Measured) -> Iterator[str]:
-    """The cards of the overview as HTML."""
+def overview(cache: TeacherCache, measured: Measured) -> Iterator[Card]:
+    """The cards of the overview."""
     note = measured.words(len(cache), len(cache.shard_starts) - 1)
     yield _lengths(cache.counts("row"), "Answer tokens a sample")
     yield _lengths(cache.counts("token"), "Tokens a conversation", "One for an image, whatever it takes in the model.")
     if measured.mass:
-        yield card("Probability within the stored top-k", _mass_chart(np.concatenate(measured.mass)), note)
-    if measured.by_position:
-        positions = [(_place(p), np.concatenate(measured.by_position[p])) for p in sorted(measured.by_position)]
-        yield card("Entropy by place in the answer (nats)", _entropy_bars(positions), f"{note} {_BRACKETS}")
-        types = [(t, np.concatenate(measured.by_type[t])) for t in TYPES if t in measured.by_type]
-        yield card("Entropy by type of answer (nats)", _entropy_bars(types), f"{note} {_BRACKETS}")
+        yield _mass(np.concatenate(measured.mass), note)
+    places = {_place(p): measured.by_position[p] for p in sorted(measured.by_position)}
+    types = {t: measured.by_type[t] for t in TYPES if t in measured.by_type}
+    for title, groups in (("place in the answer", places), ("type of answer", types)):
+        if groups:
+            yield Card(f"Entropy by {title} (nats)", note=f"{note} In brackets: tokens.", bars=_entropy_bars(groups))
 
 
-def skipped_card(storage: Storage) -> str:
-    """Which samples are not in the cache, and why; the first of many."""
-    lines = [json.loads(line) for line in storage.read(SKIPPED).splitlines()]
-    if not lines:
-        return card("Skipped", "<p>None: every sample of the data is in the cache.</p>")
-    rows = "".join(
-        f"<div><dt>{escape(line['sample_id'])}</dt><dd>{escape(line['reason'])}</dd></div>"
-        for line in lines[:MAX_SKIPPED_LINES]
-    )
-    left = len(lines) - MAX_SKIPPED_LINES
-    note = f"{left:,} more in {SKIPPED}." if left > 0 else ""
-    return card(f"Skipped ({len(lines):,})", f'<dl class="facts">{rows}</dl>', note, wide=True)
+def skipped_samples(storage: Storage) -> list[tuple[str, str]]:
+    """(sample_id, reason) of those that are not in the cache."""
+    lines = map(json.loads, storage.read(SKIPPED).splitlines())
+    return [(line["sample_id"], line["reason"]) for line in lines]
 
 
 def _add(measured: Measured, cache: TeacherCache, shard: int, first: int, lines: npt.NDArray[np.int64]) -> None:
@@ -151,33 +142,31 @@ def _add_sample(measured: Measured, mask: Array, entropy: Array, texts: Texts) -
         measured.changed += sum(a.strip() != b.strip() for a, b in pairs)
 
 
-def _lengths(counts: npt.NDArray[np.int64], title: str, note: str = "") -> str:
+def _lengths(counts: npt.NDArray[np.int64], title: str, note: str = "") -> Card:
     """All samples; the longest hundredth is gathered in the last bar, or one outlier would flatten the rest."""
     limit = int(np.quantile(counts, 0.99)) + 1
     step = max(1, -(-(limit + 1 - int(counts.min())) // 32))
     edges = np.arange(int(counts.min()), limit + 1 + step, step)
     found, _ = np.histogram(np.minimum(counts, edges[-1] - 1), edges)
     facts = f"Median {np.median(counts):,.0f}, mean {counts.mean():,.1f}, longest {counts.max():,}. All samples. {note}"
-    return card(title, histogram(edges.tolist(), found.tolist(), "tokens", "samples"), facts)
+    return Card(title, histogram(edges.tolist(), found.tolist(), "tokens", "samples"), facts)
 
 
-def _mass_chart(mass: Array) -> str:
+def _mass(mass: Array, note: str) -> Card:
     ks = np.arange(1, mass.shape[1] + 1)
     low = min(0.9, float(np.quantile(mass[:, 0], 0.05)))
-    lines = [
-        Series("mean", list(zip(ks, mass.mean(0), strict=True)), 0),
-        Series("one token in twenty is below", list(zip(ks, np.quantile(mass, 0.05, axis=0), strict=True)), 1),
-    ]
-    mean, least = 100 * mass[:, -1].mean(), 100 * np.quantile(mass[:, -1], 0.05)
+    curves = {"mean": mass.mean(0), "one token in twenty is below": np.quantile(mass, 0.05, axis=0)}
+    lines = [Series(name, list(zip(ks, c, strict=True)), style) for style, (name, c) in enumerate(curves.items())]
     chart = line_chart(lines, "ids kept", "probability", log_x=True, y_range=(low, 1.0))
+    mean, least = (100 * curve[-1] for curve in curves.values())
     words = f"With all {mass.shape[1]} ids: {mean:.2f} % on average, {least:.2f} % or less for one token in twenty."
-    return f'{key([line.name for line in lines])}{chart}<p class="note">{words}</p>'
+    return Card("Probability within the stored top-k", key(list(curves)) + chart, note, words)
 
 
-def _entropy_bars(groups: list[tuple[str, Array]]) -> str:
-    means = [(label, float(rows.mean()), len(rows)) for label, rows in groups]
-    longest = max(*(mean for _, mean, _ in means), 1e-9) if len(means) > 1 else max(means[0][1], 1e-9)
-    return bars([(f"{label} ({count:,})", mean / longest, f"{mean:.3f}") for label, mean, count in means])
+def _entropy_bars(groups: dict[str, list[Array]]) -> list[tuple[str, float, str]]:
+    rows = {label: np.concatenate(parts) for label, parts in groups.items()}
+    longest = max(1e-9, *(float(r.mean()) for r in rows.values()))
+    return [(f"{label} ({len(r):,})", float(r.mean()) / longest, f"{r.mean():.3f}") for label, r in rows.items()]
 
 
 def _place(place: int) -> str:

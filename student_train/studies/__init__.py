@@ -1,0 +1,1 @@
+"""Many students of one cache: arms, tables, reports."""
