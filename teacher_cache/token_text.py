@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -52,10 +51,6 @@ class TokenText:
     def __call__(self, token: int, before: int) -> str:
         """What ``token`` adds to the text when it follows ``before``; its raw piece where it is part of a letter."""
         return self._text(token, before) if self.known else f"#{token}"
-
-    def words(self, tokens: Sequence[int], before: int) -> list[str]:
-        """The texts of ``tokens`` in a row."""
-        return [self(t, b) for t, b in zip(tokens, [before, *tokens], strict=False)]
 
     def _decode(self, token: int, before: int) -> str:
         tokenizer = self._tokenizer

@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, expect
 
 from pipelines.chromium import NoChromiumError, find_chromium, open_browser
@@ -21,11 +24,12 @@ from pipelines.tiny.prepare import TEACHER
 from student_train.ablate import AblationConfig, ArmConfig
 from student_train.report import write_report
 from student_train.report_data import ReportError
-from student_train.table import make_table
+from student_train.table import draw, make_table
 from teacher_cache import view_overview
+from teacher_cache.charts import Dot, scatter_chart
 from teacher_cache.config import CacheConfig, DataConfig
 from teacher_cache.manifest import CacheError
-from teacher_cache.page import escape
+from teacher_cache.page import clean
 from teacher_cache.reader import TeacherCache
 from teacher_cache.score import build_cache
 from teacher_cache.view import write_view
@@ -33,7 +37,10 @@ from teacher_cache.view_overview import answer_slices, answer_type
 from teacher_cache.view_samples import LEAST_SHARE, percent
 from tests.store_fixtures import signals, synthetic_cache
 
-HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;\x1b[2J\x07"
+HOSTILE_SHOWN = HOSTILE.replace("\x1b", "␛").replace("\x07", "␇")
+HOSTILE_NAME = "<img src=x onerror=\"document.title='owned'\">&amp;"
+ROOT = Path(__file__).parents[1]
 SAMPLE = "train-000001-caption"
 Opened = Callable[..., Page]
 PATIENCE_MILLISECONDS = 300_000
@@ -86,7 +93,7 @@ def view_page(cache_folder: Path, world: Path, tmp_path_factory: pytest.TempPath
 def ablation(cache_folder: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ablation as ``student-train ablate`` leaves it: two arms, three seeds, predictions on the dev questions."""
     folder = tmp_path_factory.mktemp("ablation")
-    arms = {"baseline": ArmConfig(note="cross-entropy"), "kl": ArmConfig(note="+ forward KL")}
+    arms = {"baseline": ArmConfig(note="cross-entropy"), HOSTILE_NAME: ArmConfig(note=HOSTILE)}
     results = {}
     for number, arm in enumerate(arms):
         for seed in range(3):
@@ -229,11 +236,31 @@ def test_text_from_data_stays_text(
     build_cache(replace(cache_config, data=data, output=str(cache)), teacher=teacher, style="quiet")
     page = open_page(write_view(cache, tmp_path / "cache.html", tokenizer=str(TEACHER)))
     assert page.title() == "teacher · teacher cache"
-    expect(page.locator(".sample h3")).to_have_text(HOSTILE)
-    expect(page.locator(".sample .question")).to_have_text(HOSTILE)
-    expect(page.locator(".card.wide")).to_contain_text(f"2{HOSTILE}")
+    expect(page.locator(".sample h3")).to_have_text(HOSTILE_SHOWN)
+    expect(page.locator(".sample .question")).to_have_text(HOSTILE_SHOWN)
+    expect(page.locator(".sample .text")).to_have_count(0)  # the original answer was kept: it stands in the tokens
+    expect(page.locator(".card.wide")).to_contain_text(f"2{HOSTILE_SHOWN}")
     assert page.locator("script").count() == 1
-    assert escape("\ud83d'\"") == "?&#x27;&quot;"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+@example("\ud83d\x00\x1b\x9b31m\ufffe</svg><script>'\"&amp;")
+def test_any_text_in_a_chart_is_that_text_and_well_formed(text: str) -> None:
+    drawn = scatter_chart([Dot(text, 1.0, 2.0)], text, text)
+    texts = [element.text or "" for element in ElementTree.fromstring(drawn).iter("text")]
+    shown = clean(text).replace("\r\n", "\n").replace("\r", "\n")
+    assert texts.count(shown) >= 3
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", clean(text))
+
+
+def test_nothing_but_charts_style_and_script_is_taken_as_html() -> None:
+    packages = [ROOT / name for name in ("teacher_cache", "student_train", "pipelines")]
+    made = {p.name for root in packages for p in root.rglob("*.py") if re.search(r"\bMarkup\(.", p.read_text())}
+    assert made == {"charts.py", "page.py"}
+    templates = [p for root in packages for p in root.rglob("templates/*.html")]
+    assert len(templates) > 3
+    assert not [p for p in templates if re.search(r"\|\s*safe\b|autoescape", p.read_text())]
 
 
 def test_view_of_ids_says_what_is_missing(open_page: Opened, cache_folder: Path, tmp_path: Path) -> None:
@@ -299,12 +326,31 @@ def test_report_shows_the_ablation(open_page: Opened, report_page: Path) -> None
     curves = page.locator(".card", has=page.get_by_role("heading", name="cross entropy", exact=True))
     assert curves.locator("polyline").count() == 2 + 6, "a mean and three seeds for each of two arms"
     expect(page.locator("main")).to_contain_text("90.0 s of answering")
+    expect(row.locator("th")).to_have_text(HOSTILE_NAME + HOSTILE_SHOWN)
+    expect(page.locator(".key li").nth(1)).to_have_text(HOSTILE_NAME)
+
+
+def test_a_tables_picture_follows_light_and_dark(open_page: Opened, ablation: Path, tmp_path: Path) -> None:
+    table = json.loads((ablation / "table.json").read_text())
+    table["arms"][1]["seeds"]["0"]["kl"] = math.nan
+    draw(table, tmp_path / "table.svg")
+    drawn = ElementTree.parse(tmp_path / "table.svg")
+    texts = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"vqa", "kl", "baseline", HOSTILE_NAME} <= set(texts)
+    circles = list(drawn.iter("{http://www.w3.org/2000/svg}circle"))
+    assert sum(c.attrib["class"].startswith("single") for c in circles) == 2 * 2 * 3 - 1, "a seed without a number"
+    fills = []
+    for scheme in ("light", "dark"):
+        page = open_page(tmp_path / "table.svg", scheme=scheme)
+        fills.append(page.locator(".frame").evaluate("element => getComputedStyle(element).fill"))
+        assert page.locator("script, image, a, foreignObject").count() == 0
+    assert fills == ["rgb(255, 255, 255)", "rgb(26, 28, 32)"]
 
 
 def test_report_shows_where_students_disagree(open_page: Opened, report_page: Path, world: Path) -> None:
     page = open_page(report_page)
     worst = page.locator(".worst .card").first
-    expect(worst).to_contain_text(HOSTILE)
+    expect(worst).to_contain_text(HOSTILE_SHOWN)
     expect(worst).to_contain_text("(×3)")
     sample = json.loads((world / "dev.json").read_text())[0]
     expect(worst.locator("h3")).to_have_text(sample["id"])
@@ -318,7 +364,7 @@ def test_report_of_single_runs_needs_only_their_log(open_page: Opened, ablation:
     bare.mkdir()
     line = {"step": 1, "loss": math.nan, "cross_entropy": 1.0}
     bare.joinpath("log.jsonl").write_text(f'{json.dumps(line)}\n{{"step": 2, "loss": 1.0}}\n{{"step": 3, "lo')
-    page = open_page(write_report([bare, ablation / "runs" / "kl-seed1"], tmp_path / "report.html"))
+    page = open_page(write_report([bare, ablation / "runs" / f"{HOSTILE_NAME}-seed1"], tmp_path / "report.html"))
     expect(page.locator("main")).to_contain_text("cannot be told from chance")
     assert page.locator(".results tbody tr").count() == 2
     expect(page.locator(".results tbody tr").first).to_contain_text("–")
