@@ -6,17 +6,14 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
+from teacher_cache.command_line import calm_errors
 from teacher_cache.config import load_config
-from teacher_cache.progress import silence_libraries
-from teacher_cache.stopping import Stopped, stopping
+from teacher_cache.stopping import Stop
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
@@ -31,7 +28,7 @@ def fit(config: Path, sets: Sets = None, as_json: Json = False) -> None:
     """Train one student (one stage, or all stages of a file that has ``stages``) and export it."""
     from student_train.stages import fit_file
 
-    with _errors(), stopping() as stop:
+    with _errors() as stop:
         if _LAUNCHERS & os.environ.keys():
             stop.follow_parent()  # accelerate launch leaves its process behind when it is ended itself
         summaries = fit_file(config, sets or [], "json" if as_json else "auto", stop)
@@ -127,20 +124,8 @@ def report(
     typer.echo(f"{written}: open it in any browser")
 
 
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    silence_libraries()
-    try:
-        yield
-    except Stopped as stopped:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(escape(str(stopped)))
-        raise typer.Exit(stopped.status) from None
-    except ValueError as error:  # ConfigError, CacheError, DataError and the losses' own
-        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", escape(str(error)))
-        raise typer.Exit(1) from error
-    except OSError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", escape(str(error)))
-        raise typer.Exit(1) from error
+def _errors() -> contextlib.AbstractContextManager[Stop]:
+    return calm_errors()
 
 
 def _show(facts: Any, as_json: bool) -> None:

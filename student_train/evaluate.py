@@ -23,6 +23,7 @@ from student_train.targets import row_loss, row_targets
 from teacher_cache.config import ConfigError, DataConfig
 from teacher_cache.conversations import IMAGE_TAG, Conversation, Skipped, read_conversations
 from teacher_cache.data.rows import expand
+from teacher_cache.errors import EvaluationError
 from teacher_cache.images import image_tokens_of
 from teacher_cache.manifest import read_manifest
 from teacher_cache.model_config import position_limit
@@ -86,7 +87,7 @@ def answer_questions(
     samples = read_conversations(DataConfig(path=str(data), duplicate_ids="number"))
     skipped = [s for s in samples if isinstance(s, Skipped)]
     if skipped:
-        raise ValueError(f"{data}: {len(skipped)} samples cannot be asked (first: {skipped[0]}). Take them out")
+        raise EvaluationError(f"{data}: {len(skipped)} samples cannot be asked (first: {skipped[0]}). Take them out")
     conversations = [s for s in samples if isinstance(s, Conversation)]
     answers: list[str] = [""] * len(conversations)
     order = sorted(range(len(conversations)), key=lambda i: (conversations[i].image is None, i))

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from teacher_cache.errors import EvaluationError
+
 _MODEL_SCRIPT = Path(__file__).with_name("lmms_model.py")
 _FAILURE = re.compile(r"Error during evaluation: .*|Error .* in generating|^\w*Error: .*", re.MULTILINE)
 _COLOUR = re.compile(r"\x1b\[\d+m")
@@ -53,7 +55,7 @@ def run_lmms_eval(
     `include` is a folder of local tasks. `offline` keeps it to data sets that are on this machine already. `limit`
     takes the first questions only, for a trial.
 
-    ValueError: no such environment, or a path that lmms-eval's `key=value,…` arguments cannot hold. RuntimeError: the
+    EvaluationError: no such environment, a path that lmms-eval's `key=value,…` arguments cannot hold, or the
     run failed, or a single answer did; the log is named.
     """
     _check(python, model_folder)
@@ -78,7 +80,7 @@ def run_lmms_eval(
     created = set(output.rglob("*_results.json")) - before
     failure = _FAILURE.search(log)
     if failure or len(created) != 1:
-        raise RuntimeError(
+        raise EvaluationError(
             f"lmms-eval on {model_folder}, tasks {', '.join(tasks)}: "
             f"{failure.group(0) if failure else f'{len(created)} results files'}; expected one results file and no "
             f"failed answer. See {output / 'lmms_eval.log'}."
@@ -111,14 +113,14 @@ def _read_answers(path: Path) -> list[LmmsAnswer]:
 
 def _check(python: Path, model_folder: Path) -> None:
     if not python.exists():
-        raise ValueError(
+        raise EvaluationError(
             f"{python}: not there; expected the Python of lmms-eval's environment. Make it: python3 -m venv .venv-lmms "
             "&& .venv-lmms/bin/python pipelines/install_lmms_eval.py"
         )
     if not (model_folder / "config.json").is_file():
-        raise ValueError(f"{model_folder}: no config.json; expected a Hugging Face folder. Export the student first.")
+        raise EvaluationError(f"{model_folder}: no config.json; expected a Hugging Face folder. Export one first.")
     if set(",=") & set(str(model_folder.resolve())):
-        raise ValueError(
+        raise EvaluationError(
             f"{model_folder.resolve()}: has ',' or '='; lmms-eval's model_args cannot hold such a path. Rename it."
         )
 
@@ -134,5 +136,5 @@ def _run(command: Sequence[str | Path], log: Path, offline: bool) -> str:
     text = _COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
     if done.returncode:
         lines = text.strip().splitlines() or ["(no output)"]
-        raise RuntimeError(f"lmms-eval ended with {done.returncode}: {lines[-1]}. See {log}.")
+        raise EvaluationError(f"lmms-eval ended with {done.returncode}: {lines[-1]}. See {log}.")
     return text

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from student_train.topk import STANDARDISE_EPS, tail_mass, wide
+from teacher_cache.errors import LossError
 
 
 def cross_entropy(answer_ids: Tensor, student_logits: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def jsd(
 
     Raises
     ------
-    ValueError
+    LossError
         for β outside (0, 1).
     """
     log_p, log_q = _log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature)
@@ -291,7 +292,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def js_divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """β·KL(P ‖ M) + (1 − β)·KL(Q ‖ M), M = β·P + (1 − β)·Q, of log-probabilities (R, buckets) → (R,)."""
     if not 0 < beta < 1:
-        raise ValueError(
+        raise LossError(
             f"jsd: beta must lie between 0 and 1, found {beta:g}, where the divergence is zero whatever the student "
             "does. Use forward_kl in place of beta 0 and reverse_kl in place of beta 1."
         )

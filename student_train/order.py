@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from teacher_cache.errors import ConfigError
+
 Numbers = npt.NDArray[np.int64]
 Shuffle = Literal["full", "shards"]
 Group = Literal["none", "length", "modality"]
@@ -122,10 +124,10 @@ def _check(
     group: Group,
 ) -> None:
     if global_batch < 1:
-        raise ValueError(f"global_batch: expected at least 1, found {global_batch}")
+        raise ConfigError(f"global_batch: expected at least 1, found {global_batch}")
     samples = int(shard_starts[-1])
     wanted = {"lengths": lengths} if group == "length" else {"lengths": lengths, "has_image": has_image}
     for name, array in wanted.items() if group != "none" else ():
         if array is None or len(array) != samples:
             found = "nothing" if array is None else f"{len(array):,} values"
-            raise ValueError(f"group={group} needs {name} of all {samples:,} samples, found {found}")
+            raise ConfigError(f"group={group} needs {name} of all {samples:,} samples, found {found}")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from student_train.targets import ImageTargets, RowTargets, StoredStates, decoded
 from student_train.topk import wide
+from teacher_cache.errors import LossError
 
 Space = Literal["logits", "hidden"]
 
@@ -68,7 +69,7 @@ def teacher_gram(images: ImageTargets, space: Space, grid: tuple[int, int] | Non
 
     Raises
     ------
-    ValueError
+    LossError
         where the cache holds neither.
     """
     packed = images.gram_hidden if space == "hidden" else images.gram_logits
@@ -76,7 +77,7 @@ def teacher_gram(images: ImageTargets, space: Space, grid: tuple[int, int] | Non
         gram = unpack_gram(packed, images.gram_scale[:, 0 if space == "hidden" else 1])
         return gram if grid is None else pool_gram(gram, *grid)
     if images.states is None:
-        raise ValueError(
+        raise LossError(
             f"relation loss on {space}: the cache holds neither a Gram nor visual states. Score the images again with "
             "signals.visual: gram (or states)."
         )
@@ -109,18 +110,18 @@ def visual_rows(images: ImageTargets, grid: tuple[int, int] | None = None) -> Ro
 
     Raises
     ------
-    ValueError
+    LossError
         for a pooling with a top-k, which cannot be pooled, or where the cache holds neither.
     """
     if images.states is not None:
         return RowTargets(hidden=_visual_states(images, grid), head=_head(images, "visual forward KL"))
     if images.topk_ids is None or images.topk_logprobs is None:
-        raise ValueError(
+        raise LossError(
             "visual forward KL: the cache holds neither visual states nor a visual top-k. Score the images again with "
             "signals.visual: states (or topk)."
         )
     if grid is not None:
-        raise ValueError(
+        raise LossError(
             f"visual forward KL: a top-k of {images.tokens} image positions cannot be pooled to {grid[1] ** 2}. Score "
             "the images again with signals.visual: states, or take a student with the teacher's grid."
         )
@@ -145,20 +146,20 @@ def pooled_grid(teacher_tokens: int, student_tokens: int, pool: int) -> tuple[in
 
     Raises
     ------
-    ValueError
+    LossError
         where the numbers differ and no pooling is named, or the pooling does not lead from one grid to the other.
     """
     found = f"the teacher has {teacher_tokens} image positions, the student {student_tokens}"
     if pool == 0 and teacher_tokens == student_tokens:
         return None
     if pool == 0:
-        raise ValueError(
+        raise LossError(
             f"relation and visual-token losses: {found}, and they are compared one to one. Take a student with "
             f"{teacher_tokens}, or name a pooling of the teacher's grid (pool: {math.isqrt(student_tokens)})."
         )
     side = math.isqrt(teacher_tokens)
     if side * side != teacher_tokens or side % pool or pool * pool != student_tokens:
-        raise ValueError(
+        raise LossError(
             f"pool: {pool}: {found}; expected a square grid whose side is a multiple of {pool}, and {pool * pool} "
             "positions of the student. Correct the loss's pool, or drop relation and visual-token losses."
         )
@@ -180,5 +181,5 @@ def pool_gram(gram: Tensor, old: int = 24, new: int = 12) -> Tensor:
 
 def _head(images: ImageTargets, what: str) -> Tensor:
     if images.head is None:
-        raise ValueError(f"{what}: needs the teacher's output head, and none was given. Open the cache with its head.")
+        raise LossError(f"{what}: needs the teacher's output head, and none was given. Open the cache with its head.")
     return images.head

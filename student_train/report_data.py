@@ -16,16 +16,13 @@ from student_train.objective import needed_arrays
 from student_train.table import COSTS, make_table
 from teacher_cache.charts import Point
 from teacher_cache.config import build_config
+from teacher_cache.errors import ReportError as ReportError
 from teacher_cache.manifest import CacheError, Manifest, read_manifest
 from teacher_cache.storage import Storage
 
 _RUN = re.compile(r"(?P<arm>.+)-seed(?P<seed>\d+)")
 _NOT_PARTS = {"step", "seconds", "cpu_seconds", "learning_rate"}
 _AXES = {"token": "tokens", "row": "rows", "position": "positions", "image": "images"}
-
-
-class ReportError(ValueError):
-    """A folder without runs, or a file in it that is not what it should be."""
 
 
 @dataclass(frozen=True)

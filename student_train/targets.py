@@ -16,6 +16,7 @@ from torch import Tensor
 from student_train import losses, topk
 from teacher_cache.codecs import ChannelScales, decode, is_coarse, with_exact_head
 from teacher_cache.config import SignalsConfig
+from teacher_cache.errors import LossError
 from teacher_cache.records import stats_names
 
 LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jsd", "logit_mse", "forward_kl_standardised")
@@ -230,7 +231,7 @@ def row_loss(spec: LogitLoss, targets: RowTargets, student_logits: Tensor, rows:
 
     Raises
     ------
-    ValueError
+    LossError
         for a name or source that does not exist, or a signal that the cache does not hold.
     """
     if spec.name == "cross_entropy":
@@ -241,7 +242,7 @@ def row_loss(spec: LogitLoss, targets: RowTargets, student_logits: Tensor, rows:
         return _topk_loss(spec, targets, student_logits, rows)
     if spec.source == "sampled":
         return _sampled_loss(spec, targets, student_logits, rows)
-    raise ValueError(f"loss {spec.name}: source {spec.source!r} is none of topk, exact, sampled; set one of these.")
+    raise LossError(f"loss {spec.name}: source {spec.source!r} is none of topk, exact, sampled; set one of these.")
 
 
 def _exact_loss(spec: LogitLoss, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
@@ -294,7 +295,7 @@ def _sampled_loss(spec: LogitLoss, targets: RowTargets, student_logits: Tensor, 
 def check_sampled(spec: LogitLoss) -> None:
     """Draws serve forward KL at temperature 1 only: other objectives are not linear in the teacher's distribution."""
     if spec.name != "forward_kl" or spec.temperature != 1:
-        raise ValueError(
+        raise LossError(
             f"loss {spec.name} at temperature {spec.temperature:g} from sampled ids: expected forward_kl at "
             "temperature 1, the only objective of which draws give an unbiased estimate. Use `source: exact` or `topk`."
         )
@@ -303,7 +304,7 @@ def check_sampled(spec: LogitLoss) -> None:
 def check_vocabulary(name: str, teacher: int, student: int) -> None:
     """Exact losses compare id by id."""
     if teacher != student:
-        raise ValueError(
+        raise LossError(
             f"loss {name}: the teacher's head gives {teacher:,} logits, the student's {student:,}. Cut both heads to "
             f"the {min(teacher, student):,} ids that they share."
         )
@@ -319,7 +320,7 @@ Found = TypeVar("Found")
 
 def _present(value: Found | None, name: str, wanted: str) -> Found:
     if value is None:
-        raise ValueError(
+        raise LossError(
             f"{wanted}: the cache holds no {name}. Choose another source for the loss, or score again with this signal "
             "(signals.top_k, signals.hidden, signals.sampled)."
         )

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from teacher_cache.errors import LossError
+
 STANDARDISE_EPS = 1e-7
 """As in the released code of logit standardisation and of LLAVADI."""
 
@@ -24,7 +26,7 @@ def topk_at_temperature(topk_logprobs: Tensor, stats: Mapping[str, Tensor], temp
 
     Raises
     ------
-    ValueError
+    LossError
         where ``stats`` (column name → (R,)) has no log-sum-exp at this temperature: the normaliser would be a guess.
     """
     if temperature == 1:
@@ -43,7 +45,7 @@ def log_sum_exp(stats: Mapping[str, Tensor], temperature: float) -> Tensor:
     name = f"lse@{temperature:g}"
     if name not in stats:
         grid = ", ".join(n.removeprefix("lse@") for n in stats if n.startswith("lse@")) or "none"
-        raise ValueError(
+        raise LossError(
             f"temperature {temperature:g} on top-k: expected a stored log-sum-exp at it, found those at temperatures "
             f"{grid}. Use one of these, take the loss from `source: exact`, or score again with {temperature:g} in "
             "signals.temperatures."

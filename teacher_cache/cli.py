@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from teacher_cache.command_line import calm_errors
 from teacher_cache.config import CacheConfig, load_config
-from teacher_cache.progress import Style, silence_libraries
-from teacher_cache.stopping import Stopped, stopping
+from teacher_cache.errors import ConfigError
+from teacher_cache.progress import Style
+from teacher_cache.stopping import Stop
 from teacher_cache.storage import Storage
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -47,7 +48,7 @@ def plan(
 
     with _errors():
         if bool(read_rate) != bool(write_rate) or (like and read_rate):
-            raise ValueError("give --read-rate and --write-rate together, or --like, or none of them")
+            raise ConfigError("give --read-rate and --write-rate together, or --like, or none of them")
         rate = Throughput(read_rate, write_rate, dollars) if read_rate else None
         rate = measured_throughput(Storage(like), dollars) if like else rate
         settings = load_config(CacheConfig, config, sets or [])
@@ -192,26 +193,8 @@ def export_answers(cache: str, output: Annotated[Path, typer.Option(help="the JS
     typer.echo(f"{output}: {len(lines):,} samples")
 
 
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """Errors that say what to do are shown as they are; a traceback would bury them."""
-    from teacher_cache.conversations import DataError
-    from teacher_cache.manifest import CacheError
-    from teacher_cache.storage import StorageError
-    from teacher_cache.teacher import TeacherError
-    from teacher_cache.tokenization import TemplateError
-
-    silence_libraries()
-    try:
-        with stopping():
-            yield
-    except (CacheError, DataError, StorageError, TeacherError, TemplateError, ValueError) as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", escape(str(error)))
-        raise typer.Exit(1) from error
-    except Stopped as stopped:
-        name = signal.Signals(stopped.number).name
-        typer.echo(f"stopped by {name}; committed shards stand, run the same command again to go on", err=True)
-        raise typer.Exit(stopped.status) from None
+def _errors() -> contextlib.AbstractContextManager[Stop]:
+    return calm_errors("committed shards stand, run the same command again to go on")
 
 
 def _show(rows: Sequence[tuple[str, ...]], plain: Any, as_json: bool, title: str) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
-from teacher_cache.manifest import CacheError
+from teacher_cache.errors import CacheError, ConfigError
 from teacher_cache.records import INT4_BLOCK
 
 CHANNEL_POWER = 0.75
@@ -45,7 +45,7 @@ def fit_channel_scales(states: npt.NDArray[np.float32], codec: str, pca: int = 0
         mean = states.mean(0).astype(np.float32)
         _, _, directions = np.linalg.svd(states - mean, full_matrices=False)
         if len(directions) < pca:
-            raise ValueError(
+            raise ConfigError(
                 f"signals.pca={pca} needs at least as many calibration rows and channels, found {states.shape}; "
                 "raise signals.calibration_samples or lower signals.pca"
             )

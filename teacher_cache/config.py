@@ -18,6 +18,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from teacher_cache.errors import ConfigError as ConfigError
+
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"hidden": "rows", "visual": "none", "pca": 44, "top_k": 12, "temperatures": (1.0,)},
     "compact": {"hidden": "none", "visual": "none"},
@@ -26,10 +28,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llava_kd": {"hidden": "rows", "visual": "gram"},
 }
 """What each preset of ``signals`` stores; a field set beside it in the YAML wins over the preset."""
-
-
-class ConfigError(ValueError):
-    """A setting that does not exist, has the wrong type or contradicts another one."""
 
 
 @dataclass(frozen=True)

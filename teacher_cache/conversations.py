@@ -13,13 +13,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from teacher_cache.config import DataConfig
+from teacher_cache.errors import DataError as DataError
 
 IMAGE_TAG = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-
-
-class DataError(ValueError):
-    """A data file that is not LLaVA's format as a whole; nothing can be read from it."""
 
 
 @dataclass(frozen=True)

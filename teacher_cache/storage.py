@@ -20,16 +20,13 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from teacher_cache.errors import StorageError as StorageError
 from teacher_cache.store import names
 
 Parts = Iterable[bytes | memoryview]
 T = TypeVar("T")
 _TRIES = 5
 _FIRST_WAIT_SECONDS = 0.2
-
-
-class StorageError(OSError):
-    """The disk or the object store refused; what was committed before stands."""
 
 
 class Storage:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from teacher_cache.data.rows import Positions
+from teacher_cache.errors import TeacherCrashed as TeacherCrashed
+from teacher_cache.errors import TeacherError as TeacherError
 from teacher_cache.images import AnyImage
 from teacher_cache.records import TeacherShape
 from teacher_cache.tokenization import Ids, TokenizedSample
@@ -93,14 +95,6 @@ class SampleStates:
     rows_second_last: torch.Tensor | None = None
     text_second_last: torch.Tensor | None = None
     attention: torch.Tensor | None = None
-
-
-class TeacherError(RuntimeError):
-    """A teacher that cannot be loaded, or does not fit the data; says what to set."""
-
-
-class TeacherCrashed(TeacherError):
-    """A process of the teacher died. The next call starts a new one; what had not come yet must be asked again."""
 
 
 Then = Callable[[AnswerRequest, Answer], AnswerRequest | None]

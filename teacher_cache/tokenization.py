@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from teacher_cache.conversations import IMAGE_TAG, Conversation
+from teacher_cache.errors import TemplateError as TemplateError
 
 Ids = tuple[int, ...]
 
@@ -68,10 +69,6 @@ TEMPLATES: dict[str, Template] = {
         bos=False,
     ),
 }
-
-
-class TemplateError(ValueError):
-    """A template that does not exist, or that the tokenizer cannot write token by token."""
 
 
 @dataclass(frozen=True)

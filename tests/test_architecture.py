@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("teacher_cache", "student_train", "pipelines")
 # What phase two may know of phase one: how a cache is read, not how it is made.
 SHARED = {
-    *("arrays", "charts", "checksums", "codecs", "config", "conversations", "data", "folder", "images", "manifest"),
-    *("model_config", "models", "page", "prefetch", "progress", "reader", "records", "storage", "tokenization"),
-    *("stopping", "store", "weights", "writer"),
+    *("arrays", "charts", "checksums", "codecs", "command_line", "config", "conversations", "data", "errors", "folder"),
+    *("images", "manifest", "model_config", "models", "page", "prefetch", "progress", "reader", "records", "storage"),
+    *("stopping", "store", "tokenization", "weights", "writer"),
 }
 ONE_FILE = {
     "vllm": {f"teacher_cache/{n}.py" for n in ("teacher_vllm", "vllm_session", "vllm_connector", "vllm_processes")},

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipelines.lmms_eval.local_task import write_local_task
 from student_train.lmms import LmmsAnswer, read_results, run_lmms_eval
+from teacher_cache.errors import DataError, EvaluationError
 
 
 def sample(identity, question, answer, **fields):
@@ -54,7 +55,7 @@ def test_task_holds_every_question_with_and_without_image(tmp_path, images):
 def test_conversations_of_several_turns_are_refused(tmp_path, images):
     two_turns = sample("7", "what", "this")
     two_turns["conversations"] *= 2
-    with pytest.raises(ValueError, match="sample 7: 4 messages; expected a question and its answer"):
+    with pytest.raises(DataError, match="sample 7: 4 messages; expected a question and its answer"):
         write_local_task(write_questions(tmp_path, two_turns), images, tmp_path / "task")
 
 
@@ -62,7 +63,7 @@ def test_conversations_of_several_turns_are_refused(tmp_path, images):
 def test_images_outside_the_folder_are_refused(tmp_path, images, name):
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
     questions = write_questions(tmp_path, sample("7", "<image>\nwhat", "this", image=name))
-    with pytest.raises(ValueError, match=f"sample 7: image '{name}'; expected a file inside"):
+    with pytest.raises(DataError, match=f"sample 7: image '{name}'; expected a file inside"):
         write_local_task(questions, images, tmp_path / "task")
 
 
@@ -80,14 +81,14 @@ def test_results_are_read_with_answers_in_the_task_s_order(tmp_path):
 def test_refused_before_the_start(tmp_path):
     python = tmp_path / "python"
     with pytest.raises(
-        ValueError, match=r"python: not there; expected the Python of .* pipelines/install_lmms_eval\.py"
+        EvaluationError, match=r"python: not there; expected the Python of .* pipelines/install_lmms_eval\.py"
     ):
         run_lmms_eval(tmp_path, ["gqa"], tmp_path / "out", python=python)
     python.touch()
-    with pytest.raises(ValueError, match=r"no config\.json; expected a Hugging Face folder"):
+    with pytest.raises(EvaluationError, match=r"no config\.json; expected a Hugging Face folder"):
         run_lmms_eval(tmp_path, ["gqa"], tmp_path / "out", python=python)
     model = tmp_path / "a,b=c"
     model.mkdir()
     (model / "config.json").touch()
-    with pytest.raises(ValueError, match="has ',' or '='"):
+    with pytest.raises(EvaluationError, match="has ',' or '='"):
         run_lmms_eval(model, ["gqa"], tmp_path / "out", python=python)

@@ -3,6 +3,7 @@
 import pytest
 
 from student_train.evaluation.scores import hallucination, says_yes, vqa_accuracy, yes_no_scores
+from teacher_cache.errors import EvaluationError
 
 
 def test_vqa_accuracy_ignores_case_punctuation_and_surrounding_spaces():
@@ -17,9 +18,9 @@ def test_vqa_accuracy_is_over_questions_not_over_types():
 
 
 def test_sequences_of_different_length_are_refused():
-    with pytest.raises(ValueError, match="2 predictions, 1 references, 1 question_types; expected as many of each"):
+    with pytest.raises(EvaluationError, match="2 predictions, 1 references, 1 question_types; expected as many"):
         vqa_accuracy(["a", "b"], ["a"], ["x"])
-    with pytest.raises(ValueError, match="0 answers, 0 labels; expected as many of each, and at least one"):
+    with pytest.raises(EvaluationError, match="0 answers, 0 labels; expected as many of each, and at least one"):
         yes_no_scores([], [])
 
 
@@ -38,7 +39,7 @@ def test_a_model_that_never_says_yes_scores_zero_and_does_not_divide_by_zero():
 
 
 def test_other_labels_are_refused():
-    with pytest.raises(ValueError, match="'maybe' at 1; expected 'yes' or 'no'"):
+    with pytest.raises(EvaluationError, match="'maybe' at 1; expected 'yes' or 'no'"):
         yes_no_scores(["yes", "yes"], ["no", "maybe"])
 
 

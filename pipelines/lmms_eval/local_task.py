@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from teacher_cache.errors import DataError
+
 TASK_YAML = """\
 # Written by pipelines/lmms_eval/local_task.py; run: lmms-eval --include_path THIS_FOLDER --tasks {name}
 task: {name}
@@ -45,7 +47,7 @@ def write_local_task(
 ) -> None:
     """Make `folder` a task from LLaVA JSON with one question a sample; samples without an image may be among them.
 
-    ValueError: a sample of several turns, or an image outside `image_folder`.
+    DataError: a sample of several turns, or an image outside `image_folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     samples = json.loads(questions.read_text(encoding="utf-8"))
@@ -60,7 +62,7 @@ def write_local_task(
 def _question(sample: dict[str, Any], image_folder: Path, path: Path) -> dict[str, str]:
     turns = [turn["value"] for turn in sample["conversations"]]
     if len(turns) != 2:
-        raise ValueError(
+        raise DataError(
             f"{path}, sample {sample['id']}: {len(turns)} messages; expected a question and its answer, because "
             "lmms-eval asks single questions. Take a split of one question a sample."
         )
@@ -78,7 +80,7 @@ def _image(sample: dict[str, Any], image_folder: Path, path: Path) -> str:
         return ""
     image = (image_folder / sample["image"]).resolve()
     if not image.is_relative_to(image_folder) or not image.is_file():
-        raise ValueError(
+        raise DataError(
             f"{path}, sample {sample['id']}: image '{sample['image']}'; expected a file inside {image_folder}. "
             "Pass the data set's image folder."
         )

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+from teacher_cache.errors import EvaluationError
+
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -108,7 +110,9 @@ def yes_no_scores(answers: Sequence[str], labels: Sequence[str]) -> YesNoScores:
     _check_lengths(answers=answers, labels=labels)
     wrong = sorted(set(labels) - {"yes", "no"})
     if wrong:
-        raise ValueError(f"labels: {wrong[0]!r} at {list(labels).index(wrong[0])}; expected 'yes' or 'no'. Convert it.")
+        raise EvaluationError(
+            f"labels: {wrong[0]!r} at {list(labels).index(wrong[0])}; expected 'yes' or 'no'. Convert."
+        )
     pairs = Counter((says_yes(answer), label == "yes") for answer, label in zip(answers, labels, strict=True))
     return YesNoScores(
         true_positives=pairs[True, True],
@@ -155,4 +159,4 @@ def _check_lengths(**sequences: Sequence[object]) -> None:
     lengths = {name: len(values) for name, values in sequences.items()}
     if len(set(lengths.values())) != 1 or not next(iter(lengths.values())):
         found = ", ".join(f"{length} {name}" for name, length in lengths.items())
-        raise ValueError(f"scores: {found}; expected as many of each, and at least one. Pass one of each a question.")
+        raise EvaluationError(f"scores: {found}; expected as many of each, and at least one. Pass one a question.")

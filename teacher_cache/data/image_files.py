@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from teacher_cache.conversations import DataError, Image
+from teacher_cache.errors import ImageError as ImageError
 
 MAX_BYTES = 256 << 20
 """Larger files are refused unread; an 8000 × 8000 picture of 16-bit RGB without compression is 384 MB, as PNG less."""
@@ -23,11 +24,6 @@ _OF_THE_SAMPLE = {
     errno.ENXIO: "not a regular file",
 }
 """What is wrong with the name or the file itself, and will be whenever it is looked at; anything else may pass."""
-
-
-class ImageError(ValueError):
-    """An image that is missing, outside the image folder, damaged, too large or no image at all: its sample is skipped
-    with this text, which is the same on every run and on every machine."""
 
 
 class OtherImageError(DataError):

@@ -18,6 +18,7 @@ from pipelines.tiny.tokenizer import build_processor
 from pipelines.tiny.world import write_world
 from student_train.evaluation.scores import vqa_accuracy
 from student_train.lmms import run_lmms_eval
+from teacher_cache.errors import EvaluationError
 
 PROJECT = Path(__file__).parents[2]
 PYTHON = PROJECT / ".venv-lmms" / "bin" / "python"
@@ -80,16 +81,16 @@ def test_lmms_eval_scores_what_our_evaluation_scores(world, student, task, tmp_p
 
 def test_answers_that_failed_inside_lmms_eval_are_an_error(student, task, tmp_path):
     """Plain `llava_hf` fails on questions without an image, logs it, scores "" and exits with 0."""
-    with pytest.raises(RuntimeError, match=r"Error .* in generating; expected one results file and no failed answer"):
+    with pytest.raises(EvaluationError, match=r"Error .* in generating; expected one results file and no failed"):
         run_lmms_eval(student, ["tiny_world"], tmp_path / "out", python=PYTHON, include=task, model="llava_hf")
 
 
 def test_a_run_that_ends_early_is_an_error_that_names_its_reason(student, tmp_path):
-    with pytest.raises(RuntimeError, match=r"Tasks not found: no_such_task.*lmms_eval\.log"):
+    with pytest.raises(EvaluationError, match=r"Tasks not found: no_such_task.*lmms_eval\.log"):
         run_lmms_eval(student, ["no_such_task"], tmp_path / "out", python=PYTHON)
 
 
 def test_the_official_tasks_are_known(student, tmp_path):
     """Offline, GQA's data set is not here: the run ends on the data, not on the task's name or a missing package."""
-    with pytest.raises(RuntimeError, match="lmms-lab-encoder/GQA"):
+    with pytest.raises(EvaluationError, match="lmms-lab-encoder/GQA"):
         run_lmms_eval(student, ["gqa"], tmp_path / "out", python=PYTHON, limit=1)
