@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from student_train import losses, topk
+from student_train.shared_ids import shared_count, shared_draws, shared_topk
 from student_train.targets import LogitLoss, RowTargets, check_sampled, check_vocabulary
 
 SMALLEST_TAIL = 1e-30
@@ -38,10 +39,12 @@ class SparseTarget:
     probabilities: Tensor
     constant: Tensor
     tail: Tensor | None = None
+    inside: Tensor | None = None
+    """(R, n) which ids count; another one repeats one of its row's (``shared_ids.shared_topk``). None: all."""
 
     def to(self, dtype: torch.dtype) -> SparseTarget:
         tail = None if self.tail is None else self.tail.to(dtype)
-        return SparseTarget(self.ids, self.probabilities.to(dtype), self.constant.to(dtype), tail)
+        return SparseTarget(self.ids, self.probabilities.to(dtype), self.constant.to(dtype), tail, self.inside)
 
 
 @dataclass(frozen=True)
@@ -65,21 +68,28 @@ def losses_and_gradient(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Student ``logits`` (R, V) float32 of ``rows`` → losses (R,) by name, and d(Σ weight·loss) / d(logits) (R, V).
 
-    The gradient lies in the buffer of ``logits``, or in one more where T ≠ 1.
+    The gradient lies in the buffer of ``logits``; T ≠ 1, or a teacher of fewer ids, takes one more.
     """
-    teacher = {spec.name: _target(spec, stored, rows, logits.shape[-1]) for spec in specs}
-    warm = [spec for spec in specs if _temperature(spec) != 1]
+    shared = shared_count(stored.vocabulary, logits.shape[-1])
+    teacher = {spec.name: _target(spec, stored, rows, shared) for spec in specs}
+    fewer = shared < logits.shape[-1]
+    apart = [s for s in specs if _temperature(s) != 1 or (fewer and s.name != "cross_entropy")]
     values: dict[str, Tensor] = {}
     gradients = []
-    for spec in warm:  # before the softmax at temperature 1 overwrites the logits
-        gradients.append(logits / spec.temperature)
+    for spec in apart:  # before the softmax at temperature 1 over all ids overwrites the logits
+        gradients.append(logits[:, :shared] / spec.temperature)
         scale = {spec.name: weights[spec.name] * _factor(spec) / spec.temperature}
         values |= _soft_target_losses(gradients[-1], {spec.name: teacher.pop(spec.name)}, scale)
         values[spec.name] *= _factor(spec)
     if teacher:
         values |= _soft_target_losses(logits, teacher, weights)
-        gradients.append(logits)
-    return values, gradients[0] if len(gradients) == 1 else gradients[0].add_(gradients[1])
+    elif not fewer:
+        return values, gradients[0]
+    else:
+        logits.zero_()
+    for gradient in gradients:
+        logits[:, :shared].add_(gradient)
+    return values, logits
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,8 @@ def _exponentiate(shifted: Tensor, bucketed: SparseTarget | None) -> _Sums:
         return _Sums(total, total, None)
     kept = shifted.gather(-1, bucketed.ids)
     tail = shifted.scatter_(-1, bucketed.ids, 0.0).sum(-1, keepdim=True)
-    return _Sums(tail + kept.sum(-1, keepdim=True), tail.clamp(min=SMALLEST_TAIL), kept)
+    counted = kept if bucketed.inside is None else kept * bucketed.inside
+    return _Sums(tail + counted.sum(-1, keepdim=True), tail.clamp(min=SMALLEST_TAIL), kept)
 
 
 def _sparse_value(target: SparseTarget, shifted: Tensor, sums: _Sums) -> Tensor:
@@ -175,27 +186,30 @@ def _target(spec: LogitLoss, stored: RowTargets, rows: slice, vocabulary: int) -
         ones = torch.ones(ids.shape, device=ids.device)
         return SparseTarget(ids, ones, ones.new_zeros(len(ids)))
     if spec.source == "exact":
-        logits = stored.exact_logits(rows)
+        logits = stored.exact_logits(rows, vocabulary)
         check_vocabulary(spec.name, logits.shape[-1], vocabulary)
         return DenseTarget(logits if spec.temperature == 1 else logits.div_(spec.temperature))
     if spec.source == "sampled":
         return _sampled_target(spec, stored, rows, vocabulary)
     ids, logprobs, stats = stored.kept(rows)
     head = topk.topk_at_temperature(logprobs, stats, spec.temperature)
+    ids, head, inside = shared_topk(ids, head, stored.vocabulary, vocabulary)
     constant = (head.exp() * head).sum(-1)
-    if ids.shape[-1] >= vocabulary:
+    if inside is None and ids.shape[-1] >= vocabulary:
         return SparseTarget(ids, head.exp(), constant)
-    tail = topk.tail_mass(head, vocabulary)
-    return SparseTarget(ids, head.exp(), constant + (tail * tail.log()).squeeze(-1), tail)
+    tail = topk.tail_mass(head, vocabulary, inside)
+    return SparseTarget(ids, head.exp(), constant + (tail * tail.log()).squeeze(-1), tail, inside)
 
 
 def _sampled_target(spec: LogitLoss, stored: RowTargets, rows: slice, vocabulary: int) -> SparseTarget:
     check_sampled(spec)
     ids, counts, entropy = stored.draws(rows)
+    ids, counts = shared_draws(ids, counts, stored.vocabulary, vocabulary)
     if stored.sampled_from == "all":
         return SparseTarget(ids, losses.draw_shares(counts), -entropy)
     head_ids, logprobs, _ = stored.kept(rows)
-    return SparseTarget(*losses.hybrid_target(head_ids, logprobs, ids, counts, vocabulary), -entropy)
+    head_ids, head, inside = shared_topk(head_ids, topk.wide(logprobs), stored.vocabulary, vocabulary)
+    return SparseTarget(*losses.hybrid_target(head_ids, head, ids, counts, vocabulary, inside), -entropy)
 
 
 def _temperature(spec: LogitLoss) -> float:

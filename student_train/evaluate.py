@@ -19,6 +19,7 @@ from student_train.evaluation.scores import vqa_accuracy, yes_no_scores
 from student_train.loader import Preprocessor
 from student_train.objective import needed_arrays, teacher_side
 from student_train.processor import own_image_mode
+from student_train.shared_ids import shared_count, shared_topk
 from student_train.targets import row_loss, row_targets
 from teacher_cache.config import ConfigError, DataConfig
 from teacher_cache.conversations import IMAGE_TAG, Conversation, Skipped, read_conversations
@@ -133,7 +134,10 @@ def _generate(
         num_beams=1,
         eos_token_id=end_token_id(tokenizer, form),
         pad_token_id=prepare.pad,
-        suppress_tokens=[prepare.image_token],
+        suppress_tokens=[
+            prepare.image_token,
+            *range(len(tokenizer), student.model.get_output_embeddings().out_features),
+        ],
     )[:, length:]
     return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
 
@@ -165,17 +169,20 @@ def agreement(student: Student, source: SourceConfig, batch: int = 32) -> Agreem
             input_ids=made.input_ids, attention_mask=made.attention_mask, pixel_values=made.pixel_values
         ).last_hidden_state[made.row_sample, made.row_position]
         logits = model.get_output_embeddings()(states).float()
-        targets = row_targets(
-            made.arrays, made.answer_ids, teacher.signals, teacher.scales, teacher.head, made.row_index
-        )
+        side = (teacher.signals, teacher.scales, teacher.head, made.row_index, teacher.vocabulary)
+        targets = row_targets(made.arrays, made.answer_ids, *side)
         totals += _compare(targets, logits, spec)
     return Agreement(totals[0] / totals[3], totals[1] / totals[3], totals[2] / totals[3], int(totals[3]))
 
 
 def _compare(targets: Any, logits: torch.Tensor, spec: LossSpec) -> np.ndarray:
-    rows = slice(0, len(logits))
-    best = targets.exact_logits(rows).argmax(-1) if spec.source == "exact" else targets.topk_ids[:, 0]
-    top5 = logits.topk(min(5, logits.shape[-1]), -1).indices
+    rows, shared = slice(0, len(logits)), shared_count(targets.vocabulary, logits.shape[-1])
+    if spec.source == "exact":
+        best = targets.exact_logits(rows, shared).argmax(-1)
+    else:
+        ids, logprobs, _ = shared_topk(targets.topk_ids, targets.topk_logprobs, targets.vocabulary, shared)
+        best = ids.gather(-1, logprobs.argmax(-1, keepdim=True)).squeeze(-1)
+    top5 = logits[:, :shared].topk(min(5, shared), -1).indices
     kl = row_loss(spec, targets, logits, rows).sum()
     hit1, hit5 = (top5[:, 0] == best).sum(), (top5 == best.unsqueeze(-1)).any(-1).sum()
     return np.array([float(kl), float(hit1), float(hit5), len(logits)])

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from student_train.shared_ids import NO_MASS
 from student_train.topk import STANDARDISE_EPS, tail_mass, wide
 from teacher_cache.errors import LossError
 
@@ -110,9 +111,10 @@ def forward_kl_topk(
     student_logits: Tensor,
     temperature: float = 1.0,
     temperature_squared: bool = False,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Forward KL over k + 1 buckets → (R,); a lower bound of :func:`forward_kl`, exact for k = V."""
-    log_p, log_q = _buckets(topk_ids, head_logprobs, student_logits, temperature)
+    log_p, log_q = _buckets(topk_ids, head_logprobs, student_logits, temperature, inside)
     return kl(log_p, log_q) * _scale(temperature, temperature_squared)
 
 
@@ -122,13 +124,14 @@ def reverse_kl_topk(
     student_logits: Tensor,
     temperature: float = 1.0,
     temperature_squared: bool = False,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Reverse KL over k + 1 buckets → (R,); a lower bound of :func:`reverse_kl`, exact for k = V.
 
     Looser than forward KL's bound: what is missing carries the STUDENT's tail mass, so wherever the student believes
     in ids that the teacher's head does not hold, only the mass out there is corrected, not its shape.
     """
-    log_p, log_q = _buckets(topk_ids, head_logprobs, student_logits, temperature)
+    log_p, log_q = _buckets(topk_ids, head_logprobs, student_logits, temperature, inside)
     return kl(log_q, log_p) * _scale(temperature, temperature_squared)
 
 
@@ -139,9 +142,10 @@ def jsd_topk(
     beta: float = 0.5,
     temperature: float = 1.0,
     temperature_squared: bool = False,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """JSD(β) over k + 1 buckets → (R,); a lower bound of :func:`jsd`, exact for k = V."""
-    log_p, log_q = _buckets(topk_ids, head_logprobs, student_logits, temperature)
+    log_p, log_q = _buckets(topk_ids, head_logprobs, student_logits, temperature, inside)
     return js_divergence(log_p, log_q, beta) * _scale(temperature, temperature_squared)
 
 
@@ -151,14 +155,16 @@ def logit_mse_topk(
     student_logits: Tensor,
     temperature: float = 1.0,
     temperature_squared: bool = False,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Mean over the k kept ids of the squared difference of raw logits / T → (R,); topk_logits (R, k).
 
     Exact on the kept ids and blind to all others: neither a bound nor an estimate of the dense mean over V (the kept
     logits are the largest). Equal to it for k = V.
     """
-    difference = (wide(student_logits).gather(-1, topk_ids) - wide(topk_logits)) / temperature
-    return difference.square().mean(-1) * _scale(temperature, temperature_squared)
+    square = ((wide(student_logits).gather(-1, topk_ids) - wide(topk_logits)) / temperature).square()
+    mean = square.mean(-1) if inside is None else (square * inside).sum(-1) / inside.sum(-1).clamp(min=1)
+    return mean * _scale(temperature, temperature_squared)
 
 
 def forward_kl_standardised_topk(
@@ -211,25 +217,32 @@ def forward_kl_hybrid(
     sampled_counts: Tensor,
     teacher_entropy: Tensor,
     student_logits: Tensor,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Exact head + tail draws weighted by the tail's mass → (R,): unbiased like sampling, with far less variance.
 
     ``sampled_*`` (R, n) were drawn outside the top-k (``signals.sampled_from: tail``). Unbiased up to the float16
     rounding of the head, which the tail mass inherits.
     """
-    ids, shares = hybrid_target(topk_ids, topk_logprobs, sampled_ids, sampled_counts, student_logits.shape[-1])
+    vocabulary = student_logits.shape[-1]
+    ids, shares = hybrid_target(topk_ids, topk_logprobs, sampled_ids, sampled_counts, vocabulary, inside)
     log_q = _log_softmax(student_logits, 1.0).gather(-1, ids)
     return -(shares * log_q).sum(-1) - teacher_entropy
 
 
 def hybrid_target(
-    topk_ids: Tensor, topk_logprobs: Tensor, sampled_ids: Tensor, sampled_counts: Tensor, vocabulary: int
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    sampled_ids: Tensor,
+    sampled_counts: Tensor,
+    vocabulary: int,
+    inside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Ids (R, k + n) and their probabilities: the head's own, and the tail's mass shared out over its draws."""
     head = wide(topk_logprobs)
-    if head.shape[-1] >= vocabulary:
+    if inside is None and head.shape[-1] >= vocabulary:
         return topk_ids, head.exp()
-    tail = tail_mass(head, vocabulary) * draw_shares(sampled_counts)
+    tail = tail_mass(head, vocabulary, inside) * draw_shares(sampled_counts)
     return torch.cat([topk_ids, sampled_ids], -1), torch.cat([head.exp(), tail], -1)
 
 
@@ -301,19 +314,25 @@ def js_divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 
 
 def _buckets(
-    topk_ids: Tensor, head_logprobs: Tensor, student_logits: Tensor, temperature: float
+    topk_ids: Tensor, head_logprobs: Tensor, student_logits: Tensor, temperature: float, inside: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (R, k + 1) of teacher and student: the kept ids and the rest (no rest for k = V)."""
+    """Log-probabilities (R, k + 1) of teacher and student: the kept ids and the rest (no rest for k = V).
+
+    ``inside`` (R, k): which of the kept ids both sides have; the others have no mass (``shared_ids.shared_topk``).
+    """
     head = wide(head_logprobs)
     scaled = wide(student_logits) / temperature
     normaliser = torch.logsumexp(scaled, -1, keepdim=True)
     kept = scaled.gather(-1, topk_ids) - normaliser
+    kept = kept if inside is None else kept.where(inside, NO_MASS)
     vocabulary = scaled.shape[-1]
-    if head.shape[-1] >= vocabulary:
+    if inside is None and head.shape[-1] >= vocabulary:
         return head, kept
     # Summed over the tail itself: 1 − Σ head would lose a small tail, and its gradient with it, to rounding.
-    rest = torch.logsumexp(scaled.scatter(-1, topk_ids, -math.inf), -1, keepdim=True) - normaliser
-    return torch.cat([head, tail_mass(head, vocabulary).log()], -1), torch.cat([kept, rest], -1)
+    nothing = -math.inf if inside is None else torch.finfo(scaled.dtype).min / 4  # a row may have no tail at all
+    rest = torch.logsumexp(scaled.scatter(-1, topk_ids, nothing), -1, keepdim=True) - normaliser
+    rest = rest if inside is None else rest.clamp(min=NO_MASS)
+    return torch.cat([head, tail_mass(head, vocabulary, inside).log()], -1), torch.cat([kept, rest], -1)
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

@@ -20,6 +20,7 @@ from student_train import losses, relations
 from student_train.batch import StudentBatch
 from student_train.config import HIDDEN_LOSSES, LOGIT_LOSSES, LossSpec
 from student_train.head_loss import head_losses
+from student_train.shared_ids import shared_count
 from student_train.targets import (
     ImageTargets,
     RowTargets,
@@ -43,8 +44,10 @@ class TeacherSide:
     head: Tensor | None
     hidden_size: int
     image_tokens: int
+    vocabulary: int | None = None
+    """How many ids the teacher's logits have, where the student may have another number."""
     head_square: Tensor | None = None
-    """WᵀW, for the relation loss on logits from visual states: once a run, not once a micro-batch."""
+    """WᵀW over the ids that both have, for the relation loss on logits from visual states: once a run."""
 
 
 def needed_arrays(specs: Sequence[LossSpec], manifest: Manifest) -> tuple[list[str], list[str]]:
@@ -245,14 +248,15 @@ class DistilledStudent(nn.Module):
         """A logit loss on all text positions, and on the image positions too for ``tokens: all`` (LLAVADI, table 2)."""
         assert teacher is not None
         states_only = {name: array for name, array in batch.arrays.items() if name.startswith("hidden")}
-        targets = row_targets(states_only, None, teacher.signals, teacher.scales, teacher.head)
+        side = (teacher.signals, teacher.scales, teacher.head)
+        targets = row_targets(states_only, None, *side, vocabulary=teacher.vocabulary)
         weight = batch.text_token_weight if spec.tokens == "all" else batch.position_weight
         rows = states.last[batch.text_sample, batch.text_position]
         if spec.tokens == "all" and len(batch.visual_sample):
             images = self._image_states(spec, batch, teacher).flatten(0, 1)
             assert targets.hidden is not None
             joined = torch.cat([targets.hidden.decode(slice(None)), images])
-            targets = RowTargets(hidden=decoded(joined), head=teacher.head)
+            targets = replace(targets, hidden=decoded(joined))
             rows = torch.cat([rows, self._visual(states.last, batch).flatten(0, 1)])
             weight = torch.cat([weight, batch.image_token_weight.repeat_interleave(self._image_tokens)])
         head = self.model.get_output_embeddings().weight
@@ -285,8 +289,10 @@ class DistilledStudent(nn.Module):
         grid = relations.pooled_grid(teacher.image_tokens, self._image_tokens, spec.pool)
         head = self.model.get_output_embeddings().weight
         if spec.name == "relation":
+            shared = shared_count(teacher.vocabulary, len(head))
+            images = replace(images, head=None if images.head is None else images.head[:shared])
             target = relations.teacher_gram(images, spec.space, grid)
-            value = relations.relation_loss(target, relations.student_gram(student, head, spec.space))
+            value = relations.relation_loss(target, relations.student_gram(student, head[:shared], spec.space))
             return (value * batch.image_weight).sum()
         kl = replace(spec, name="forward_kl", source="exact" if images.states is not None else "topk")
         weight = (batch.image_weight / self._image_tokens).repeat_interleave(self._image_tokens)
@@ -321,13 +327,12 @@ class DistilledStudent(nn.Module):
     def _row_targets(self, batch: StudentBatch, teacher: TeacherSide | None) -> RowTargets:
         if teacher is None:
             return RowTargets(answer_ids=batch.answer_ids)
-        return row_targets(
-            batch.arrays, batch.answer_ids, teacher.signals, teacher.scales, teacher.head, batch.row_index
-        )
+        side = (teacher.signals, teacher.scales, teacher.head)
+        return row_targets(batch.arrays, batch.answer_ids, *side, batch.row_index, teacher.vocabulary)
 
     def _image_targets(self, batch: StudentBatch, teacher: TeacherSide) -> ImageTargets:
         side = (teacher.signals, teacher.scales, teacher.image_tokens, teacher.head, teacher.head_square)
-        return image_targets(batch.visual, *side)
+        return image_targets(batch.visual, *side, teacher.vocabulary)
 
     def _image_states(self, spec: LossSpec, batch: StudentBatch, teacher: TeacherSide) -> Tensor:
         """(I, N, d) the teacher's visual states, pooled where the spec says so, with the student's N."""
@@ -400,17 +405,12 @@ def merge_features(llava: Any, input_ids: Tensor, features: Tensor, image_token:
 def teacher_side(
     cache: TeacherCache, vocabulary: int, device: torch.device, dtype: torch.dtype, head: bool
 ) -> TeacherSide:
-    """Head and scales of a cache on the device; a head padded to another vocabulary is cut to the shared ids."""
+    """Head and scales of a cache on the device, for a student of ``vocabulary`` output ids."""
     manifest = cache.manifest
-    weight = None
-    if head:
-        weight = torch.from_numpy(cache.head.copy())[:vocabulary].to(device, dtype)
-        if len(weight) < vocabulary:
-            raise CacheError(
-                f"{cache.storage.url}: the teacher has {len(weight):,} output ids, the student {vocabulary:,}. "
-                "Give the student the teacher's vocabulary size (model.resize_token_embeddings)"
-            )
+    weight = torch.from_numpy(cache.head.copy()).to(device, dtype) if head else None
+    own = manifest.shape.vocabulary
     return TeacherSide(
+        vocabulary=None if own == vocabulary else own,
         signals=manifest.signals_config,
         scales={name: scales_on(scales, device) for name, scales in full_scales(cache).items()},
         head=weight,

@@ -114,7 +114,8 @@ def visual_rows(images: ImageTargets, grid: tuple[int, int] | None = None) -> Ro
         for a pooling with a top-k, which cannot be pooled, or where the cache holds neither.
     """
     if images.states is not None:
-        return RowTargets(hidden=_visual_states(images, grid), head=_head(images, "visual forward KL"))
+        head = _head(images, "visual forward KL")
+        return RowTargets(hidden=_visual_states(images, grid), head=head, vocabulary=images.vocabulary)
     if images.topk_ids is None or images.topk_logprobs is None:
         raise LossError(
             "visual forward KL: the cache holds neither visual states nor a visual top-k. Score the images again with "
@@ -129,6 +130,7 @@ def visual_rows(images: ImageTargets, grid: tuple[int, int] | None = None) -> Ro
         topk_ids=images.topk_ids.flatten(0, 1),
         topk_logprobs=images.topk_logprobs.flatten(0, 1),
         stats={name: column.flatten(0, 1) for name, column in images.stats.items()},
+        vocabulary=images.vocabulary,
     )
 
 

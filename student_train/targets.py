@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from student_train import losses, topk
+from student_train.shared_ids import shared_count, shared_draws, shared_topk
 from teacher_cache.codecs import ChannelScales, decode, is_coarse, with_exact_head
 from teacher_cache.config import SignalsConfig
 from teacher_cache.errors import LossError
@@ -79,8 +80,8 @@ class RowTargets:
 
     answer_ids (R,) int64 · topk_ids (R, k) int64 · topk_logprobs (R, k) float32 · stats: column → (R,) float32 ·
     sampled_ids, sampled_counts (R, n) · hidden, hidden_second_last: (R, d) quantised · attention (R, N) float32 ·
-    head (V, d) in the dtype in which logits are formed. The head has the student's V: where two checkpoints of one
-    tokenizer are padded to different sizes, both are cut to the ids they share before they come here.
+    head (V, d) in the dtype in which logits are formed · vocabulary: the teacher's V, where it may be another than the
+    student's (``shared_ids``); None where it is the same.
     """
 
     answer_ids: Tensor | None = None
@@ -94,22 +95,28 @@ class RowTargets:
     hidden_second_last: StoredStates | None = None
     attention: Tensor | None = None
     head: Tensor | None = None
+    vocabulary: int | None = None
 
     def answers(self, rows: slice) -> Tensor:
         """(rows,) int64 the answer tokens."""
         return _present(self.answer_ids, "answer tokens", "cross_entropy")[rows]
 
-    def exact_logits(self, rows: slice) -> Tensor:
-        """(rows, V) float32: the teacher's full-vocabulary logits, formed from the states and the head.
+    def exact_logits(self, rows: slice, shared: int | None = None) -> Tensor:
+        """(rows, V) float32: the teacher's full-vocabulary logits, formed from the states and the head; of the first
+        ``shared`` ids where the two sides have different numbers of them.
 
         Of coarse states (int4, principal components) they give the tail alone; the head is the stored top-k's.
         """
         hidden, head = _present(self.hidden, "hidden", "exact"), _present(self.head, "head", "exact")
+        shared = None if self.vocabulary is None else shared
+        coarse = is_coarse(hidden.codec, hidden.scales) and self.topk_ids is not None
+        head = head if coarse else head[:shared]
         logits = topk.wide(hidden.decode(rows).to(head.dtype) @ head.T)
-        if self.topk_ids is None or self.topk_logprobs is None or not is_coarse(hidden.codec, hidden.scales):
+        if not coarse or self.topk_ids is None or self.topk_logprobs is None:
             return logits
         lse = topk.log_sum_exp({name: column[rows] for name, column in self.stats.items()}, 1.0)
-        return cast(Tensor, with_exact_head(logits, self.topk_ids[rows], self.topk_logprobs[rows], lse))
+        exact = with_exact_head(logits, self.topk_ids[rows], self.topk_logprobs[rows], lse)
+        return cast(Tensor, exact)[:, :shared]
 
     def kept(self, rows: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Of these rows: top-k ids, their log-probabilities at temperature 1, and the statistics by name."""
@@ -143,6 +150,7 @@ class ImageTargets:
     gram_scale: Tensor | None = None
     head: Tensor | None = None
     head_square: Tensor | None = None
+    vocabulary: int | None = None
 
 
 def row_targets(
@@ -152,6 +160,7 @@ def row_targets(
     scales: Mapping[str, ChannelScales],
     head: Tensor | None,
     row_index: Tensor | None = None,
+    vocabulary: int | None = None,
 ) -> RowTargets:
     """The targets of a batch whose tensors are on the device already.
 
@@ -172,6 +181,7 @@ def row_targets(
         hidden_second_last=stored_states("hidden_second_last", arrays, signals.codec, scales, lines),
         attention=_float(arrays.get("attention")),
         head=head,
+        vocabulary=vocabulary,
     )
 
 
@@ -182,6 +192,7 @@ def image_targets(
     image_tokens: int,
     head: Tensor | None,
     head_square: Tensor | None = None,
+    vocabulary: int | None = None,
 ) -> ImageTargets:
     """The targets of a batch of distinct images; arrays by the names of ``records.image_arrays``, a line an image."""
     return ImageTargets(
@@ -195,6 +206,7 @@ def image_targets(
         gram_scale=arrays.get("gram_scale"),
         head=head,
         head_square=head_square,
+        vocabulary=vocabulary,
     )
 
 
@@ -236,8 +248,10 @@ def row_loss(spec: LogitLoss, targets: RowTargets, student_logits: Tensor, rows:
     """
     if spec.name == "cross_entropy":
         return losses.cross_entropy(targets.answers(rows), student_logits)
+    shared = shared_count(targets.vocabulary, student_logits.shape[-1])
+    student_logits = student_logits[..., :shared]
     if spec.source == "exact":
-        return _exact_loss(spec, targets.exact_logits(rows), student_logits)
+        return _exact_loss(spec, targets.exact_logits(rows, shared), student_logits)
     if spec.source == "topk":
         return _topk_loss(spec, targets, student_logits, rows)
     if spec.source == "sampled":
@@ -264,32 +278,38 @@ def _exact_loss(spec: LogitLoss, teacher_logits: Tensor, student_logits: Tensor)
 
 def _topk_loss(spec: LogitLoss, targets: RowTargets, student_logits: Tensor, rows: slice) -> Tensor:
     ids, logprobs, stats = targets.kept(rows)
-    t, squared = spec.temperature, spec.temperature_squared
+    vocabulary = student_logits.shape[-1]
+    if spec.name == "logit_mse":
+        logits = topk.topk_logits(logprobs, stats)
+        ids, _, inside = shared_topk(ids, topk.wide(logprobs), targets.vocabulary, vocabulary)
+        return losses.logit_mse_topk(ids, logits, student_logits, spec.temperature, spec.temperature_squared, inside)
+    if spec.name == "forward_kl_standardised":  # of a larger teacher: refused before the first step
+        head = topk.topk_standardised(logprobs, stats, vocabulary, spec.temperature)
+        t, squared = spec.temperature, spec.temperature_squared
+        return losses.forward_kl_standardised_topk(ids, head, student_logits, t, squared)
+    head = topk.topk_at_temperature(logprobs, stats, spec.temperature)
+    ids, head, inside = shared_topk(ids, head, targets.vocabulary, vocabulary)
+    settings = (spec.temperature, spec.temperature_squared, inside)
     match spec.name:
         case "forward_kl":
-            head = topk.topk_at_temperature(logprobs, stats, t)
-            return losses.forward_kl_topk(ids, head, student_logits, t, squared)
+            return losses.forward_kl_topk(ids, head, student_logits, *settings)
         case "reverse_kl":
-            head = topk.topk_at_temperature(logprobs, stats, t)
-            return losses.reverse_kl_topk(ids, head, student_logits, t, squared)
+            return losses.reverse_kl_topk(ids, head, student_logits, *settings)
         case "jsd":
-            head = topk.topk_at_temperature(logprobs, stats, t)
-            return losses.jsd_topk(ids, head, student_logits, spec.beta, t, squared)
-        case "logit_mse":
-            return losses.logit_mse_topk(ids, topk.topk_logits(logprobs, stats), student_logits, t, squared)
-        case "forward_kl_standardised":
-            head = topk.topk_standardised(logprobs, stats, student_logits.shape[-1], t)
-            return losses.forward_kl_standardised_topk(ids, head, student_logits, t, squared)
+            return losses.jsd_topk(ids, head, student_logits, spec.beta, *settings)
     raise _unknown(spec)
 
 
 def _sampled_loss(spec: LogitLoss, targets: RowTargets, student_logits: Tensor, rows: slice) -> Tensor:
     check_sampled(spec)
+    vocabulary = student_logits.shape[-1]
     ids, counts, entropy = targets.draws(rows)
+    ids, counts = shared_draws(ids, counts, targets.vocabulary, vocabulary)
     if targets.sampled_from == "all":
         return losses.forward_kl_sampled(ids, counts, entropy, student_logits)
     head_ids, logprobs, _ = targets.kept(rows)
-    return losses.forward_kl_hybrid(head_ids, logprobs, ids, counts, entropy, student_logits)
+    head_ids, head, inside = shared_topk(head_ids, topk.wide(logprobs), targets.vocabulary, vocabulary)
+    return losses.forward_kl_hybrid(head_ids, head, ids, counts, entropy, student_logits, inside)
 
 
 def check_sampled(spec: LogitLoss) -> None:

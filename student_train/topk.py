@@ -123,17 +123,23 @@ def _grid(stats: Mapping[str, Tensor]) -> list[float]:
     return [float(name.removeprefix("lse@")) for name in stats if name.startswith("lse@")]
 
 
-def tail_mass(head_logprobs: Tensor, vocabulary: int) -> Tensor:
+def tail_mass(head_logprobs: Tensor, vocabulary: int, inside: Tensor | None = None) -> Tensor:
     """(R, 1) the mass outside the head: 1 − Σ exp(head_logprobs), > 0.
 
     The log-probabilities are stored in float16, so the difference is off by up to 5e-4 × entropy / T. Two facts hold it
     in place: no id outside is likelier than the least likely inside, so the mass is at most (V − k)·p_k; and where
-    rounding leaves nothing, it is taken as p_k.
+    rounding leaves nothing, it is taken as p_k. ``inside`` (R, k): which of the k count (``shared_ids.shared_topk``);
+    a row whose k are all of V has no tail.
     """
     head = head_logprobs.exp()
-    least = head.amin(-1, keepdim=True)
-    rest = torch.minimum(1 - head.sum(-1, keepdim=True), (vocabulary - head.shape[-1]) * least)
-    return torch.where(rest > 0, rest, least).clamp(min=torch.finfo(head.dtype).tiny)
+    tiny = torch.finfo(head.dtype).tiny
+    if inside is None:
+        least, others = head.amin(-1, keepdim=True), torch.tensor(vocabulary - head.shape[-1], device=head.device)
+    else:
+        least = head.where(inside, 1.0).amin(-1, keepdim=True)
+        others = vocabulary - inside.sum(-1, keepdim=True)
+    rest = torch.minimum(1 - head.sum(-1, keepdim=True), others * least)
+    return torch.where(others > 0, torch.where(rest > 0, rest, least), tiny).clamp(min=tiny)
 
 
 def wide(values: Tensor) -> Tensor:

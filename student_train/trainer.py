@@ -35,6 +35,7 @@ from student_train.objective import (
 )
 from student_train.processor import prepare_processor
 from student_train.relations import head_square
+from student_train.shared_ids import check_shared, shared_count
 from student_train.student import load_student, merge_adapters
 from student_train.training.exchange import Agreed, TrainingError, exchange
 from student_train.training.output import output_lock
@@ -449,9 +450,12 @@ def _teacher_side(config: FitConfig, source: Source, model: Any, device: torch.d
     head = any(s.name in LOGIT_LOSSES and s.source == "exact" for s in config.losses) or bool(
         names & {"visual_kl", "relation"}
     )
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    manifest, vocabulary = source.cache.manifest, model.get_output_embeddings().weight.shape[0]
+    shared = shared_count(manifest.shape.vocabulary, vocabulary)
+    visual, url = manifest.signals["visual"], source.cache.storage.url
+    check_shared(config.losses, manifest.shape.vocabulary, vocabulary, visual, url)
     dtype = getattr(torch, config.student.dtype)  # in which the student's products are formed
-    side = teacher_side(source.cache, vocabulary, device, dtype, head and HEAD in source.cache.manifest.files)
+    side = teacher_side(source.cache, vocabulary, device, dtype, head and HEAD in manifest.files)
     if side.head is None or side.signals.visual != "states" or "relation" not in names:
         return side
-    return dataclasses.replace(side, head_square=head_square(side.head))
+    return dataclasses.replace(side, head_square=head_square(side.head[:shared]))

@@ -47,7 +47,9 @@ def student_folder(seed: int = 0) -> str:
     return str(folder)
 
 
-def build(signals: SignalsConfig, image_mode: Literal["pad", "crop"] = "pad", **data: Any) -> str:
+def build(
+    signals: SignalsConfig, image_mode: Literal["pad", "crop"] = "pad", teacher: str | Path = TEACHER, **data: Any
+) -> str:
     """A cache of the tiny world with these signals, in a new folder."""
     output = tempfile.mkdtemp(prefix="cache-") + "/cache"
     build_cache(
@@ -55,7 +57,7 @@ def build(signals: SignalsConfig, image_mode: Literal["pad", "crop"] = "pad", **
             output=output,
             data=DataConfig(**{"path": str(world() / "train.json"), "image_folder": str(world() / "images"), **data}),
             teacher=TeacherConfig(
-                model=str(TEACHER),
+                model=str(teacher),
                 backend="torch",
                 dtype="float32",
                 template="tiny",
@@ -211,12 +213,14 @@ class Oracle:
         if spec.name == "cross_entropy":
             targets = sample.ids[[p + 1 for p in places]]
             return torch.stack([-F.log_softmax(s[r], -1)[targets[r]] for r in range(len(places))]), len(places)
+        shared = min(t.shape[-1], s.shape[-1])  # checkpoints of one tokenizer may be padded to different sizes
+        s = s[:, :shared]
         if spec.source == "sampled":
             value = sampled_kl(t, s, *sample.drawn)
         elif spec.source == "topk":
             value = torch.stack([topk_loss(spec, t[r], s[r]) for r in range(len(places))])
         else:
-            value = torch.stack([dense_loss(spec, t[r], s[r]) for r in range(len(places))])
+            value = torch.stack([dense_loss(spec, t[r, :shared], s[r]) for r in range(len(places))])
         if spec.rows == "llavadi":
             value = value * torch.tensor([not f for f in sample.first])
         return value, len(places)
@@ -258,9 +262,12 @@ class Oracle:
             return torch.zeros(1)
         if spec.name == "visual_kl":
             t, s = teacher.logits[sample.image].double(), student.logits[sample.image].double()
+            t, s = t[:, : s.shape[-1]], s[:, : t.shape[-1]]
             return torch.stack([dense_loss(spec, t[n], s[n]) for n in range(len(t))]).mean()[None]
         states = ("logits" if spec.space == "logits" else "last",) * 2
         t, s = (getattr(side, n)[sample.image].double() for side, n in zip((teacher, student), states, strict=True))
+        if spec.space == "logits":
+            t, s = t[:, : s.shape[-1]], s[:, : t.shape[-1]]
         gram_t, gram_s = t @ t.T, s @ s.T
         return (1 - (gram_t * gram_s).sum() / (gram_t.norm() * gram_s.norm()))[None]
 
@@ -301,19 +308,23 @@ def dense_loss(spec: LossSpec, t: Tensor, s: Tensor) -> Tensor:
 
 
 def topk_loss(spec: LossSpec, t: Tensor, s: Tensor) -> Tensor:
-    """One row from what the cache keeps of it: k log-probabilities in float16, one bucket for the rest."""
+    """One row from what the cache keeps of it: k log-probabilities in float16, one bucket for the rest. Ids that the
+    student does not have are left out, and the others scaled to mass 1."""
     logprobs, ids = F.log_softmax(t, -1).topk(TOP_K)
     logprobs = logprobs.half().double()
-    logits = logprobs + t.logsumexp(-1)
+    own = ids < len(s)
+    ids, logits = ids[own], (logprobs + t.logsumexp(-1))[own]
     if spec.name == "logit_mse":
         return (((s[ids] - logits) / spec.temperature) ** 2).mean()
     head = logprobs.exp()
     if spec.temperature != 1:
-        head = (logits / spec.temperature - (t / spec.temperature).logsumexp(-1)).exp()
+        raw = logprobs + t.logsumexp(-1)
+        head = (raw / spec.temperature - (t / spec.temperature).logsumexp(-1)).exp()
+    head = head[own] / (1 - head[~own].sum())
     tail = (
         1 - head.float().sum()
     )  # a difference of nearly equal numbers: float32 here as there, or its logarithm differs
-    tail = min(tail, (len(t) - TOP_K) * head.min().float())
+    tail = min(tail, (len(s) - len(ids)) * head.min().float())
     tail = tail if tail > 0 else head.min()
     q = F.softmax(s / spec.temperature, -1)
     rest = torch.ones_like(q, dtype=torch.bool)
@@ -336,8 +347,9 @@ def sampled_kl(t: Tensor, s: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
     values = []
     for r in range(len(t)):
         p, log_q = F.softmax(t[r], -1), F.log_softmax(s[r], -1)
-        share = counts[r].double() / counts[r].sum()
-        values.append(-(share * log_q[ids[r]]).sum() + (p * p.log()).sum())
+        own = ids[r] < s.shape[-1]
+        share = counts[r][own].double() / counts[r][own].sum()
+        values.append(-(share * log_q[ids[r][own]]).sum() + (p * p.log()).sum())
     return torch.stack(values)
 
 
