@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from teacher_cache.checksums import BLOCK_BYTES, INDEX, FileSum, read_file_sums,
 from teacher_cache.manifest import CacheError, Manifest
 from teacher_cache.records import Array, Axis
 from teacher_cache.store import parquet
+from teacher_cache.store.maps import MAPS
 from teacher_cache.store.names import array_files, known_names
 
 REPAIR = "run teacher-cache verify --repair with the cache's configuration"
@@ -27,6 +29,7 @@ COUNTS: dict[Axis, tuple[str, str]] = {
     "position": ("position_start", "positions"),
 }
 _PLACES = ("image_shard", "image_row")
+_FIXED_BYTES = 8192
 
 
 class Files(Protocol):
@@ -74,7 +77,9 @@ class ShardFolder:
         self.image_ids: pa.Array = table["image_id"].combine_chunks()
         names = [*(c for pair in COUNTS.values() for c in pair), *_PLACES]
         #: (samples, 8) starts and counts of the axes in turn, then the image's shard and line
-        self.numbers: npt.NDArray[np.int64] = np.stack([table[n].to_numpy() for n in names], -1).astype(np.int64)
+        numbers = np.stack([table[n].to_numpy() for n in names], -1).astype(np.int64)
+        fits = bool(np.all(np.abs(numbers) < 1 << 31))
+        self.numbers: npt.NDArray[np.signedinteger[Any]] = numbers.astype(np.int32) if fits else numbers
 
     @property
     def texts(self) -> pa.Table:
@@ -113,6 +118,13 @@ class ShardFolder:
     def sums(self) -> dict[str, FileSum]:
         """Size and checksums of every file but the index."""
         return self._sums
+
+    @property
+    def memory_bytes(self) -> int:
+        """About what the index takes in memory."""
+        blocks = 36 * sum(len(sums.blocks) for sums in self._sums.values())
+        lines = self.numbers.nbytes + self.sample_ids.nbytes + self.image_ids.nbytes if self.present is None else 0
+        return _FIXED_BYTES + blocks + lines
 
     def close_vanished(self) -> None:
         """Let go of mapped files that were deleted, so that their space comes free."""
@@ -159,13 +171,13 @@ class ShardFolder:
         sums = self._sums.get(file)
         if sums is None:  # an array without lines has no file
             return ZarrArray(None, layout)
-        path = self._checked_path(file, sums)
-        where = f"{self._url}/{self._name}/{file}"
         if layout.compressed or layout.file_bytes != sums.bytes:
+            path = self._checked_path(file, sums)
             if self._checked:
-                check_whole(path.read_bytes(), sums, where)
+                check_whole(path.read_bytes(), sums, f"{self._url}/{self._name}/{file}")
             return ZarrArray(path, layout)
-        return MappedArray(path, layout, sums if self._checked else None, where)
+        where = f"{self._url}/{self._name}/{file}"
+        return MappedArray(partial(self._checked_path, file, sums), layout, sums if self._checked else None, where)
 
 
 def folder_files(manifest: Manifest, name: str) -> set[str]:
@@ -175,34 +187,66 @@ def folder_files(manifest: Manifest, name: str) -> set[str]:
 
 
 class MappedArray:
-    """An uncompressed array over its mapped file; blocks are checked when first touched."""
+    """An uncompressed array over its mapped file; blocks are checked when first touched.
 
-    def __init__(self, path: Path, layout: ArrayLayout, sums: FileSum | None, where: str) -> None:
-        self.path: Path | None = path
-        with pa.memory_map(str(path)) as file:  # keeps no file descriptor open, unlike mmap and numpy.memmap
-            self._bytes = np.frombuffer(file.read_buffer(), np.uint8)
-        self._array = view(self._bytes, layout)
-        self._line_bytes, self._sums, self._where = layout.line_bytes, sums, where
-        self._unchecked = bytearray(b"\1" * len(sums.blocks)) if sums is not None else None
+    ``locate`` gives the file, of the right size; ``sums``: its checksums, None to trust it. The map may be let go of
+    between two reads (``maps.py``).
+    """
+
+    __slots__ = (
+        *("_file", "_layout", "_line_bytes", "_locate", "_mapped", "_sums", "_unchecked", "_where"),
+        *("__weakref__", "path", "used"),
+    )
+
+    def __init__(self, locate: Callable[[], Path], layout: ArrayLayout, sums: FileSum | None, where: str) -> None:
+        self._locate, self._layout, self._sums, self._where = locate, layout, sums, where
+        self._line_bytes = layout.line_bytes
+        self.path: Path | None = None
+        self.used = True
+        self._file: tuple[int, int, int] | None = None
+        self._mapped: tuple[Array, Array] | None = None
+        self._unchecked: bytearray | None = None
 
     def lines(self, start: int, count: int) -> Array:
+        mapped = self._mapped
+        if mapped is None:
+            mapped = self._map()
+        self.used = True
         if self._unchecked is not None:
             first = start * self._line_bytes // BLOCK_BYTES
             last = max(first, ((start + count) * self._line_bytes - 1) // BLOCK_BYTES)
             if 1 in self._unchecked[first : last + 1]:
-                self._check(first, last)
-        return self._array[start : start + count]
+                self._check(mapped[0], self._unchecked, first, last)
+        return mapped[1][start : start + count]
 
-    def _check(self, first: int, last: int) -> None:
+    def unmap(self) -> None:
+        self._mapped = None
+
+    def _map(self) -> tuple[Array, Array]:
+        """The file's bytes and the array over them, of a file that is another one than last time unchecked again."""
+        path = self._locate()
+        status = path.stat()
+        file = (status.st_dev, status.st_ino, status.st_mtime_ns)
+        if file != self._file:
+            self._unchecked = bytearray(b"\1" * len(self._sums.blocks)) if self._sums is not None else None
+        raw = MAPS.opening(self, lambda: _mapped_bytes(path))
+        self.path, self._file, self._mapped = path, file, (raw, view(raw, self._layout))
+        return self._mapped
+
+    def _check(self, raw: Array, unchecked: bytearray, first: int, last: int) -> None:
         assert self._sums is not None
-        assert self._unchecked is not None
         for block in range(first, last + 1):
-            if self._unchecked[block]:
-                data = self._bytes[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
+            if unchecked[block]:
+                data = raw[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
                 check_block(data, self._sums.blocks[block], block, self._where)
-                self._unchecked[block] = 0
-        if 1 not in self._unchecked:
+                unchecked[block] = 0
+        if 1 not in unchecked:
             self._unchecked = None
+
+
+def _mapped_bytes(path: Path) -> Array:
+    with pa.memory_map(str(path)) as file:  # keeps no file descriptor open, unlike mmap and numpy.memmap
+        return np.frombuffer(file.read_buffer(), np.uint8)
 
 
 class ZarrArray:

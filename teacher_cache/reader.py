@@ -8,10 +8,8 @@ block of 1 MiB is compared with its checksum the first time it is touched, so a 
 
 from __future__ import annotations
 
-import bisect
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,9 +30,11 @@ from teacher_cache.prefetch import LocalCopy, LocalFiles
 from teacher_cache.records import Array, ArraySpec, Axis, TeacherRecord
 from teacher_cache.storage import Storage
 from teacher_cache.store import parquet
+from teacher_cache.store.maps import Kept
 from teacher_cache.writer import HEAD, LEDGER, SAMPLES, SCALES, images_name, shard_name
 
-_OPEN_FOLDERS = 2048
+_INDEX_BYTES = 1 << 30
+"""Indexes kept in memory, some 50 kB a shard of 512 samples: all of them up to ten million samples."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ class TeacherCache:
                 "Finish it: run teacher-cache build with the same configuration"
             )
         table = parquet.read_table(self._side_file(LEDGER), ["samples", "index_sha256", "images_sha256"])
-        self._first: list[int] = np.concatenate([[0], np.cumsum(table["samples"].to_numpy())]).astype(int).tolist()
+        self._starts = np.concatenate([[0], np.cumsum(table["samples"].to_numpy())]).astype(np.int64)
         self._digests = {shard_name: table["index_sha256"], images_name: table["images_sha256"]}
         self._specs: dict[str, ArraySpec] = {spec.name: spec for spec in self.manifest.arrays}
         self._image_specs: dict[str, ArraySpec] = {spec.name: spec for spec in self.manifest.image_arrays}
-        self._folders: OrderedDict[str, ShardFolder] = OrderedDict()
+        self._folders: Kept[ShardFolder] = Kept(2 * len(self._digests[shard_name]), _INDEX_BYTES)
         self._lock = threading.Lock()
         self._source: LocalFiles | LocalCopy = self._open_source()
 
@@ -159,11 +159,11 @@ class TeacherCache:
         )
 
     def __len__(self) -> int:
-        return self._first[-1]
+        return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> TeacherRecord:
         """One sample, whole."""
-        folder, line = self._locate(index)
+        ((folder, line),) = self._places(np.array([index], np.int64))
         batch = self.read([index])
         texts = folder.texts.slice(line, 1).to_pylist()[0]
         return TeacherRecord(
@@ -189,7 +189,7 @@ class TeacherCache:
             An index outside 0 … len − 1.
         """
         specs = [self._spec(name) for name in (self._specs if names is None else names)]
-        places = [self._locate(i) for i in np.asarray(indices, np.int64).tolist()]
+        places = self._places(np.asarray(indices, np.int64))
         lines = np.array([folder.numbers[line] for folder, line in places], np.int64).reshape(len(places), 8)
         starts = {axis: lines[:, 2 * n].tolist() for n, axis in enumerate(COUNTS)}
         counts: dict[Axis, npt.NDArray[np.int64]] = {axis: lines[:, 2 * n + 1] for n, axis in enumerate(COUNTS)}
@@ -220,6 +220,8 @@ class TeacherCache:
         lines = [(int(shard), int(row)) for shard, row in places]
         if any(shard < 0 for shard, _ in lines):
             raise IndexError("a text-only sample has no image states")
+        with self._lock:
+            self._fresh_source()
         folders = [self._folder(images_name, shard) for shard, _ in lines]
         for folder, (shard, row) in zip(folders, lines, strict=True):
             if folder.present is not None and not folder.present[row]:
@@ -262,12 +264,12 @@ class TeacherCache:
 
     def shard_of(self, index: int) -> int:
         """Which shard holds sample ``index``."""
-        return bisect.bisect_right(self._first, index) - 1
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     @property
     def shard_starts(self) -> npt.NDArray[np.int64]:
         """(shards + 1,) number of the first sample of each shard, and the number of samples."""
-        return np.array(self._first, np.int64)
+        return self._starts.copy()
 
     @cached_property
     def head(self) -> Array:
@@ -300,6 +302,8 @@ class TeacherCache:
         """
         if not self.is_remote:
             return
+        with self._lock:
+            self._fresh_source()
         for shard in shards:
             for name, specs in ((shard_name, self._specs), (images_name, self._image_specs)):
                 wanted = [n for n in specs if names is None or n in names]
@@ -317,26 +321,23 @@ class TeacherCache:
     def _samples(self, column: str) -> Any:
         return parquet.read_table(self._side_file(SAMPLES), [column])[column]
 
-    def _locate(self, index: int) -> tuple[ShardFolder, int]:
-        if not 0 <= index < self._first[-1]:
-            raise IndexError(f"{self.storage.url}: sample {index}, but there are {len(self)}")
-        number = bisect.bisect_right(self._first, index) - 1
-        return self._folder(shard_name, number), index - self._first[number]
-
-    def _folder(self, name: Any, number: int) -> ShardFolder:
-        key = name(number)
+    def _places(self, indices: npt.NDArray[np.int64]) -> list[tuple[ShardFolder, int]]:
+        """(folder, line in it) of each sample."""
         with self._lock:
             self._fresh_source()
-            folder = self._folders.get(key)
-            if folder is not None:
-                self._folders.move_to_end(key)
-                return folder
-        digest = self._digests[name][number].as_py()
-        folder = self._open_folder(key, digest, self._checked)
-        with self._lock:
-            self._folders[key] = folder
-            while len(self._folders) > _OPEN_FOLDERS:
-                self._folders.popitem(last=False)
+        if len(outside := indices[(indices < 0) | (indices >= len(self))]):
+            raise IndexError(f"{self.storage.url}: sample {outside[0]}, but there are {len(self)}")
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        lines = (indices - self._starts[shards]).tolist()
+        return [(self._folder(shard_name, n), line) for n, line in zip(shards.tolist(), lines, strict=True)]
+
+    def _folder(self, name: Any, number: int) -> ShardFolder:
+        key = 2 * number + (name is images_name)
+        folder = self._folders.get(key)
+        if folder is None:
+            folder = self._open_folder(name(number), self._digests[name][number].as_py(), self._checked)
+            with self._lock:
+                self._folders.keep(key, folder)
         return folder
 
     def _open_folder(self, name: str, digest: str, checked: bool) -> ShardFolder:
@@ -357,7 +358,7 @@ class TeacherCache:
                 self._folders.clear()
             elif self._deletions != self._source.deletions:
                 self._deletions = self._source.deletions
-                for folder in self._folders.values():
+                for folder in self._folders:
                     folder.close_vanished()
         return self._source
 
