@@ -49,8 +49,8 @@ def plan(config: Path, sets: Sets = None, as_json: Json = False) -> None:
 @app.command()
 def ablate(config: Path, sets: Sets = None, as_json: Json = False) -> None:
     """Train every arm and seed of an ablation file that is not done yet, and write its table."""
-    from student_train.ablate import AblationConfig
     from student_train.ablate import ablate as run
+    from student_train.studies.runs import AblationConfig
     from student_train.table import as_text
 
     with _errors():

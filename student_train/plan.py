@@ -20,7 +20,6 @@ import yaml
 from transformers import LlavaForConditionalGeneration
 
 from student_train import relations
-from student_train.ablate import AblationConfig, plan_runs
 from student_train.config import (
     HIDDEN_LOSSES,
     LOGIT_LOSSES,
@@ -36,6 +35,7 @@ from student_train.objective import check_losses, needed_arrays
 from student_train.processor import check_image_mode, image_mode
 from student_train.stages import StagesConfig, stage_configs
 from student_train.student import LORA_TARGETS, choose_trainable, composed_config, composed_vocabulary
+from student_train.studies.runs import AblationConfig, plan_runs
 from teacher_cache.config import CacheConfig, ConfigError, build_config, load_config
 from teacher_cache.data.rows import expanded_length, text_positions
 from teacher_cache.images import image_tokens_of

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from student_train.ablate import AblationConfig, ArmConfig
 from student_train.config import LossSpec, SourceConfig
 from student_train.objective import needed_arrays
+from student_train.studies.runs import AblationConfig, ArmConfig
 from student_train.table import COSTS, make_table
 from teacher_cache.charts import Point
 from teacher_cache.config import build_config

@@ -9,15 +9,13 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from student_train.stages import merge
+from student_train.studies.runs import AblationConfig, ArmConfig
 from teacher_cache.charts import GREY, Interval, picture
 from teacher_cache.manifest import CacheError, read_manifest
 from teacher_cache.storage import Storage
-
-if TYPE_CHECKING:
-    from student_train.ablate import AblationConfig, ArmConfig
 
 Results = Mapping[tuple[str, int], Mapping[str, Any]]
 COSTS = ("cpu_seconds", "seconds", "peak_megabytes", "steps")

@@ -13,8 +13,9 @@ import pytest
 
 from pipelines.tiny.prepare import TEACHER
 from pipelines.tiny.student import write_student
-from student_train.ablate import AblationConfig, ArmConfig, Children, _run_all, ablate, plan_runs, run_one
+from student_train.ablate import Children, _run_all, ablate, run_one
 from student_train.stages import StagesConfig, fit_file, stage_configs
+from student_train.studies.runs import AblationConfig, ArmConfig, plan_runs
 from student_train.table import as_csv, as_markdown, as_text, make_table, teacher_text
 from teacher_cache.config import ConfigError, build_config
 from teacher_cache.manifest import read_manifest, write_manifest

@@ -12,7 +12,6 @@ import yaml
 from typer.testing import CliRunner
 
 from pipelines.llavadi.instruct_ids import instruct_ids
-from student_train.ablate import AblationConfig, plan_runs
 from student_train.cli import app
 from student_train.config import (
     ExpectedSize,
@@ -34,6 +33,7 @@ from student_train.plan import (
     student_on_meta,
 )
 from student_train.stages import StagesConfig, stage_configs
+from student_train.studies.runs import AblationConfig, plan_runs
 from teacher_cache.config import CacheConfig, ConfigError, load_config
 from teacher_cache.manifest import CacheError
 from teacher_cache.model_config import load_model_config, shipped_models
