@@ -7,7 +7,7 @@ WORLD ?=
 V := .venv/bin
 TINY := pipelines/tiny
 
-.PHONY: demo cache-teacher distill ablate ablate-llava-kd tiny-teacher world lock test test-vllm test-lmms check bench bench-gpu break-promises chaos clean help
+.PHONY: demo cache-teacher distill ablate ablate-llava-kd tiny-teacher world lock test test-fast test-portable test-vllm test-lmms check bench bench-gpu break-promises chaos clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -111,6 +111,9 @@ bench: .venv/ready .venv-vllm/ready ## every benchmark that two CPU cores can ru
 	$(V)/python -m pip install --quiet --no-deps --requirement pipelines/locks/bench-alone.txt # torchvision would replace a CPU torch
 	$(V)/python -m benchmarks.run
 	.venv-vllm/bin/python -m benchmarks.vllm_one_pass
+
+test-portable: .venv/ready ## the numeric tests with other processors' instructions, and with two threads
+	$(V)/python -m benchmarks.portable
 
 break-promises: .venv/ready ## break every promise in a copy of the project and see its tests fail
 	$(V)/python -m benchmarks.break_promises

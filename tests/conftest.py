@@ -22,8 +22,9 @@ from teacher_cache.config import (
 )
 from teacher_cache.score import build_cache
 from teacher_cache.teacher_torch import TorchTeacher
+from tests.threads import THREADS
 
-torch.set_num_threads(1)
+torch.set_num_threads(THREADS)
 settings.register_profile("same", derandomize=True)  # examples that do not change from day to day
 settings.load_profile("same")
 

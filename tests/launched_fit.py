@@ -66,7 +66,7 @@ if __name__ == "__main__":
     parser.add_argument("--not-finite-in", type=int, default=-1)
     parser.add_argument("configs", nargs="+")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     die_in(arguments.die_in)
     not_finite_in(arguments.not_finite_in)
     if arguments.fsdp:

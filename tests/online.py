@@ -27,6 +27,7 @@ from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfi
 from teacher_cache.config import CacheConfig, DataConfig, GenerationConfig, LayoutConfig, SignalsConfig, TeacherConfig
 from teacher_cache.reader import TeacherCache
 from teacher_cache.score import build_cache
+from tests.threads import THREADS
 
 TEACHER = Path(__file__).parents[1] / "pipelines" / "tiny" / "teacher"
 IMAGES = 12
@@ -99,7 +100,7 @@ def fit_config(
         "global_batch": 10,
         "micro_batch": 4,
         "learning_rate": 1e-3,
-        "threads": 1,
+        "threads": THREADS,
         "log_every": 1,
     }
     return FitConfig(

@@ -27,6 +27,7 @@ from teacher_cache.score import answer_only, build_cache, check_answered, check_
 from teacher_cache.storage import StorageError
 from teacher_cache.teacher import TeacherError
 from teacher_cache.teacher_torch import TorchTeacher, load_processor
+from tests.threads import THREADS
 
 ROOT = Path(__file__).parents[1]
 EXCEPTED = {"cost.json"}  # how long it took; and created_at in the manifest, see contents()
@@ -47,7 +48,7 @@ def write_job(config: CacheConfig, path: Path) -> Path:
     settings = json.dumps(json.dumps(asdict(config)))
     path.write_text(
         "import sys, json, torch\n"
-        "torch.set_num_threads(1)\n"
+        f"torch.set_num_threads({THREADS})\n"
         "if sys.argv[1:]:\n"
         f"    sys.path.insert(0, {str(ROOT)!r})\n"
         "    from benchmarks.chaos import die_at\n"

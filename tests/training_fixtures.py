@@ -17,11 +17,12 @@ from pipelines.tiny.prepare import TEACHER
 from pipelines.tiny.student import write_student
 from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfig, TrainConfig
 from teacher_cache.config import as_plain
+from tests.threads import THREADS
 from tests.waiting import PATIENCE
 
 STEPS = 20
 TRAIN = TrainConfig(
-    max_steps=STEPS, global_batch=8, micro_batch=2, learning_rate=1e-3, log_every=5, checkpoint_every=5, threads=1
+    max_steps=STEPS, global_batch=8, micro_batch=2, learning_rate=1e-3, log_every=5, checkpoint_every=5, threads=THREADS
 )
 LOSSES = (LossSpec("cross_entropy"), LossSpec("forward_kl"), LossSpec("hidden_mse"))
 
@@ -50,7 +51,7 @@ def launch(ranks: int, *configs: FitConfig, options: tuple[str, ...] = ()) -> in
     script = str(Path(__file__).with_name("launched_fit.py"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = torchrun if ranks > 1 else [sys.executable]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
     return subprocess.run([*command, script, *options, *paths], env=environment, timeout=PATIENCE).returncode
 
 
