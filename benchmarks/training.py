@@ -141,6 +141,7 @@ def arm(name: str, case: Case, shared: Run | None, live: TorchTeacher | None) ->
         student.__dict__["live"] = live  # not a submodule: nothing of it is trained
     if len(student.projectors):
         student.projectors = run.student.projectors
+    student = run.accelerator.prepare_model(student)  # products in the same numbers as in training
     Path(config.output).mkdir(parents=True, exist_ok=True)
     dataset = MicroBatches(sources, run.dataset._preprocessor, None, config.train.pixel_cache)
     return replace(run, config=config, student=student, dataset=dataset, folder=Path(config.output))
