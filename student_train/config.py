@@ -87,6 +87,9 @@ class SourceConfig:
     """A Parquet file whose embedded images the cache was made from."""
     answers: Literal["cached", "original"] = "cached"
     """``original`` trains on the data set's own answers, which the cache keeps as text: cross-entropy only."""
+    tokenizer: Literal["exact", "same_ids"] = "exact"
+    """For ``cache``: ``same_ids`` takes a student of the teacher's base vocabulary that has another end token, other
+    merges or other added tokens (the base model of an instruction-tuned teacher), if no cached id is one of those."""
     share: float = 1.0
     """Part of this source seen in an epoch (0.5: a fresh half every epoch; 2: twice)."""
     max_samples: int = 0

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from student_train.config import SourceConfig
+from student_train.feed.tokenizer import check_tokenizer
 from teacher_cache.config import DataConfig
 from teacher_cache.conversations import Conversation, DataError, Image, Skipped, read_conversations
 from teacher_cache.data.rows import rows_among_text, text_positions
@@ -26,7 +27,6 @@ from teacher_cache.tokenization import (
     template_by_name,
     tokenize_answer,
     tokenize_prompt,
-    tokenizer_fingerprint,
 )
 
 Ints = npt.NDArray[np.int64]
@@ -289,12 +289,13 @@ def open_source(config: SourceConfig, tokenizer: Any, names: Sequence[str], visu
 
 
 def _open_cache(config: SourceConfig, tokenizer: Any) -> TeacherCache:
-    return TeacherCache.open(
+    cache = TeacherCache.open(
         config.cache,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         prefetch_folder=config.prefetch_folder or None,
         prefetch_gigabytes=config.prefetch_gigabytes,
     )
+    check_tokenizer(cache, tokenizer, config.tokenizer == "same_ids")
+    return cache
 
 
 def _shards_in(gigabytes: float, cache: TeacherCache) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from teacher_cache.config import CacheConfig
+from teacher_cache.data.vocabulary import compare
 from teacher_cache.teacher import (
     Answer,
     AnswerRequest,
@@ -78,13 +79,24 @@ def with_answerer(teacher: Teacher, config: CacheConfig) -> Teacher:
 
     own = dataclasses.replace(config.teacher, model=config.teacher.answerer, revision="", answerer="", quantization="")
     student = TorchTeacher(own, config.generation, config.speed)
-    if student.description.tokenizer != teacher.description.tokenizer:
+    if difference := _difference(teacher, student):
         student.close()
         raise TeacherError(
             f"teacher.answerer={config.teacher.answerer}: its tokenizer is not the teacher's, so the teacher cannot "
-            "score the ids it produces. Use a student that was trained with the teacher's tokenizer"
+            f"score the ids it produces: {difference}. Use a student that was trained with the teacher's tokenizer"
         )
     return AnsweringStudent(teacher, student)
+
+
+def _difference(teacher: Teacher, student: Teacher) -> str:
+    """An id that only one of them has, or that means something else to the other; empty where there is none. Where
+    their texts begin and end is the template's business."""
+    ours, theirs = teacher.description.vocabulary, student.description.vocabulary
+    found = compare(ours, theirs, "the student", begins=False)
+    if found.never or found.foreign:
+        return found.never or found.differences[0]
+    more = compare(theirs, ours, "the teacher", begins=False).foreign
+    return f"id {min(more)} is {theirs['added'][str(min(more))]!r} for the student alone" if more else ""
 
 
 def answerer_facts(config: CacheConfig) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +31,8 @@ class TeacherDescription:
     end_token: int
     image_processing: str
     """A digest of the image preprocessing: size, crop, mean, std, pad or crop."""
+    vocabulary: dict[str, Any] = field(default_factory=dict)
+    """What its ids mean: ``data.vocabulary.describe_vocabulary``."""
 
 
 @dataclass(frozen=True)

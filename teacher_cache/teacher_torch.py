@@ -14,6 +14,7 @@ from transformers import LogitsProcessorList
 
 from teacher_cache.config import GenerationConfig, SpeedConfig, TeacherConfig
 from teacher_cache.data.rows import expand, positions_of
+from teacher_cache.data.vocabulary import describe_vocabulary
 from teacher_cache.images import AnyImage, image_tokens_of, square
 from teacher_cache.model_config import position_limit
 from teacher_cache.models.checkpoint import checkpoint_digest
@@ -317,6 +318,7 @@ def describe_teacher(config: TeacherConfig, tokenizer: Any, processor: Any) -> T
         image_token=image_token_id(tokenizer),
         end_token=end_token_id(tokenizer, template),
         image_processing=_digest({"mode": config.image_mode, **_processing(processor.image_processor)}),
+        vocabulary=describe_vocabulary(tokenizer),
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from teacher_cache.data.vocabulary import compare, describe_vocabulary
 from teacher_cache.manifest import CacheError
 from teacher_cache.reader import TeacherCache
 from teacher_cache.tokenization import tokenizer_fingerprint
@@ -33,11 +35,10 @@ class TokenText:
             loaded = read_tokenizer("--tokenizer", tokenizer)
         except ModelError as error:
             raise CacheError(f"{error}. Name the teacher's folder") from error
-        if (found := tokenizer_fingerprint(loaded)) != cache.manifest.teacher["tokenizer"]:
+        if difference := _difference(cache.manifest.teacher, loaded):
             raise CacheError(
-                f"--tokenizer {tokenizer}: not the tokenizer of {cache.manifest.teacher['model']} (fingerprint "
-                f"{found[:12]}, expected {cache.manifest.teacher['tokenizer'][:12]}); its words would be wrong. "
-                "Name the teacher's folder, or leave the option out to see ids"
+                f"--tokenizer {tokenizer}: not the tokenizer of {cache.manifest.teacher['model']} ({difference}); its "
+                "words would be wrong. Name the teacher's folder, or leave the option out to see ids"
             )
         return cls(loaded)
 
@@ -62,3 +63,12 @@ class TokenText:
         both, first = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in ([before, token], [before]))
         text = both[len(first) :] if both.startswith(first) else ""
         return text if text and "\ufffd" not in text else str(piece)
+
+
+def _difference(teacher: Mapping[str, Any], tokenizer: Any) -> str:
+    """What the teacher's ids would not mean to ``tokenizer``, or an empty text. Where texts end is no matter here."""
+    if not teacher.get("vocabulary"):
+        expected, found = str(teacher["tokenizer"]), tokenizer_fingerprint(tokenizer)
+        return "" if expected == found else f"fingerprint {found[:12]}, expected {expected[:12]}"
+    found_ids = compare(teacher["vocabulary"], describe_vocabulary(tokenizer), "this tokenizer", begins=False)
+    return found_ids.never or (found_ids.differences[0] if found_ids.foreign else "")
