@@ -23,7 +23,7 @@ from teacher_cache.images import AnyImage
 from teacher_cache.manifest import CacheError, Manifest, digest
 from teacher_cache.progress import Style, note
 from teacher_cache.storage import Storage
-from teacher_cache.store import parquet
+from teacher_cache.store.tables import INDEX_BYTES, json_object, parquet_file, read_table, text
 from teacher_cache.teacher import OVERFLOW, AnswerRequest, Teacher, TeacherCrashed
 from teacher_cache.tokenization import Ids, Prompt, Template, tokenize_answer
 from teacher_cache.writer import answers_name
@@ -168,14 +168,7 @@ def read_answers(storage: Storage, manifest: Manifest, number: int) -> dict[str,
     name = answers_name(number)
     if not storage.exists(name):
         return None
-    data = storage.read(name)
-    try:
-        metadata = json.loads(parquet.metadata(data)[_KEY])
-        table = parquet.read_table(data, checked=True)
-    except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
-        raise CacheError(
-            f"{storage.url}/{name}: damaged ({error}). Delete it and build again: its shard is answered anew"
-        ) from error
+    table, metadata = read_answer_lines(storage.read(name, INDEX_BYTES), f"{storage.url}/{name}")
     if metadata["fingerprint"] != answers_fingerprint(manifest):
         raise CacheError(
             f"{storage.url}/{name}: answers of another teacher, other data or other generation settings "
@@ -188,6 +181,15 @@ def read_answers(storage: Storage, manifest: Manifest, number: int) -> dict[str,
         sample.answers.append(tuple(line["token_ids"]))
         sample.finish_reasons.append(line["finish_reason"])
     return samples
+
+
+def read_answer_lines(data: bytes, where: str) -> tuple[pa.Table, dict[str, Any]]:
+    """The lines of an answers file, without nulls, and its metadata; ``CacheError`` names it where it is none."""
+    metadata = json_object((parquet_file(data, where).metadata.metadata or {}).get(_KEY, b""), where)
+    text(metadata.get("fingerprint"), "fingerprint", where)
+    columns = {field.name: field.type for field in _SCHEMA if field.name not in ("turn", "text")}
+    table = read_table(data, where, columns, checked=True)
+    return table, metadata
 
 
 def answer_text(tokenizer: Any, ids: Ids) -> str:

@@ -18,9 +18,10 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 from numcodecs.zstd import Zstd
-from safetensors.numpy import load as load_safetensors
 
-from teacher_cache.records import Array
+from teacher_cache.errors import CacheError
+from teacher_cache.records import Array, ArraySpec
+from teacher_cache.store.tables import json_object, mapping, whole
 
 _ZARR_DTYPES = {
     "bool": "bool",
@@ -66,6 +67,11 @@ def chunk_rows_for(line_bytes: int, rows: int, chunk_bytes: int) -> int:
 def data_file(layout: ArrayLayout) -> str:
     """The one chunk key of the array, relative to its folder: ``c/0``, ``c/0/0`` …"""
     return "/".join(["c", *["0"] * (1 + len(layout.shape))])
+
+
+def dimension_names(spec: ArraySpec) -> tuple[str, ...]:
+    """The names of an array's axes, for xarray: ``row``, ``hidden_1``."""
+    return (spec.axis, *(f"{spec.name}_{axis}" for axis in range(1, 1 + len(spec.shape))))
 
 
 def zarr_metadata(layout: ArrayLayout, dimensions: tuple[str, ...]) -> bytes:
@@ -128,21 +134,31 @@ def shard_bytes(array: Array, layout: ArrayLayout) -> list[bytes | memoryview]:
     return [*body, encoded, struct.pack("<I", google_crc32c.value(encoded))]
 
 
-def layout_from_metadata(metadata: bytes) -> ArrayLayout:
-    """The layout that ``zarr.json`` describes; raises ``ValueError`` for an array of another make."""
-    plain = json.loads(metadata)
+def layout_from_metadata(metadata: bytes, dimensions: tuple[str, ...], where: str) -> ArrayLayout:
+    """The layout that ``zarr.json`` describes.
+
+    The file must be just what :func:`zarr_metadata` writes for it, so no other codec, grid or attribute of a stranger
+    is ever acted on; ``CacheError`` names it (``where``) otherwise.
+    """
+    plain = json_object(metadata, where)
     try:
         sharding = plain["codecs"][0]["configuration"]
-        rows, *shape = plain["shape"]
-        return ArrayLayout(
+        rows, *shape = (whole(n, 0, 1 << 48, "shape", where) for n in plain["shape"])
+        layout = ArrayLayout(
             plain["data_type"],
             tuple(shape),
             rows,
-            sharding["chunk_shape"][0],
+            whole(sharding["chunk_shape"][0], 1, 1 << 48, "chunk_shape", where),
             any(codec["name"] == "zstd" for codec in sharding["codecs"]),
         )
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"not an array this package wrote ({error!r} missing in zarr.json)") from error
+        same = json.loads(zarr_metadata(layout, dimensions)) == plain
+    except CacheError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise CacheError(f"{where}: not an array this package wrote ({error!r})") from error
+    if not same:
+        raise CacheError(f"{where}: not an array this package wrote (not as it writes one of this shape)")
+    return layout
 
 
 def view(buffer: Any, layout: ArrayLayout) -> npt.NDArray[Any]:
@@ -152,15 +168,45 @@ def view(buffer: Any, layout: ArrayLayout) -> npt.NDArray[Any]:
     return flat.reshape(layout.rows, *layout.shape)
 
 
-def load_safetensors_array(data: bytes, name: str) -> Array:
-    """One tensor of a safetensors file as numpy; bfloat16, which numpy lacks, as float32."""
-    (length,) = struct.unpack("<Q", data[:8])
-    entry = json.loads(data[8 : 8 + length])[name]
-    if entry["dtype"] != "BF16":
-        return np.asarray(load_safetensors(data)[name])
-    begin, end = entry["data_offsets"]
-    raw = np.frombuffer(data, np.uint16, count=(end - begin) // 2, offset=8 + length + begin)
-    return (raw.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
+def load_safetensors_array(data: bytes, name: str, where: str, shape: tuple[int, ...]) -> Array:
+    """The tensor ``name`` (of ``shape``) of a safetensors file as numpy; bfloat16, which numpy lacks, as float32.
+
+    Raises ``CacheError``, which names the file (``where``), for another file, another shape, or one that is cut.
+    """
+    entry = tensor_entries(data, where).get(name)
+    if entry is None:
+        raise CacheError(f"{where}: no tensor {name!r} in it")
+    kind, found, raw = entry
+    if found != shape:
+        raise CacheError(f"{where}: {name}: expected the shape {shape}, found {found}")
+    if kind != "BF16":
+        return np.array(np.frombuffer(raw, _TENSOR_DTYPES[kind]).reshape(shape))
+    return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+
+
+def tensor_entries(data: bytes, where: str) -> dict[str, tuple[str, tuple[int, ...], memoryview]]:
+    """(dtype, shape, bytes) by name of a safetensors file of floating-point tensors, every number checked."""
+    if len(data) < 8 or (length := struct.unpack("<Q", data[:8])[0]) > len(data) - 8:
+        found = "an empty file" if not data else f"a file of {len(data):,} bytes that ends within its header"
+        raise CacheError(f"{where}: expected safetensors, found {found}")
+    body = memoryview(data)[8 + length :]
+    entries = {}
+    for name, entry in json_object(data[8 : 8 + length], where).items():
+        if name == "__metadata__":
+            continue
+        entry = mapping(entry, ascii(name)[:80], where)
+        kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if kind not in _TENSOR_DTYPES or not isinstance(shape, list) or not isinstance(offsets, list):
+            raise CacheError(f"{where}: {ascii(name)[:80]}: not a tensor that a cache holds")
+        sizes = tuple(whole(n, 0, 1 << 40, "shape", where) for n in shape)
+        begin, end = (whole(n, 0, 1 << 62, "data_offsets", where) for n in (*offsets, -1, -1)[:2])
+        if not begin <= end <= len(body) or end - begin != np.dtype(_TENSOR_DTYPES[kind]).itemsize * math.prod(sizes):
+            raise CacheError(f"{where}: {ascii(name)[:80]}: {sizes} of {kind} do not lie at bytes {begin:,} to {end:,}")
+        entries[name] = (kind, sizes, body[begin:end])
+    return entries
+
+
+_TENSOR_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def _json(plain: dict[str, Any]) -> bytes:

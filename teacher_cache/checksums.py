@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from teacher_cache.store import parquet
+from teacher_cache.errors import CacheError
 from teacher_cache.store.names import INDEX as INDEX
+from teacher_cache.store.tables import json_object, mapping, parquet_file, text, whole
 
 BLOCK_BYTES = 1 << 20
 """Files are checksummed in blocks of this size, so that a reader checks what it touches and no more."""
@@ -55,11 +55,35 @@ def sums_to_plain(files: Mapping[str, Iterable[bytes | memoryview]]) -> dict[str
     return {name: {"bytes": s.bytes, "blocks": list(s.blocks)} for name, s in sums.items()}
 
 
-def read_file_sums(index: bytes) -> tuple[dict[str, FileSum], dict[str, Any]]:
-    """Checksums of a folder's files, and the rest of the index's metadata, from the bytes of ``index.parquet``."""
-    metadata = json.loads(parquet.metadata(index)[METADATA_KEY])
-    sums = {name: FileSum(s["bytes"], tuple(s["blocks"])) for name, s in metadata.pop("files").items()}
-    return sums, metadata
+def read_file_sums(index: bytes, where: str) -> tuple[dict[str, FileSum], dict[str, Any]]:
+    """Checksums of a folder's files, and the rest of the index's metadata, from the bytes of ``index.parquet``.
+
+    Raises
+    ------
+    CacheError
+        Not an index as :func:`sums_to_plain` and the writer make it; ``where`` names the file.
+    """
+    plain = json_object((parquet_file(index, where).metadata.metadata or {}).get(METADATA_KEY, b""), where)
+    sums = {}
+    for name, entry in mapping(plain.pop("files", None), "files", where).items():
+        what = f"files.{ascii(name)[:80]}"
+        entry = mapping(entry, what, where)
+        size = whole(entry.get("bytes"), 0, 1 << 50, f"{what}.bytes", where)
+        blocks = entry.get("blocks")
+        if not isinstance(blocks, list) or len(blocks) != -(-size // BLOCK_BYTES):
+            raise CacheError(f"{where}: {what}.blocks: expected a list with a checksum for every MiB")
+        sums[name] = FileSum(size, tuple(whole(b, 0, (1 << 32) - 1, f"{what}.blocks", where) for b in blocks))
+    text(plain.get("fingerprint"), "fingerprint", where)
+    whole(plain.get("shard"), 0, 1 << 40, "shard", where)
+    skipped = plain.get("skipped", [])
+    if not isinstance(skipped, list):
+        raise CacheError(f"{where}: skipped: expected a list, found {ascii(skipped)[:80]}")
+    for entry in skipped:
+        if set(mapping(entry, "skipped", where)) != {"sample_id", "reason"}:
+            raise CacheError(f"{where}: skipped: expected sample_id and reason, found {', '.join(map(ascii, entry))}")
+        text(entry["sample_id"], "skipped.sample_id", where)
+        text(entry["reason"], "skipped.reason", where)
+    return sums, plain
 
 
 def bad_block(data: npt.NDArray[np.uint8], sums: FileSum) -> int | None:

@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 
+from teacher_cache.arrays import load_safetensors_array, tensor_entries
 from teacher_cache.errors import CacheError, ConfigError
 from teacher_cache.records import INT4_BLOCK
 
@@ -160,34 +159,27 @@ def with_exact_head(logits: Any, topk_ids: Any, topk_logprobs: Any, log_sum_exp:
 _LEAST_TAIL = 1e-6
 
 
-def scales_from_bytes(data: bytes) -> dict[str, ChannelScales]:
+def scales_from_bytes(data: bytes, where: str, hidden_size: int, pca: int = 0) -> dict[str, ChannelScales]:
     """``scales.safetensors``: ``{array}.channel_scale`` and, with PCA, ``{array}.mean`` and ``{array}.basis``.
 
-    Raises
-    ------
-    CacheError
-        The file is no such file.
+    Raises ``CacheError``, which names the file (``where``), for other tensors, shapes other than the cache's width and
+    components (``pca``), or numbers that are not finite.
     """
-    fields = {f.name for f in dataclasses.fields(ChannelScales)}
-    out: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
-    try:
-        stored = load_safetensors(data)
-    except SafetensorError as error:
-        raise CacheError(f"scales.safetensors: not readable ({error}). {_FETCH_AGAIN}") from error
-    for key, value in stored.items():
+    found: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
+    for key, (_, shape, _) in tensor_entries(data, where).items():
         name, _, part = key.rpartition(".")
-        if part not in fields:
-            raise CacheError(
-                f"scales.safetensors: {key!r}; expected ARRAY.{', ARRAY.'.join(sorted(fields))}. {_FETCH_AGAIN}"
-            )
-        out.setdefault(name, {})[part] = value
-    for name, parts in out.items():
-        if "channel_scale" not in parts or ("mean" in parts) != ("basis" in parts):
-            raise CacheError(
-                f"scales.safetensors: of {name} found {', '.join(sorted(parts))}; expected channel_scale, and mean and "
-                f"basis together or not at all. {_FETCH_AGAIN}"
-            )
-    return {name: ChannelScales(**parts) for name, parts in out.items()}
+        array = load_safetensors_array(data, key, where, shape)
+        if part not in _PARTS or array.dtype != np.float32 or not np.isfinite(array).all():
+            raise CacheError(f"{where}: {ascii(key)[:80]}: not finite float32 scales")
+        found.setdefault(name, {})[part] = array
+    expected: dict[str, tuple[int, ...]] = {"channel_scale": (pca or hidden_size,)}
+    if pca:
+        expected |= {"mean": (hidden_size,), "basis": (pca, hidden_size)}
+    for name, parts in found.items():
+        shapes = {part: array.shape for part, array in parts.items()}
+        if shapes != expected:
+            raise CacheError(f"{where}: {ascii(name)[:80]}: expected the shapes {expected}, found {shapes}")
+    return {name: ChannelScales(**parts) for name, parts in found.items()}
 
 
-_FETCH_AGAIN = "Fetch the cache again, or rebuild it: the states cannot be decoded without their scales"
+_PARTS = {f.name for f in dataclasses.fields(ChannelScales)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,15 +12,22 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import zarr
+import pyarrow.compute as pc
 
-from teacher_cache.arrays import ArrayLayout, data_file, layout_from_metadata, view
+from teacher_cache.arrays import (
+    ArrayLayout,
+    chunk_rows_for,
+    data_file,
+    dimension_names,
+    layout_from_metadata,
+    view,
+)
 from teacher_cache.checksums import BLOCK_BYTES, INDEX, FileSum, read_file_sums, sha256
 from teacher_cache.manifest import CacheError, Manifest
-from teacher_cache.records import Array, Axis
-from teacher_cache.store import parquet
+from teacher_cache.records import Array, ArraySpec, Axis
 from teacher_cache.store.maps import MAPS
 from teacher_cache.store.names import array_files, known_names
+from teacher_cache.store.tables import JSON_BYTES, read_table
 
 REPAIR = "run teacher-cache verify --repair with the cache's configuration"
 COUNTS: dict[Axis, tuple[str, str]] = {
@@ -30,6 +37,20 @@ COUNTS: dict[Axis, tuple[str, str]] = {
 }
 _PLACES = ("image_shard", "image_row")
 _FIXED_BYTES = 8192
+_LINES = {
+    "sample_id": pa.string(),
+    "image_id": pa.string(),
+    **dict.fromkeys(_PLACES, pa.int32()),
+    **{name: pa.int64() for pair in COUNTS.values() for name in pair},
+}
+_TEXTS = {
+    **dict.fromkeys(("questions", "answers", "original_answers"), pa.list_(pa.string())),
+    "source": pa.string(),
+}
+MOST_LINES = 1 << 24
+"""Tokens, rows or positions of one sample: as many as ``teacher.max_length`` may be."""
+_LARGE_READ, _MOST_RATIO = 256 << 20, 1000
+"""More lines than this of a compressed array at once must come out of a file at least a thousandth as large."""
 
 
 class Files(Protocol):
@@ -52,25 +73,38 @@ class ShardFolder:
     """The index in memory, the arrays mapped on first use.
 
     ``digest``: sha256 of the index from the ledger; None where there is no ledger to trust. ``url`` is for messages.
-    ``manifest`` says which arrays, and so which files, there can be.
+    ``manifest`` says which arrays, and so which files, there can be. After construction every start, count and place
+    in the index lies within its arrays' lines.
+
+    Raises
+    ------
+    CacheError
+        The index is missing, changed, of another cache, or says what cannot be; the message names it.
     """
 
     def __init__(
         self, files: Files, name: str, digest: str | None, checked: bool, url: str, manifest: Manifest
     ) -> None:
         self._files, self._name, self._checked, self._url = files, name, checked, url
-        self._digest = digest
+        self._digest, self._manifest = digest, manifest
+        self._where = f"{url}/{name}/{INDEX}"
         index = self._read_index()
-        self._sums, self.extra = read_file_sums(index)
-        known_names(self._sums, folder_files(manifest, name), f"{url}/{name}/{INDEX}")
-        self._arrays: dict[str, MappedArray | ZarrArray] = {}
+        self._sums, self.extra = read_file_sums(index, self._where)
+        check_owner(self._where, name, self.extra, manifest)
+        is_images = name.startswith("images/")
+        specs = manifest.image_arrays if is_images else manifest.arrays
+        self._specs: dict[str, ArraySpec] = {spec.name: spec for spec in specs}
+        known_names(self._sums, folder_files(manifest, name), self._where)
+        self._arrays: dict[str, MappedArray | CompressedArray] = {}
         #: (images,) of an images folder: which lines hold an image that could be read
         self.present: npt.NDArray[np.bool_] | None = None
-        if "position_start" in (columns := parquet.column_names(index)):
-            columns = ["sample_id", "image_id", *_PLACES, *(c for pair in COUNTS.values() for c in pair)]
-            self._read_lines(parquet.read_table(index, columns))
-        elif "present" in columns:
-            self.present = parquet.read_table(index, ["present"])["present"].to_numpy()
+        self._totals: dict[str, int] = {}
+        if is_images:
+            columns = {"image_id": pa.string(), "present": pa.bool_()}
+            self.present = read_table(index, self._where, columns)["present"].to_numpy()
+            self._totals["image"] = len(self.present)
+        else:
+            self._read_lines(read_table(index, self._where, _LINES))
 
     def _read_lines(self, table: pa.Table) -> None:
         self.sample_ids: pa.Array = table["sample_id"].combine_chunks()
@@ -78,14 +112,26 @@ class ShardFolder:
         names = [*(c for pair in COUNTS.values() for c in pair), *_PLACES]
         #: (samples, 8) starts and counts of the axes in turn, then the image's shard and line
         numbers = np.stack([table[n].to_numpy() for n in names], -1).astype(np.int64)
+        for number, axis in enumerate(COUNTS):
+            starts, counts = numbers[:, 2 * number], numbers[:, 2 * number + 1]
+            if (counts < 0).any() or (counts > MOST_LINES).any() or (starts != np.cumsum(counts) - counts).any():
+                raise CacheError(f"{self._where}: the starts on axis {axis} do not follow from the counts; {REPAIR}")
+            self._totals[axis] = int(counts.sum())
+        planned = self._manifest.layout["shard_samples"]
+        if len(table) > planned:
+            raise CacheError(f"{self._where}: {len(table):,} samples, but a shard of this cache has {planned:,}")
         fits = bool(np.all(np.abs(numbers) < 1 << 31))
         self.numbers: npt.NDArray[np.signedinteger[Any]] = numbers.astype(np.int32) if fits else numbers
 
     @property
     def texts(self) -> pa.Table:
         """Questions and answers, read again each time: they are looked at, not trained on."""
-        columns = ["questions", "answers", "original_answers", "source"]
-        return parquet.read_table(self._read_index(), columns)
+        table = read_table(self._read_index(), self._where, _TEXTS)
+        lengths = [pc.list_value_length(table[name]) for name in ("questions", "answers")]
+        empty = any(pc.list_flatten(table[name]).null_count for name in ("questions", "answers", "original_answers"))
+        if empty or not lengths[0].equals(lengths[1]):
+            raise CacheError(f"{self._where}: a sample without an answer to each of its questions; {REPAIR}")
+        return table
 
     def lines(self, name: str, start: int, count: int) -> Array:
         """``count`` lines of array ``name``; a view where it is mapped."""
@@ -100,8 +146,7 @@ class ShardFolder:
 
     def axis(self, name: str) -> str:
         """What the lines of array ``name`` are: token, row, position or image."""
-        metadata = self._files.path(f"{self._name}/{name}/zarr.json", self._sums[f"{name}/zarr.json"]).read_bytes()
-        return str(json.loads(metadata)["dimension_names"][0])
+        return self._specs[name].axis
 
     def begin(self, names: Sequence[str]) -> None:
         """Start to fetch the files of these arrays."""
@@ -111,8 +156,7 @@ class ShardFolder:
 
     def lengths(self) -> dict[str, int]:
         """Lines of every array, from its metadata."""
-        names = [n.removesuffix("/zarr.json") for n in self._sums if n.endswith("/zarr.json")]
-        return {name: self._layout(name).rows for name in names}
+        return {name: self._layout(name).rows for name in self._specs}
 
     @property
     def sums(self) -> dict[str, FileSum]:
@@ -131,13 +175,12 @@ class ShardFolder:
         self._arrays = {n: a for n, a in self._arrays.items() if a.path is None or a.path.exists()}
 
     def _read_index(self) -> bytes:
-        where = f"{self._url}/{self._name}/{INDEX}"
         try:
             index = self._files.index(f"{self._name}/{INDEX}")
         except FileNotFoundError:
             raise CacheError(f"{self._url}/{self._name}: the folder or its {INDEX} is missing; {REPAIR}") from None
         if self._digest is not None and sha256(index) != self._digest:
-            raise CacheError(f"{where}: changed after it was written; {REPAIR}")
+            raise CacheError(f"{self._where}: changed after it was written; {REPAIR}")
         return index
 
     def _layout(self, name: str) -> ArrayLayout:
@@ -145,14 +188,20 @@ class ShardFolder:
         sums = self._sums.get(f"{name}/zarr.json")
         if sums is None:
             raise CacheError(f"{where}: no such array in this folder; {REPAIR}")
+        if sums.bytes > JSON_BYTES:
+            raise CacheError(f"{where}: {sums.bytes:,} bytes of JSON, expected at most {JSON_BYTES:,}")
         path = self._checked_path(f"{name}/zarr.json", sums)
         metadata = path.read_bytes()
         if self._checked:
             check_whole(metadata, sums, where)
-        try:
-            return layout_from_metadata(metadata)
-        except ValueError as error:
-            raise CacheError(f"{where}: {error}; {REPAIR}") from error
+        spec = self._specs[name]
+        layout = layout_from_metadata(metadata, dimension_names(spec), where)
+        if (layout.dtype, layout.shape) != (spec.dtype, spec.shape):
+            raise CacheError(f"{where}: {layout.dtype} {layout.shape}, expected {spec.dtype} {spec.shape}; {REPAIR}")
+        rows, chunk_bytes = self._totals[spec.axis], self._manifest.layout["chunk_kilobytes"] * 1024
+        if layout.rows != rows or layout.chunk_rows != chunk_rows_for(spec.line_bytes, rows, chunk_bytes):
+            raise CacheError(f"{where}: {layout.rows:,} lines, but the index counts {rows:,}; {REPAIR}")
+        return layout
 
     def _checked_path(self, file: str, sums: FileSum) -> Path:
         where = f"{self._url}/{self._name}/{file}"
@@ -165,19 +214,36 @@ class ShardFolder:
             raise CacheError(f"{where}: expected {sums.bytes:,} bytes, found {size:,} bytes; {REPAIR}")
         return path
 
-    def _open(self, name: str) -> MappedArray | ZarrArray:
+    def _open(self, name: str) -> MappedArray | CompressedArray:
         layout = self._layout(name)
         file = f"{name}/{data_file(layout)}"
+        where = f"{self._url}/{self._name}/{file}"
         sums = self._sums.get(file)
+        if sums is None and layout.rows:
+            raise CacheError(f"{where}: {layout.rows:,} lines, but its index knows no such file; {REPAIR}")
         if sums is None:  # an array without lines has no file
-            return ZarrArray(None, layout)
-        if layout.compressed or layout.file_bytes != sums.bytes:
+            return CompressedArray(None, layout, where)
+        if layout.compressed:
             path = self._checked_path(file, sums)
             if self._checked:
-                check_whole(path.read_bytes(), sums, f"{self._url}/{self._name}/{file}")
-            return ZarrArray(path, layout)
-        where = f"{self._url}/{self._name}/{file}"
+                check_whole(path.read_bytes(), sums, where)
+            return CompressedArray(path, layout, where)
+        if layout.file_bytes != sums.bytes:
+            raise CacheError(f"{where}: {sums.bytes:,} bytes, but its lines take {layout.file_bytes:,}; {REPAIR}")
         return MappedArray(partial(self._checked_path, file, sums), layout, sums if self._checked else None, where)
+
+
+def check_owner(where: str, name: str, facts: Mapping[str, Any], manifest: Manifest) -> None:
+    """Refuse the index (``facts`` are its metadata) of another cache, or of another folder of this one."""
+    if facts["fingerprint"] != manifest.fingerprint:
+        raise CacheError(
+            f"{where}: made with other settings (fingerprint {facts['fingerprint'][:12]}, expected "
+            f"{manifest.fingerprint[:12]}); {REPAIR}"
+        )
+    if facts["shard"] != int(name.rpartition("/")[2]):
+        raise CacheError(f"{where}: the index of shard {facts['shard']}; {REPAIR}")
+    if name.startswith("shards/") and "skipped" not in facts:
+        raise CacheError(f"{where}: skipped is missing; {REPAIR}")
 
 
 def folder_files(manifest: Manifest, name: str) -> set[str]:
@@ -249,19 +315,52 @@ def _mapped_bytes(path: Path) -> Array:
         return np.frombuffer(file.read_buffer(), np.uint8)
 
 
-class ZarrArray:
-    """An array that cannot be mapped (compressed, or laid out by another writer), read by zarr."""
+class CompressedArray:
+    """An array of zstd frames, one for each chunk, unpacked when read; ``path`` None: an array without lines.
 
-    def __init__(self, path: Path | None, layout: ArrayLayout) -> None:
-        self.path = path
-        folder = None if path is None else path.parents[len(layout.shape) + 1]
-        self._array: Any = None if folder is None else zarr.open_array(str(folder), mode="r")
-        self._empty = np.zeros((0, *layout.shape), layout.dtype)
+    A frame is given just the room of a chunk, so whatever a stranger's file says, no more is unpacked.
+    """
+
+    def __init__(self, path: Path | None, layout: ArrayLayout, where: str) -> None:
+        self.path, self._layout, self._where = path, layout, where
+        if path is None:
+            return
+        with pa.memory_map(str(path)) as file:
+            self._bytes = np.frombuffer(file.read_buffer(), np.uint8)
+        size = 16 * layout.chunks + 4
+        if len(self._bytes) < size:
+            raise CacheError(f"{where}: {len(self._bytes):,} bytes, too few for {layout.chunks:,} chunks; {REPAIR}")
+        self._index = self._bytes[-size:-4].tobytes()
+        places = np.frombuffer(self._index, "<u8").reshape(-1, 2)
+        if (places > len(self._bytes)).any() or (places.sum(-1) > len(self._bytes) - size).any():
+            raise CacheError(f"{where}: a chunk beyond the end of the file; {REPAIR}")
+        self._places = places.tolist()
 
     def lines(self, start: int, count: int) -> Array:
-        if self._array is None:
-            return self._empty
-        return np.asarray(self._array[start : start + count])
+        layout = self._layout
+        shape = (count, *layout.shape)
+        wanted = count * layout.line_bytes
+        if self.path is None or not count:
+            return np.zeros((0, *layout.shape), layout.dtype)
+        if wanted > _LARGE_READ and wanted > _MOST_RATIO * len(self._bytes):
+            unpacked = f"{len(self._bytes):,} bytes that unpack to {wanted:,}"
+            raise CacheError(f"{self._where}: {unpacked}: no cache of teacher-cache does; do not use it")
+        first, last = start // layout.chunk_rows, (start + count - 1) // layout.chunk_rows
+        data = b"".join(self._chunk(number) for number in range(first, last + 1))
+        offset = (start - first * layout.chunk_rows) * layout.line_bytes
+        flat = np.frombuffer(data, np.dtype(layout.dtype).newbyteorder("<"), math.prod(shape), offset)
+        return flat.reshape(shape).astype(layout.dtype, copy=False)
+
+    def _chunk(self, number: int) -> bytes:
+        offset, length = self._places[number]
+        size = self._layout.chunk_rows * self._layout.line_bytes
+        try:
+            data = pa.decompress(self._bytes[offset : offset + length].tobytes(), size, codec="zstd", asbytes=True)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise CacheError(f"{self._where}: chunk {number} cannot be unpacked ({error}); {REPAIR}") from error
+        if len(data) != size:
+            raise CacheError(f"{self._where}: chunk {number} has {len(data):,} bytes, expected {size:,}; {REPAIR}")
+        return bytes(data)
 
 
 def check_whole(data: bytes, sums: FileSum, where: str) -> None:

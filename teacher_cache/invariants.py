@@ -19,12 +19,11 @@ from teacher_cache.data.rows import rows_among_text, text_positions
 from teacher_cache.folder import COUNTS, ShardFolder
 from teacher_cache.manifest import Manifest
 from teacher_cache.records import Array, ArraySpec
-from teacher_cache.store import parquet
 
 Fault = tuple[str, str, str]
 """(what, array, sample_id)"""
 
-CHUNK_LINES = 4096
+CHUNK_LINES, CHUNK_BYTES = 4096, 64 << 20
 COMPARED_ROWS = 64
 TOLERANCE = {"float32": 0.15, "float16": 0.15, "bfloat16": 0.25, "int8": 0.35, "int4": 2.0}
 """Root mean square difference, in nats, of stored log-probabilities and those that the stored states give: a
@@ -34,8 +33,13 @@ GREEDY_SHARE = 0.8
 arithmetic when scoring cost a few in a hundred."""
 
 
-def shard_faults(folder: ShardFolder, manifest: Manifest, head: Any, answers: bytes | None) -> Iterator[Fault]:
-    """Every broken invariant of one shard whose checksums fit. ``head``: (head, scales), where the cache has them."""
+def shard_faults(
+    folder: ShardFolder, manifest: Manifest, head: Any, answers: dict[str, list[int]] | None
+) -> Iterator[Fault]:
+    """Every broken invariant of one shard whose checksums fit.
+
+    ``head``: (head, scales), where the cache has them · ``answers``: token ids by sample, where they are stored.
+    """
     yield from _counts(folder, manifest)
     lengths = folder.lengths()
     for spec in manifest.arrays:
@@ -99,37 +103,62 @@ def _counts(folder: ShardFolder, manifest: Manifest) -> Iterator[Fault]:
 def _values(folder: ShardFolder, spec: ArraySpec, manifest: Manifest) -> Iterator[Fault]:
     """The first line of an array that holds what it cannot hold."""
     total = int(folder.numbers[:, _column(spec) + 1].sum()) if len(folder.numbers) else 0
-    for start in range(0, total, CHUNK_LINES):
-        lines = folder.lines(spec.name, start, min(CHUNK_LINES, total - start))
+    step = _lines_at_once(spec)
+    for start in range(0, total, step):
+        lines = folder.lines(spec.name, start, min(step, total - start))
         bad, what = _bad_lines(spec, lines, manifest)
         if bad.any():
             yield what, spec.name, _sample(folder, _column(spec), start + int(np.argmax(bad)))
             return
 
 
+def image_faults(folder: ShardFolder, manifest: Manifest) -> Iterator[Fault]:
+    """What an images folder holds and cannot hold, in the lines of its images that could be read."""
+    assert folder.present is not None
+    present = np.flatnonzero(folder.present)
+    for spec in manifest.image_arrays:
+        step = _lines_at_once(spec)
+        for start in range(0, len(folder.present), step):
+            lines = folder.lines(spec.name, start, min(step, len(folder.present) - start))
+            at = present[(present >= start) & (present < start + len(lines))]
+            bad, what = _bad_lines(spec, lines[at - start], manifest)
+            if bad.any():
+                yield f"line {at[int(np.argmax(bad))]}: {what}", spec.name, ""
+                break
+
+
+def _lines_at_once(spec: ArraySpec) -> int:
+    return max(1, min(CHUNK_LINES, CHUNK_BYTES // max(spec.line_bytes, 1)))
+
+
 def _bad_lines(spec: ArraySpec, lines: Array, manifest: Manifest) -> tuple[npt.NDArray[np.bool_], str]:
     """(lines,) which of them are impossible, and why."""
-    flat = lines.reshape(len(lines), -1)
+    flat = lines.reshape(len(lines), math.prod(lines.shape[1:]))
     bad, what = np.zeros(len(lines), np.bool_), ""
-    if spec.name in ("input_ids", "topk_ids", "sampled_ids"):
+    name = spec.name.removeprefix("visual_")
+    if name in ("input_ids", "topk_ids", "sampled_ids"):
         bad, what = np.asarray((flat >= manifest.shape.vocabulary).any(-1)), "an id outside the vocabulary"
     elif spec.name == "sampled_counts":
         draws = manifest.signals["sampled"]
         bad, what = np.asarray(flat.astype(np.int64).sum(-1) != draws), f"counts do not add up to {draws} draws"
-    elif spec.name.startswith("hidden") and spec.dtype == "uint16":  # bfloat16: all exponent bits set
+    elif name.startswith(("hidden", "visual")) and spec.dtype == "uint16":  # bfloat16: all exponent bits set
         bad, what = np.asarray(((flat & 0x7F80) == 0x7F80).any(-1)), "a number that is not finite"
     elif np.issubdtype(lines.dtype, np.floating):
         bad, what = np.asarray(~np.isfinite(flat).all(-1)), "a number that is not finite"
     if bad.any():
         return bad, what
-    if spec.name == "topk_logprobs":
-        values = flat.astype(np.float32)
-        unsorted, too_much = (np.diff(values, axis=-1) > 0).any(-1), np.exp(values).sum(-1) > 1.01
+    axes = tuple(range(1, lines.ndim))
+    if name == "topk_logprobs":
+        values = lines.astype(np.float32)
+        unsorted = (np.diff(values, axis=-1) > 0).any(axes)
+        too_much = (np.exp(values).sum(-1) > 1.01).any(axes[:-1])
         return np.asarray(unsorted | too_much), "log-probabilities not in descending order, or of more than mass 1"
-    if spec.name == "stats":
-        entropy = flat[:, -1]
+    if spec.name.endswith("_scale") and spec.name != "gram_scale":
+        return np.asarray((flat <= 0).any(-1)), "a scale that is not above 0"
+    if name == "stats":
+        entropy = lines[..., -1].reshape(len(lines), -1)
         most = math.log(manifest.shape.vocabulary) + 1e-3
-        return np.asarray((entropy < -1e-3) | (entropy > most)), "an impossible entropy"
+        return np.asarray(((entropy < -1e-3) | (entropy > most)).any(-1)), "an impossible entropy"
     return bad, what
 
 
@@ -166,12 +195,8 @@ def _image_places(folder: ShardFolder, manifest: Manifest) -> Iterator[Fault]:
             return
 
 
-def _answer_tokens(folder: ShardFolder, manifest: Manifest, answers: bytes) -> Iterator[Fault]:
+def _answer_tokens(folder: ShardFolder, manifest: Manifest, wanted: dict[str, list[int]]) -> Iterator[Fault]:
     """The supervised tokens are the answers' tokens, in order."""
-    table = parquet.read_table(answers, ["sample_id", "token_ids"])
-    wanted: dict[str, list[int]] = {}
-    for sample, ids in zip(table["sample_id"].to_pylist(), table["token_ids"].to_pylist(), strict=True):
-        wanted.setdefault(sample, []).extend(ids)
     ids_of, masks = _per_sample(folder, "input_ids", 0), _per_sample(folder, "loss_mask", 0)
     for (sample, tokens), (_, mask) in zip(ids_of, masks, strict=True):
         if tokens[mask].tolist() != wanted.get(sample):

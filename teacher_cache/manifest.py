@@ -19,8 +19,9 @@ from teacher_cache.errors import CacheError as CacheError
 from teacher_cache.errors import CacheVersionError as CacheVersionError
 from teacher_cache.records import ArraySpec, TeacherShape, image_arrays, record_arrays, stats_names
 from teacher_cache.storage import Storage
+from teacher_cache.store.manifest_rules import check_manifest
 from teacher_cache.store.names import MANIFEST as MANIFEST
-from teacher_cache.store.names import SIDE_FILES, known_names
+from teacher_cache.store.tables import JSON_BYTES, json_object
 
 FORMAT_VERSION = 1
 
@@ -109,34 +110,43 @@ def read_manifest(storage: Storage) -> Manifest:
         No cache there, another format version, or a byte of the file was changed.
     """
     try:
-        text = storage.read(MANIFEST)
+        text = storage.read(MANIFEST, JSON_BYTES)
     except FileNotFoundError:
         raise CacheError(
             f"{storage.url}: no teacher cache here ({MANIFEST} is missing). "
             "Make one first: teacher-cache build CONFIG (or make cache-teacher)"
         ) from None
+    where = f"{storage.url}/{MANIFEST}"
     try:
-        plain = json.loads(text)
-        version = plain["format_version"]
-        claimed = plain.pop("digest")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CacheError(f"{storage.url}/{MANIFEST}: not a manifest ({error!r}); {_RESTORE}") from error
+        plain = json_object(text, where)
+        version, claimed = plain["format_version"], plain.pop("digest")
+    except CacheError as error:
+        raise CacheError(f"{error}: not a manifest that can be read; {_RESTORE}") from error
+    except KeyError as error:
+        raise CacheError(f"{where}: not a manifest ({error} is missing); {_RESTORE}") from error
     if version != FORMAT_VERSION:
         raise CacheVersionError(
-            f"{storage.url}: cache format {version}, this package reads format {FORMAT_VERSION}. "
+            f"{storage.url}: cache format {str(version)[:40]}, this package reads format {FORMAT_VERSION}. "
             "Install the package version that made it (made_with in the manifest), or build the cache again"
         )
     if digest(plain) != claimed or _canonical(plain | {"digest": claimed}) != text:
-        raise CacheError(f"{storage.url}/{MANIFEST}: the file was changed after it was written; {_RESTORE}")
-    known_names(plain["files"], SIDE_FILES, f"{storage.url}/{MANIFEST}")
-    fingerprint = plain.pop("fingerprint")
-    manifest = Manifest(**plain)
+        raise CacheError(f"{where}: the file was changed after it was written; {_RESTORE}")
+    check_manifest(plain, where)
+    fingerprint = plain.pop("fingerprint", None)
+    try:
+        manifest = Manifest(**plain)
+        _ = manifest.shape, manifest.arrays, manifest.image_arrays
+    except (TypeError, ValueError) as error:
+        raise CacheError(f"{where}: not a manifest of format {FORMAT_VERSION} ({error})") from error
     if manifest.fingerprint != fingerprint:
-        raise CacheError(f"{storage.url}/{MANIFEST}: fingerprint does not belong to its content; {_RESTORE}")
+        raise CacheError(f"{where}: fingerprint does not belong to its content; {_RESTORE}")
     return manifest
 
 
-_RESTORE = "restore it from a copy, or run teacher-cache build with the configuration that made the cache"
+_RESTORE = (
+    "restore it from a copy; or run teacher-cache verify CACHE --repair, which puts it aside, and then teacher-cache "
+    "build with the configuration that made the cache: its shards stay"
+)
 
 
 def check_same_content(old: Manifest, new: Manifest, where: str) -> None:

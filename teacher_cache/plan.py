@@ -29,7 +29,7 @@ from teacher_cache.models.pretrained import check_llava
 from teacher_cache.plan_cost import TeacherMemory, Throughput, assumed_throughput, size_of, teacher_memory
 from teacher_cache.records import ArraySpec, Axis, TeacherShape, image_arrays, record_arrays
 from teacher_cache.storage import Storage
-from teacher_cache.store import parquet
+from teacher_cache.store.tables import INDEX_BYTES, answer_ids
 from teacher_cache.tokenization import template_by_name
 from teacher_cache.writer import answers_name
 
@@ -331,8 +331,8 @@ def _answered(storage: Storage, shards: int) -> dict[str, int]:
     lengths: dict[str, int] = {}
     for number in range(shards if storage.names("answers") else 0):
         if storage.exists(answers_name(number)):
-            table = parquet.read_table(storage.read(answers_name(number)), ["sample_id", "token_ids"])
-            for sample_id, ids in zip(table["sample_id"].to_pylist(), table["token_ids"].to_pylist(), strict=True):
+            name = answers_name(number)
+            for sample_id, ids in answer_ids(storage.read(name, INDEX_BYTES), f"{storage.url}/{name}").items():
                 lengths[sample_id] = lengths.get(sample_id, 0) + len(ids)
     return lengths
 

@@ -19,6 +19,7 @@ from teacher_cache.checksums import FileSum, bad_block_of_file
 from teacher_cache.manifest import CacheError
 from teacher_cache.storage import Storage
 from teacher_cache.store.names import inside
+from teacher_cache.store.tables import INDEX_BYTES
 
 THREADS = 4
 _TRANSFERS = 3
@@ -39,7 +40,7 @@ class LocalFiles:
         """Nothing to copy."""
 
     def index(self, name: str) -> bytes:
-        return self._storage.read(name)
+        return self._storage.read(name, INDEX_BYTES)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -99,7 +100,7 @@ class LocalCopy:
 
     def index(self, name: str) -> bytes:
         """An index, from the remote cache itself: small, and its digest is checked by the caller."""
-        return self._remote.read(name)
+        return self._remote.read(name, INDEX_BYTES)
 
     def close(self) -> None:
         if os.getpid() != self._process:  # a forked worker: threads and folder are the parent's

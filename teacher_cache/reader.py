@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from teacher_cache.arrays import load_safetensors_array as load_safetensors_array
-from teacher_cache.checksums import sha256
+from teacher_cache.checksums import INDEX, sha256
 from teacher_cache.codecs import ChannelScales
 from teacher_cache.codecs import scales_from_bytes as scales_from_bytes
 from teacher_cache.folder import COUNTS, REPAIR, Files, ShardFolder
@@ -29,8 +30,9 @@ from teacher_cache.manifest import CacheError, Manifest, read_manifest
 from teacher_cache.prefetch import LocalCopy, LocalFiles
 from teacher_cache.records import Array, ArraySpec, Axis, TeacherRecord
 from teacher_cache.storage import Storage
-from teacher_cache.store import parquet
 from teacher_cache.store.maps import Kept
+from teacher_cache.store.side_files import SAMPLE_COLUMNS, head_array, ledger_table, scale_arrays
+from teacher_cache.store.tables import HEAD_BYTES, INDEX_BYTES, read_table
 from teacher_cache.writer import HEAD, LEDGER, SAMPLES, SCALES, images_name, shard_name
 
 _INDEX_BYTES = 1 << 30
@@ -88,8 +90,9 @@ class TeacherCache:
                 f"{storage.url}: the cache is not complete ({self.manifest.planned_shards} shards planned). "
                 "Finish it: run teacher-cache build with the same configuration"
             )
-        table = parquet.read_table(self._side_file(LEDGER), ["samples", "index_sha256", "images_sha256"])
-        self._starts = np.concatenate([[0], np.cumsum(table["samples"].to_numpy())]).astype(np.int64)
+        table = ledger_table(self._side_file(LEDGER), f"{storage.url}/{LEDGER}", self.manifest)
+        samples = table["samples"].to_numpy()
+        self._starts = np.concatenate([[0], np.cumsum(samples)]).astype(np.int64)
         self._digests = {shard_name: table["index_sha256"], images_name: table["images_sha256"]}
         self._specs: dict[str, ArraySpec] = {spec.name: spec for spec in self.manifest.arrays}
         self._image_specs: dict[str, ArraySpec] = {spec.name: spec for spec in self.manifest.image_arrays}
@@ -220,11 +223,16 @@ class TeacherCache:
         lines = [(int(shard), int(row)) for shard, row in places]
         if any(shard < 0 for shard, _ in lines):
             raise IndexError("a text-only sample has no image states")
+        for shard, _ in lines:
+            if shard >= self.manifest.planned_shards:
+                raise CacheError(
+                    f"{self.storage.url}/{images_name(shard)}: a sample's image at a shard that is none; {REPAIR}"
+                )
         with self._lock:
             self._fresh_source()
         folders = [self._folder(images_name, shard) for shard, _ in lines]
         for folder, (shard, row) in zip(folders, lines, strict=True):
-            if folder.present is not None and not folder.present[row]:
+            if folder.present is None or not 0 <= row < len(folder.present) or not folder.present[row]:
                 raise CacheError(f"{self.storage.url}/{images_name(shard)}: line {row} holds no image; {REPAIR}")
         out = {}
         for spec in self._image_specs.values():
@@ -248,12 +256,14 @@ class TeacherCache:
 
     def texts(self) -> Iterator[SampleTexts]:
         """Questions and answers of every sample in order; each index is read once, no array is."""
-        digests = self._digests[shard_name]
-        for number in range(len(digests)):
-            name = shard_name(number)
-            folder = self._open_folder(name, digests[number].as_py(), True)
+        for number in range(self.manifest.planned_shards):
+            folder = self._open_folder(shard_name(number), self._digests[shard_name][number].as_py(), True)
             for line, texts in enumerate(folder.texts.to_pylist()):
                 yield SampleTexts(folder.sample_ids[line].as_py(), folder.image_ids[line].as_py(), **texts)
+
+    def shard_texts(self, number: int) -> pa.Table:
+        """questions, answers, original_answers (lists) and source, a line each sample of one shard."""
+        return self._folder(shard_name, number).texts
 
     def find(self, sample_id: str) -> int:
         """The number of ``sample_id``; raises ``KeyError`` when the cache does not hold it."""
@@ -279,12 +289,14 @@ class TeacherCache:
                 f"{self.storage.url}: no output head in this cache (signals.hidden is none), so no exact logits. "
                 "Build one with signals.hidden=rows, or use a top-k loss"
             )
-        return load_safetensors_array(self._side_file(HEAD), "head")
+        return head_array(self._side_file(HEAD), f"{self.storage.url}/{HEAD}", self.manifest)
 
     @cached_property
     def scales(self) -> dict[str, ChannelScales]:
         """What the codec needs beside the rows, by array name (``hidden``, ``hidden_second_last``, ``visual``)."""
-        return scales_from_bytes(self._side_file(SCALES)) if SCALES in self.manifest.files else {}
+        if SCALES not in self.manifest.files:
+            return {}
+        return scale_arrays(self._side_file(SCALES), f"{self.storage.url}/{SCALES}", self.manifest)
 
     def scales_of(self, name: str) -> ChannelScales:
         """The scales of array ``name``; ones where its codec needs none."""
@@ -319,7 +331,8 @@ class TeacherCache:
         return self._specs[name]
 
     def _samples(self, column: str) -> Any:
-        return parquet.read_table(self._side_file(SAMPLES), [column])[column]
+        data, where = self._side_file(SAMPLES), f"{self.storage.url}/{SAMPLES}"
+        return read_table(data, where, {column: SAMPLE_COLUMNS[column]}, len(self))[column]
 
     def _places(self, indices: npt.NDArray[np.int64]) -> list[tuple[ShardFolder, int]]:
         """(folder, line in it) of each sample."""
@@ -341,7 +354,14 @@ class TeacherCache:
         return folder
 
     def _open_folder(self, name: str, digest: str, checked: bool) -> ShardFolder:
-        return ShardFolder(self._fresh_source(), name, digest, checked, self.storage.url, self.manifest)
+        folder = ShardFolder(self._fresh_source(), name, digest, checked, self.storage.url, self.manifest)
+        if folder.present is None:
+            number = int(name.rpartition("/")[2])
+            expected = int(self._starts[number + 1] - self._starts[number])
+            if len(folder.numbers) != expected:
+                found = f"{len(folder.numbers):,} samples, but the ledger counts {expected:,}"
+                raise CacheError(f"{self.storage.url}/{name}/{INDEX}: {found}; {REPAIR}")
+        return folder
 
     def _open_source(self) -> LocalFiles | LocalCopy:
         self._process, self._deletions = os.getpid(), 0
@@ -364,7 +384,7 @@ class TeacherCache:
 
     def _side_file(self, name: str) -> bytes:
         try:
-            data = self.storage.read(name)
+            data = self.storage.read(name, HEAD_BYTES if name == HEAD else INDEX_BYTES)
         except FileNotFoundError:
             raise CacheError(f"{self.storage.url}/{name}: missing; {REPAIR}") from None
         if sha256(data) != self.manifest.files.get(name):

@@ -25,6 +25,7 @@ from teacher_cache.reader import scales_from_bytes
 from teacher_cache.records import Array, TeacherRecord
 from teacher_cache.signals import NOT_FINITE, Extractor, finite_arrays, finite_states, wanted_states
 from teacher_cache.storage import Storage
+from teacher_cache.store.tables import INDEX_BYTES
 from teacher_cache.teacher import SampleStates, ScoreRequest, Teacher, TeacherCrashed, TeacherError, pick
 from teacher_cache.tokenization import TokenizedSample, assemble, template_by_name
 from teacher_cache.visual import owned_images, plan_images
@@ -216,8 +217,10 @@ Scored = tuple[list[TeacherRecord], list[tuple[str, dict[str, Array] | None]]]
 
 
 def make_extractor(config: CacheConfig, storage: Storage, manifest: Manifest, teacher: Teacher) -> Extractor:
-    scales = scales_from_bytes(storage.read(SCALES)) if storage.exists(SCALES) else {}
-    shape = manifest.shape
+    shape, scales = manifest.shape, {}
+    if storage.exists(SCALES):
+        data, where = storage.read(SCALES, INDEX_BYTES), f"{storage.url}/{SCALES}"
+        scales = scales_from_bytes(data, where, shape.hidden_size, config.signals.pca)
     none = ChannelScales(np.ones(shape.hidden_size, np.float32))
     names = ("hidden", "hidden_second_last", "visual")
     return Extractor(

@@ -128,7 +128,7 @@ class Storage:
         """Write a file that must not be there yet; False when it is."""
         try:
             if self.local is not None:
-                with (self.local / name).open("xb") as file:
+                with names.inside(self.local, name).open("xb") as file:
                     file.write(data)
             else:
                 self._retry("write", name, lambda: self._fs.pipe_file(self.path(name), data, mode="create"))

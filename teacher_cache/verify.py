@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ import pyarrow as pa
 
 from teacher_cache.checksums import INDEX, bad_block_of_file, sha256
 from teacher_cache.folder import Files, ShardFolder
-from teacher_cache.invariants import sample_of_block, shard_faults
+from teacher_cache.invariants import Fault, image_faults, sample_of_block, shard_faults
 from teacher_cache.manifest import (
     MANIFEST,
     CacheError,
@@ -33,16 +32,19 @@ from teacher_cache.manifest import (
 from teacher_cache.prefetch import LocalCopy, LocalFiles
 from teacher_cache.rescore import rescore_cache as rescore_cache
 from teacher_cache.storage import Storage
-from teacher_cache.store import parquet
+from teacher_cache.store.side_files import read_head, read_ledger, read_samples, read_scales
+from teacher_cache.store.tables import HEAD_BYTES, INDEX_BYTES, answer_ids
 from teacher_cache.writer import (
     HEAD,
     LEDGER,
+    SAMPLES,
     SCALES,
     SKIPPED,
     absent_images,
     answers_name,
     images_name,
     shard_name,
+    skipped_lines,
 )
 
 T = TypeVar("T")
@@ -142,6 +144,7 @@ class _Check:
     def __init__(self, storage: Storage, deep: bool) -> None:
         self.storage, self.deep = storage, deep
         self.problems: list[Problem] = []
+        self._lines: pa.Table | None = None
         self._present: dict[int, npt.NDArray[np.bool_]] = {}
         self.shards = self.samples = self.skipped = self.bytes_read = 0
 
@@ -156,6 +159,8 @@ class _Check:
         self._side_files(manifest)
         ledger = self._ledger(manifest)
         head = self._head(manifest) if self.deep else None
+        if SAMPLES in manifest.files and not any(p.file == SAMPLES for p in self.problems):
+            self._lines = self._try(SAMPLES, None, partial(read_samples, self.storage, manifest))
         files = _files(self.storage, manifest)
         try:
             for number in range(manifest.planned_shards):
@@ -170,7 +175,7 @@ class _Check:
             if not self.deep and name in (HEAD, SCALES):
                 self._try(name, None, partial(self.storage.size, name))
                 continue
-            data = self._try(name, None, partial(self.storage.read, name))
+            data = self._try(name, None, partial(self.storage.read, name, HEAD_BYTES if name == HEAD else INDEX_BYTES))
             if data is None:
                 continue
             self.bytes_read += len(data)
@@ -191,21 +196,17 @@ class _Check:
         """The ledger where it can be trusted."""
         if any(p.file == LEDGER for p in self.problems) or LEDGER not in manifest.files:
             return None
-        table = parquet.read_table(self.storage.read(LEDGER))
-        if table.num_rows != manifest.planned_shards:
-            self.problems.append(Problem(f"{table.num_rows} shards, expected {manifest.planned_shards}", LEDGER))
-            return None
-        return table
+        return self._try(LEDGER, None, partial(read_ledger, self.storage, manifest))
 
     def _head(self, manifest: Manifest) -> Any:
-        from teacher_cache.arrays import load_safetensors_array
-        from teacher_cache.codecs import scales_from_bytes
-
         damaged = {p.file for p in self.problems}
         if HEAD not in manifest.files or damaged & {HEAD, SCALES}:
             return None
-        scales = scales_from_bytes(self.storage.read(SCALES)) if SCALES in manifest.files else {}
-        return load_safetensors_array(self.storage.read(HEAD), "head"), scales
+        scales: Any = {}
+        if SCALES in manifest.files:
+            scales = self._try(SCALES, None, partial(read_scales, self.storage, manifest))
+        head = self._try(HEAD, None, partial(read_head, self.storage, manifest))
+        return None if head is None or scales is None else (head, scales)
 
     def _shard(
         self, manifest: Manifest, files: LocalFiles | LocalCopy, number: int, ledger: pa.Table | None, head: Any
@@ -216,9 +217,12 @@ class _Check:
             images = self._folder(files, images_name(number), number, line.get("images_sha256"), manifest)
             if images is not None and images.present is not None:
                 self._present[number] = images.present
+            if images is not None and self.deep and not any(p.shard == number for p in self.problems):
+                self._faults(number, images_name(number), image_faults(images, manifest))
         answers = self._answers(number, line.get("answers_sha256"))
         if folder is None:
             return
+        self._listed(folder, number, line)
         self.shards += 1
         self.samples += len(folder.numbers)
         for line_number, shard, row in absent_images(folder.numbers[:, 6:], self._present):
@@ -226,9 +230,28 @@ class _Check:
             self.problems.append(Problem(what, images_name(shard), shard, folder.sample_ids[line_number].as_py()))
         self.skipped += len(folder.extra["skipped"])
         if self.deep and not any(p.shard == number for p in self.problems):
-            for what, array, sample in shard_faults(folder, manifest, head, answers):
-                name = f"{shard_name(number)}/{array}" if array else shard_name(number)
-                self.problems.append(Problem(what, name, number, sample))
+            self._faults(number, shard_name(number), shard_faults(folder, manifest, head, answers))
+
+    def _listed(self, folder: ShardFolder, number: int, line: dict[str, Any]) -> None:
+        """The shard's samples are those that the ledger counts and ``samples.parquet`` lists."""
+        count = len(folder.numbers)
+        if line and line["samples"] != count:
+            self.problems.append(Problem(f"{line['samples']} samples of shard {number}, but it has {count}", LEDGER))
+        if self._lines is None or any(p.file == LEDGER or p.shard is not None for p in self.problems):
+            return
+        listed = self._lines.slice(self.samples, count)
+        counts = [listed[name].to_pylist() for name in ("tokens", "rows", "positions")]
+        same = listed["sample_id"].to_pylist() == folder.sample_ids.to_pylist()
+        if not same or counts != folder.numbers[:, 1:6:2].T.tolist():
+            self.problems.append(Problem(f"other samples or counts than those of shard {number}", SAMPLES))
+            self._lines = None
+
+    def _faults(self, number: int, name: str, faults: Iterator[Fault]) -> None:
+        try:
+            for what, array, sample in faults:
+                self.problems.append(Problem(what, f"{name}/{array}" if array else name, number, sample))
+        except (CacheError, OSError) as error:
+            self.problems.append(Problem(str(error), name, number))
 
     def _folder(
         self, files: Files, name: str, number: int, digest: str | None, manifest: Manifest
@@ -236,11 +259,9 @@ class _Check:
         """The folder, if its index can be trusted; sizes and (deep) checksums of its files are checked."""
         try:
             folder = ShardFolder(files, name, digest, True, self.storage.url, manifest)
-        except (CacheError, OSError, ValueError, KeyError) as error:
+        except (CacheError, OSError) as error:
             self.problems.append(Problem(str(error), f"{name}/{INDEX}", number))
             return None
-        if folder.extra["fingerprint"] != manifest.fingerprint:
-            self.problems.append(Problem("made with other settings (fingerprint differs)", name, number))
         for file, sums in folder.sums.items():
             self._file(files, folder, f"{name}/{file}", number)
             self.bytes_read += sums.bytes if self.deep else 0
@@ -269,7 +290,7 @@ class _Check:
             what = f"changed after it was written (checksum of the 1 MiB block {block} differs)"
             self.problems.append(Problem(what, name, number, sample))
 
-    def _answers(self, number: int, digest: str | None) -> bytes | None:
+    def _answers(self, number: int, digest: str | None) -> dict[str, list[int]] | None:
         """The shard's answers, where they are as they were written."""
         name = answers_name(number)
         if digest == "":
@@ -277,14 +298,14 @@ class _Check:
         if not self.deep:
             self._try(name, number, lambda: self.storage.size(name))
             return None
-        data = self._try(name, number, lambda: self.storage.read(name))
+        data = self._try(name, number, lambda: self.storage.read(name, INDEX_BYTES))
         if data is None:
             return None
         self.bytes_read += len(data)
         if digest is not None and sha256(data) != digest:
             self.problems.append(Problem("changed after it was written (sha256 differs)", name, number))
             return None
-        return data
+        return self._try(name, number, partial(answer_ids, data, f"{self.storage.url}/{name}"))
 
     def _accounts(self, manifest: Manifest) -> None:
         """Cached + skipped = input, in the shards, the manifest and the list of the skipped."""
@@ -296,14 +317,9 @@ class _Check:
         if (self.samples, self.skipped) != (manifest.counts["samples"], manifest.counts["skipped"]):
             self.problems.append(Problem("the manifest counts other numbers of samples than its shards", MANIFEST))
         if not any(p.file == SKIPPED for p in self.problems):
-            listed = list(_skipped(self.storage))
-            if len(listed) != self.skipped:
+            listed = self._try(SKIPPED, None, partial(skipped_lines, self.storage))
+            if listed is not None and len(listed) != self.skipped:
                 self.problems.append(Problem(f"{len(listed)} lines, expected {self.skipped}", SKIPPED))
-
-
-def _skipped(storage: Storage) -> Iterator[Any]:
-    for line in storage.read(SKIPPED).splitlines():
-        yield json.loads(line)
 
 
 def _files(storage: Storage, manifest: Manifest) -> LocalFiles | LocalCopy:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,13 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from teacher_cache.charts import Series, histogram, key, line_chart
-from teacher_cache.checksums import INDEX
 from teacher_cache.page import Card
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import Array
 from teacher_cache.storage import Storage
-from teacher_cache.store import parquet
-from teacher_cache.writer import SKIPPED, shard_name
+from teacher_cache.writer import skipped_lines
 
 MAX_SHARDS = 16
 MAX_SAMPLES_A_SHARD = 64
@@ -72,9 +69,8 @@ def measure(cache: TeacherCache, seed: int) -> Measured:
 
 def sample_texts(cache: TeacherCache, shard: int, lines: Iterable[int]) -> list[Texts]:
     """questions, answers, original_answers (lists) and source (a list of one) of samples of one shard."""
-    data = cache.storage.read(f"{shard_name(shard)}/{INDEX}")
     names = ["questions", "answers", "original_answers", "source"]
-    table = parquet.read_table(data, names).take(list(lines)).to_pylist()
+    table = cache.shard_texts(shard).take(list(lines)).to_pylist()
     return [{n: [line[n]] if isinstance(line[n], str) else line[n] for n in names} for line in table]
 
 
@@ -111,8 +107,7 @@ def overview(cache: TeacherCache, measured: Measured) -> Iterator[Card]:
 
 def skipped_samples(storage: Storage) -> list[tuple[str, str]]:
     """(sample_id, reason) of those that are not in the cache."""
-    lines = map(json.loads, storage.read(SKIPPED).splitlines())
-    return [(line["sample_id"], line["reason"]) for line in lines]
+    return [(line["sample_id"], line["reason"]) for line in skipped_lines(storage)]
 
 
 def _add(measured: Measured, cache: TeacherCache, shard: int, first: int, lines: npt.NDArray[np.int64]) -> None:

@@ -117,7 +117,7 @@ def percent(probability: float) -> str:
 
 
 def confidence_class(probability: float | None) -> str:
-    return next(css for least, css, _ in CLASSES if (probability or 0.0) >= least)
+    return next((css for least, css, _ in CLASSES if (probability or 0.0) >= least), CLASSES[-1][1])  # NaN: the least
 
 
 def _tokens(arrays: dict[str, Array], entropy: int, words: TokenText) -> list[Token]:

@@ -13,19 +13,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from teacher_cache.arrays import ArrayLayout, chunk_rows_for, data_file, group_metadata, shard_bytes, zarr_metadata
+from teacher_cache.arrays import (
+    ArrayLayout,
+    chunk_rows_for,
+    data_file,
+    dimension_names,
+    group_metadata,
+    shard_bytes,
+    zarr_metadata,
+)
 from teacher_cache.checksums import INDEX, METADATA_KEY, read_file_sums, sha256, sums_to_plain
 from teacher_cache.conversations import Skipped
 from teacher_cache.manifest import FORMAT_VERSION, CacheError, Manifest, write_manifest
 from teacher_cache.records import Array, ArraySpec, TeacherRecord, line_counts
 from teacher_cache.storage import Parts, Storage
-from teacher_cache.store import parquet
 from teacher_cache.store.names import GROUPS
 from teacher_cache.store.names import HEAD as HEAD
 from teacher_cache.store.names import LEDGER as LEDGER
 from teacher_cache.store.names import SAMPLES as SAMPLES
 from teacher_cache.store.names import SCALES as SCALES
 from teacher_cache.store.names import SKIPPED as SKIPPED
+from teacher_cache.store.tables import INDEX_BYTES, json_lines, read_table, text
 
 
 @dataclass(frozen=True)
@@ -113,12 +121,7 @@ def refuse_foreign_shards(storage: Storage, manifest: Manifest) -> None:
     for name in storage.names("shards"):
         index = f"shards/{name}/{INDEX}"
         if name.isdigit() and storage.exists(index):
-            try:
-                _, metadata = read_file_sums(storage.read(index))
-            except (OSError, ValueError, KeyError) as error:
-                raise CacheError(
-                    f"{storage.url}/{index}: damaged ({error}). Delete that shard, or choose an empty output"
-                ) from error
+            _, metadata = read_file_sums(storage.read(index, INDEX_BYTES), f"{storage.url}/{index}")
             _check_fingerprint(storage, manifest, f"shards/{name}", metadata)
 
 
@@ -157,6 +160,16 @@ def finish(storage: Storage, manifest: Manifest) -> Manifest:
     return done
 
 
+def skipped_lines(storage: Storage) -> list[dict[str, Any]]:
+    """``sample_id`` and ``reason`` of every sample that was left out, from ``skipped.jsonl``."""
+    where = f"{storage.url}/{SKIPPED}"
+    lines = json_lines(storage.read(SKIPPED, INDEX_BYTES), where)
+    for number, line in enumerate(lines, 1):
+        for name in ("sample_id", "reason"):
+            text(line.get(name), name, f"{where}: line {number}")
+    return lines
+
+
 def absent_images(places: Array, present: Mapping[int, Array]) -> Iterator[tuple[int, int, int]]:
     """(line, image shard, image line) of samples whose image line holds none.
 
@@ -164,7 +177,7 @@ def absent_images(places: Array, present: Mapping[int, Array]) -> Iterator[tuple
     that could be read when the shard was made; it may have been readable only later, when another shard was.
     """
     for line, (shard, row) in enumerate(places.tolist()):
-        if shard in present and not present[shard][row]:
+        if shard in present and not (0 <= row < len(present[shard]) and present[shard][row]):
             yield line, shard, row
 
 
@@ -172,25 +185,27 @@ def _entry(
     storage: Storage, manifest: Manifest, number: int, present: dict[int, Array]
 ) -> tuple[ShardEntry, list[Skipped], pa.Table]:
     """The shard's line of the ledger, what it left out and its lines of ``samples.parquet``; adds to ``present``."""
-    index = storage.read(f"{shard_name(number)}/{INDEX}")
-    sums, metadata = read_file_sums(index)
+    where = f"{storage.url}/{shard_name(number)}/{INDEX}"
+    index = storage.read(f"{shard_name(number)}/{INDEX}", INDEX_BYTES)
+    sums, metadata = read_file_sums(index, where)
     _check_fingerprint(storage, manifest, shard_name(number), metadata)
-    table = parquet.read_table(index, [*_SAMPLE_COLUMNS, "image_shard", "image_row"])
+    table = read_table(index, where, _ENTRY_COLUMNS)
     skipped = [Skipped(**s) for s in metadata["skipped"]]
     size = manifest.layout["shard_samples"]
     planned = min(size, manifest.planned_samples - number * size)
     if table.num_rows + len(skipped) != planned:
         raise CacheError(
             f"{storage.url}/{shard_name(number)}: {table.num_rows} cached + {len(skipped)} skipped samples, expected "
-            f"{planned}. Delete that shard and run teacher-cache build again"
+            f"{planned}. Run teacher-cache verify --repair, then teacher-cache build again"
         )
     total = {name: int(np.sum(table[name].to_numpy())) for name in ("tokens", "rows", "positions")}
     byte_count, images, images_digest = sum(s.bytes for s in sums.values()) + len(index), 0, ""
     if manifest.image_arrays:
-        images_index = storage.read(f"{images_name(number)}/{INDEX}")
-        images_sums, metadata = read_file_sums(images_index)
+        where = f"{storage.url}/{images_name(number)}/{INDEX}"
+        images_index = storage.read(f"{images_name(number)}/{INDEX}", INDEX_BYTES)
+        images_sums, metadata = read_file_sums(images_index, where)
         _check_fingerprint(storage, manifest, images_name(number), metadata)
-        present[number] = parquet.read_table(images_index, ["present"])["present"].to_numpy()
+        present[number] = read_table(images_index, where, {"present": pa.bool_()})["present"].to_numpy()
         images = len(present[number])
         byte_count += sum(s.bytes for s in images_sums.values()) + len(images_index)
         images_digest = sha256(images_index)
@@ -217,7 +232,11 @@ def _entry(
     return entry, skipped, _sample_lines(table, number)
 
 
-_SAMPLE_COLUMNS = ("sample_id", "image_id", "tokens", "rows", "positions")
+_ENTRY_COLUMNS = {
+    **dict.fromkeys(("sample_id", "image_id"), pa.string()),
+    **dict.fromkeys(("tokens", "rows", "positions"), pa.int64()),
+    **dict.fromkeys(("image_shard", "image_row"), pa.int32()),
+}
 
 
 def _sample_lines(table: pa.Table, shard: int) -> pa.Table:
@@ -233,7 +252,8 @@ def _check_fingerprint(storage: Storage, manifest: Manifest, name: str, metadata
     if metadata["fingerprint"] != manifest.fingerprint:
         raise CacheError(
             f"{storage.url}/{name}: made with other settings (fingerprint {metadata['fingerprint'][:12]}, expected "
-            f"{manifest.fingerprint[:12]}). Delete that folder and run teacher-cache build again"
+            f"{manifest.fingerprint[:12]}). Choose another output, or move that folder away and run teacher-cache "
+            "build again with the configuration that made the rest"
         )
 
 
@@ -275,8 +295,7 @@ def _array_files(arrays: Mapping[str, Array], specs: Sequence[ArraySpec], manife
             chunk_rows_for(spec.line_bytes, len(array), layout_config["chunk_kilobytes"] * 1024),
             layout_config["compression"] != "none",
         )
-        names = (spec.axis, *(f"{spec.name}_{axis}" for axis in range(1, 1 + len(spec.shape))))
-        files[f"{spec.name}/zarr.json"] = [zarr_metadata(layout, names)]
+        files[f"{spec.name}/zarr.json"] = [zarr_metadata(layout, dimension_names(spec))]
         if len(array):
             files[f"{spec.name}/{data_file(layout)}"] = shard_bytes(array, layout)
     return files

@@ -20,6 +20,7 @@ from teacher_cache.arrays import (
     view,
     zarr_metadata,
 )
+from teacher_cache.errors import CacheError
 from tests.store_fixtures import signals, synthetic_cache
 
 DTYPES = ["bool", "int8", "uint8", "uint16", "uint32", "int64", "float16", "float32"]
@@ -50,7 +51,8 @@ def test_any_array_survives_its_file(dtype, shape, rows, chunk_bytes, compressed
     array = random.integers(0, 2 if dtype == "bool" else 100, (rows, *shape)).astype(dtype)
     line = int(array[:1].nbytes) if rows else 1
     layout = ArrayLayout(dtype, tuple(shape), rows, chunk_rows_for(line, rows, chunk_bytes), compressed)
-    assert layout_from_metadata(zarr_metadata(layout, tuple("abc"[: 1 + len(shape)]))) == layout
+    names = tuple("abc"[: 1 + len(shape)])
+    assert layout_from_metadata(zarr_metadata(layout, names), names, "zarr.json") == layout
     file = b"".join(shard_bytes(array, layout))
     if not compressed:
         assert len(file) == layout.file_bytes
@@ -139,8 +141,9 @@ def test_reading_needs_no_torch(made):
 
 
 def test_a_foreign_array_is_refused():
-    with pytest.raises(ValueError, match="not an array this package wrote"):
-        layout_from_metadata(json.dumps({"shape": [3], "codecs": [{"name": "bytes"}]}).encode())
+    foreign = json.dumps({"shape": [3], "codecs": [{"name": "bytes"}]}).encode()
+    with pytest.raises(CacheError, match=r"a/zarr\.json: not an array this package wrote"):
+        layout_from_metadata(foreign, ("row",), "a/zarr.json")
 
 
 def test_bfloat16_tensors_are_read_as_float32():
@@ -148,6 +151,8 @@ def test_bfloat16_tensors_are_read_as_float32():
     from safetensors.torch import save
 
     head = torch.randn(3, 5).bfloat16()
-    np.testing.assert_array_equal(load_safetensors_array(save({"head": head}), "head"), head.float().numpy())
+    np.testing.assert_array_equal(
+        load_safetensors_array(save({"head": head}), "head", "x", (3, 5)), head.float().numpy()
+    )
     assert data_file(ArrayLayout("int8", (4,), 2, 2)) == "c/0/0"
     assert struct.calcsize("<Q") == 8

@@ -145,12 +145,11 @@ def test_silent_rows_silent_channels_and_huge_values_stay_finite(codec):
     np.testing.assert_array_equal(decoded[0], 0)
 
 
-def test_scales_survive_their_file():
-    fitted = {
-        "hidden": fit_channel_scales(peaked_states(50, 20), "int8", 5),
-        "visual": fit_channel_scales(peaked_states(9, 8), "int4"),
-    }
-    again = scales_from_bytes(scales_to_bytes(fitted))
+@pytest.mark.parametrize(("codec", "pca"), [("int8", 5), ("int4", 0)])
+def test_scales_survive_their_file(codec, pca):
+    states = {"hidden": peaked_states(50, 20), "visual": peaked_states(9, 20)}
+    fitted = {name: fit_channel_scales(rows, codec, pca) for name, rows in states.items()}
+    again = scales_from_bytes(scales_to_bytes(fitted), "scales.safetensors", 20, pca)
     assert set(again) == {"hidden", "visual"}
     for name, scales in fitted.items():
         np.testing.assert_array_equal(again[name].channel_scale, scales.channel_scale)
@@ -160,19 +159,25 @@ def test_scales_survive_their_file():
 @pytest.mark.parametrize(
     ("stored", "complaint"),
     [
-        (b"scales", "not readable"),
+        (b"scales", "ends within its header"),
         (
             save({"hidden.channel_scale": np.ones(3, np.float32), "hidden.gain": np.ones(3, np.float32)}),
             "'hidden.gain'",
         ),
-        (save({"hidden.mean": np.ones(3, np.float32), "hidden.basis": np.ones((2, 3), np.float32)}), "of hidden found"),
-        (save({"hidden.channel_scale": np.ones(2, np.float32), "hidden.mean": np.ones(3, np.float32)}), "together"),
+        (
+            save({"hidden.mean": np.ones(3, np.float32), "hidden.basis": np.ones((2, 3), np.float32)}),
+            "hidden: expected the shapes",
+        ),
+        (
+            save({"hidden.channel_scale": np.ones(2, np.float32), "hidden.mean": np.ones(3, np.float32)}),
+            "hidden: expected the shapes",
+        ),
     ],
     ids=["no_safetensors", "unknown_part", "no_channel_scale", "mean_without_basis"],
 )
 def test_a_file_that_holds_no_scales_is_refused(stored, complaint):
     with pytest.raises(CacheError, match=f"scales.safetensors: .*{complaint}"):
-        scales_from_bytes(stored)
+        scales_from_bytes(stored, "scales.safetensors", 3)
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def read_inside(root: Path, name: str, at_most: int | None = None) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if at_most is not None and size > at_most:
             raise too_large(f"{root}/{name}", size, at_most)
-        return file.read() if at_most is None else file.read(at_most)
+        return file.read(size)
 
 
 def too_large(where: str, size: int | None, at_most: int) -> CacheError:
