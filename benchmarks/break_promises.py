@@ -339,6 +339,22 @@ BREAKS = (
         "if False:",
         "tests/test_stranger_names.py",
     ),
+    Break(
+        8,
+        "a zstd frame may unpack to any size",
+        "teacher_cache/folder.py",
+        "if wanted > _LARGE_READ and wanted > _MOST_RATIO * len(self._bytes):",
+        "if False:",
+        "tests/test_stranger_table.py",
+    ),
+    Break(
+        5,
+        "the numbers of image arrays are not looked at",
+        "teacher_cache/verify.py",
+        "self._faults(number, images_name(number), image_faults(images, manifest))",
+        "pass",
+        "tests/test_stranger_table.py",
+    ),
 )
 
 

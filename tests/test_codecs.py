@@ -166,11 +166,11 @@ def test_scales_survive_their_file(codec, pca):
         ),
         (
             save({"hidden.mean": np.ones(3, np.float32), "hidden.basis": np.ones((2, 3), np.float32)}),
-            "hidden: expected the shapes",
+            "'hidden': expected the shapes",
         ),
         (
             save({"hidden.channel_scale": np.ones(2, np.float32), "hidden.mean": np.ones(3, np.float32)}),
-            "hidden: expected the shapes",
+            "'hidden': expected the shapes",
         ),
     ],
     ids=["no_safetensors", "unknown_part", "no_channel_scale", "mean_without_basis"],
