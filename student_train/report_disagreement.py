@@ -10,7 +10,7 @@ from typing import Any
 
 from student_train.report_data import Experiment
 from teacher_cache.conversations import Image
-from teacher_cache.page import picture
+from teacher_cache.page import figure
 
 SHOWN = 18
 
@@ -112,6 +112,6 @@ def _values(question: _Question, arms: list[str]) -> dict[str, Any]:
         "id": line["id"],
         "asked": str(line["question"]).replace("<image>", "").strip(),
         "image": image,
-        "picture": picture(Image(image, path=image), question.image_folder) if image else None,
+        "figure": figure(Image(image, path=image), question.image_folder) if image else None,
         "answers": rows,
     }

@@ -168,7 +168,9 @@ def view(
     cache: str,
     output: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("cache.html"),
     samples: Annotated[int, typer.Option(help="how many samples to show")] = 24,
-    image_folder: Annotated[str, typer.Option(help="where the images lie")] = "",
+    image_folder: Annotated[
+        list[str] | None, typer.Option(help="where the images lie: a folder, or the Parquet files that hold them")
+    ] = None,
     ids: Annotated[list[str] | None, typer.Option("--id", help="show this sample_id (repeatable)")] = None,
     tokenizer: Annotated[str, typer.Option(help="folder or name of the teacher, for the text of single tokens")] = "",
     seed: int = 0,
@@ -177,7 +179,7 @@ def view(
     from teacher_cache.view import write_view
 
     with _errors():
-        written = write_view(cache, output, samples, image_folder, ids or [], tokenizer, seed)
+        written = write_view(cache, output, samples, image_folder or [], ids or [], tokenizer, seed)
     typer.echo(f"{written}: open it in any browser")
 
 

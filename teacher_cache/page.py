@@ -19,7 +19,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from teacher_cache.conversations import Image
+from teacher_cache.conversations import DataError, Image
 from teacher_cache.images import ImageError, load_image
 
 MAX_IMAGE_SIDE = 480
@@ -43,7 +43,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Figure:
     """An image as it lies in the page, or why it is ``missing``."""
 
     missing: str = ""
@@ -95,19 +95,19 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds / 60:,.1f} min" if seconds >= 120 else f"{seconds:,.1f} s"
 
 
-def picture(image: Image, folder: str | Path) -> Picture:
+def figure(image: Image, folder: str | Path) -> Figure:
     """The image, scaled down: PNG for icons and drawings of a few pixels, JPEG for photographs."""
-    if not image.data and not folder:
-        return Picture("no image folder was given")
+    if not image.embedded and not folder:
+        return Figure("no image folder was given")
     try:
         opened = load_image(image, folder)
-    except ImageError as error:
-        return Picture(str(error))
+    except (ImageError, DataError) as error:
+        return Figure(str(error))
     opened.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
     buffer = io.BytesIO()
     kind = "PNG" if max(opened.size) <= _TINY else "JPEG"
     opened.save(buffer, kind, **({"quality": 85} if kind == "JPEG" else {}))
-    return Picture("", f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}", *opened.size)
+    return Figure("", f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}", *opened.size)
 
 
 @cache

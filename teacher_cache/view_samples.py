@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from teacher_cache.conversations import Image
-from teacher_cache.page import picture
+from teacher_cache.page import Figure
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import Array
 from teacher_cache.token_text import TokenText
@@ -91,8 +90,8 @@ class Token:
             yield "rest", "all others", f"{100 * rest:.2f}", percent(rest)
 
 
-def sample_values(cache: TeacherCache, index: int, image_folder: str, words: TokenText) -> dict[str, Any]:
-    """What the sample's template is given."""
+def sample_values(cache: TeacherCache, index: int, figure: Callable[[str], Figure], words: TokenText) -> dict[str, Any]:
+    """What the sample's template is given; ``figure`` finds an image by its id."""
     top = ["topk_ids", "topk_logprobs"] if cache.manifest.signals["top_k"] else []
     batch = cache.read([index], ["input_ids", "loss_mask", "stats", *top])
     shard = cache.shard_of(index)
@@ -103,7 +102,7 @@ def sample_values(cache: TeacherCache, index: int, image_folder: str, words: Tok
         "number": index,
         "id": batch.sample_ids[0],
         "image_id": image_id,
-        "picture": picture(Image(image_id, path=image_id), image_folder) if image_id else None,
+        "figure": figure(image_id) if image_id else None,
         "about": f"{image_id or 'text only'} · {len(batch.arrays['input_ids']):,} tokens, {len(tokens):,} in answers",
         "turns": [_turn(texts, t, tokens[part]) for t, part in enumerate(answer_slices(batch.arrays["loss_mask"]))],
     }

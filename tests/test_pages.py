@@ -13,6 +13,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from hypothesis import example, given, settings
@@ -261,6 +263,24 @@ def test_nothing_but_charts_style_and_script_is_taken_as_html() -> None:
     templates = [p for root in packages for p in root.rglob("templates/*.html")]
     assert len(templates) > 3
     assert not [p for p in templates if re.search(r"\|\s*safe\b|autoescape", p.read_text())]
+
+
+def test_images_embedded_in_parquet_files_are_shown(
+    open_page: Opened, cache_config: CacheConfig, teacher: Any, world: Path, tmp_path: Path
+) -> None:
+    samples = [s for s in json.loads((world / "train.json").read_text()) if s.get("image")][:4]
+    for number, part in enumerate((samples[:2], samples[2:])):
+        lines = [s | {"image": {"bytes": (world / "images" / s["image"]).read_bytes(), "path": None}} for s in part]
+        pq.write_table(pa.Table.from_pylist(lines), tmp_path / f"train-0000{number}-of-00002.parquet")
+    files = [str(path) for path in sorted(tmp_path.glob("*.parquet"))]
+    cache = tmp_path / "cache"
+    data = DataConfig(path=tuple(files), regenerate="none")
+    build_cache(replace(cache_config, data=data, output=str(cache)), teacher=teacher, style="quiet")
+    for images in (files, str(tmp_path), [str(tmp_path / "train-*.parquet")]):
+        page = open_page(write_view(cache, tmp_path / "cache.html", image_folder=images))
+        assert page.locator(".sample img").evaluate_all("all => all.map(i => i.naturalWidth)") == [32] * 4
+    page = open_page(write_view(cache, tmp_path / "cache.html"))
+    expect(page.locator(".no-image").first).to_have_text("embedded in a data file: name it with --image-folder")
 
 
 def test_view_of_ids_says_what_is_missing(open_page: Opened, cache_folder: Path, tmp_path: Path) -> None:
