@@ -17,6 +17,8 @@ def cache_info(storage: Storage) -> list[tuple[str, str]]:
     teacher, counts, signals = manifest.teacher, manifest.counts, manifest.signals
     done = len(committed_shards(storage, manifest))
     state = "complete" if manifest.complete else "not complete"
+    if manifest.complete and done < manifest.planned_shards:
+        state = "not whole (run teacher-cache verify)"
     rows = [
         ("state", f"{state}, {done} of {manifest.planned_shards} shards"),
         ("fingerprint", manifest.fingerprint[:16]),

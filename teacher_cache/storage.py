@@ -39,7 +39,10 @@ class Storage:
         self.local: Path | None = Path(self._root) if "file" in _protocols(self._open_fs) else None
 
     def _connect(self) -> None:
-        self._open_fs, self._root = fsspec.core.url_to_fs(self.url, **self._options)
+        try:
+            self._open_fs, self._root = fsspec.core.url_to_fs(self.url, **self._options)
+        except (ValueError, ImportError) as error:  # an unknown protocol, or one whose library is not installed
+            raise StorageError(f"{self.url}: {error}. Name a folder, or s3:// or gs:// (extras s3, gcs)") from error
         self._process = os.getpid()
 
     @property

@@ -106,7 +106,7 @@ def write_images(
 
 def committed_shards(storage: Storage, manifest: Manifest) -> set[int]:
     """Numbers of the shards that are complete. Whether they belong to the manifest is :func:`finish`'s question."""
-    numbers = {int(name) for name in storage.names("shards") if name.isdigit()}
+    numbers = {int(name) for name in storage.names("shards") if name.isdecimal()}
     return {n for n in numbers if n < manifest.planned_shards and storage.exists(f"{shard_name(n)}/{INDEX}")}
 
 

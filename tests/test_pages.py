@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,16 +21,19 @@ from axe_playwright_python.sync_playwright import Axe
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, expect
+from typer.testing import CliRunner
 
 from pipelines.chromium import NoChromiumError, find_chromium, open_browser
 from pipelines.tiny.prepare import TEACHER
-from student_train.ablate import AblationConfig, ArmConfig
 from student_train.report import write_report
 from student_train.report_data import ReportError
+from student_train.studies.runs import AblationConfig, ArmConfig
 from student_train.table import draw, make_table
 from teacher_cache import view_overview
 from teacher_cache.charts import Dot, scatter_chart
+from teacher_cache.cli import app
 from teacher_cache.config import CacheConfig, DataConfig
+from teacher_cache.info import cache_info
 from teacher_cache.manifest import CacheError
 from teacher_cache.page import clean
 from teacher_cache.reader import TeacherCache
@@ -321,6 +325,44 @@ def test_view_refuses_what_it_cannot_show(tmp_path: Path, options: dict[str, Any
     with pytest.raises(CacheError, match=re.escape(message)):
         write_view(made.storage.url, tmp_path / "cache.html", **options)
     assert not (tmp_path / "cache.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        (None, "no teacher cache here"),
+        (b"[1]", "not a manifest"),
+        (b"\xff\xfe", "not a manifest"),
+        (b"{}", "not a manifest"),
+    ],
+)
+def test_info_says_calmly_that_there_is_no_cache(tmp_path: Path, manifest: bytes | None, message: str) -> None:
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_bytes(manifest)
+    refused(["info", str(tmp_path)], message)
+
+
+def test_info_and_view_refuse_places_that_hold_no_cache(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for command in ("info", "view"):
+        refused([command, str(tmp_path / "file")], "file")
+        refused([command, "nowhere://cache"], "nowhere://cache: Protocol not known")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def refused(command: list[str], message: str) -> None:
+    """The command ends with 1 and one sentence, not with a traceback."""
+    result = CliRunner().invoke(app, command)
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit)
+    assert re.match(f"error: .*{re.escape(message)}", result.output)
+
+
+def test_info_of_a_cache_that_lost_shards_does_not_call_it_complete(tmp_path: Path) -> None:
+    made = synthetic_cache(tmp_path / "cache")
+    facts = dict(cache_info(made.storage))
+    assert facts["state"].startswith("complete, ")
+    shutil.rmtree(tmp_path / "cache/shards/00001")
+    assert dict(cache_info(made.storage))["state"].startswith("not whole (run teacher-cache verify), ")
 
 
 def test_answers_are_runs_of_supervised_tokens() -> None:
