@@ -11,6 +11,8 @@ Three kinds of teacher:
   is what the head leaves; nothing is renormalised. Merging ids cannot raise an f-divergence (data processing
   inequality), so forward KL, reverse KL and JSD on these k + 1 buckets are **lower bounds** of their dense values; for
   forward KL what is missing is tail mass × KL(teacher's tail ‖ student's tail). With k = V they equal the dense ones.
+  The bounds are those of the log-probabilities given. A cache's are float16: each is off by at most 2⁻¹¹ of itself, and
+  at T by 2⁻¹¹/T (0.2 nats of a log-probability of −40 at T = 0.1), which may lift a value above its dense one.
 - **sampled**: ids drawn from the teacher with their counts. Unbiased, in value and in gradient.
 
 ``temperature`` divides both sides' logits. ``temperature_squared`` multiplies by T², as Hinton et al. (2015) do to keep

@@ -20,7 +20,9 @@ STANDARDISE_EPS = 1e-7
 
 
 def topk_at_temperature(topk_logprobs: Tensor, stats: Mapping[str, Tensor], temperature: float) -> Tensor:
-    """Stored (R, k) log-probabilities at temperature 1 → those at ``temperature``, over the full vocabulary, exactly.
+    """Stored (R, k) log-probabilities at temperature 1 → those at ``temperature``, over the full vocabulary.
+
+    Exact but for what float16 has rounded: at most 2⁻¹¹ of the stored log-probability, divided by the temperature.
 
     The raw logit is log-probability + lse@1; divided by T, less lse@T, it is the log-probability at T.
 

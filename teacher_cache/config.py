@@ -115,7 +115,12 @@ class LayoutConfig:
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """Nothing here changes what the cache holds."""
+    """Nothing here enters the fingerprint: a cache may be finished on another machine or with another batch size.
+
+    With the same ``speed``, libraries and kind of machine a resumed cache is the same byte for byte. Batch sizes
+    (``answer_batch``, ``score_batch_tokens``, ``head_rows``) change the last bits of the teacher's sums, so of ``stats``
+    and states; an id changes only where two tie to the rounding of the teacher's dtype.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     answer_batch: int = 32
