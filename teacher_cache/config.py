@@ -118,8 +118,8 @@ class SpeedConfig:
     """Nothing here enters the fingerprint: a cache may be finished on another machine or with another batch size.
 
     With the same ``speed``, libraries and kind of machine a resumed cache is the same byte for byte. Batch sizes
-    (``answer_batch``, ``score_batch_tokens``, ``head_rows``) change the last bits of the teacher's sums, so of ``stats``
-    and states; an id changes only where two tie to the rounding of the teacher's dtype.
+    (``answer_batch``, ``score_batch_tokens``, ``head_rows``) change the last bits of the teacher's sums, so of
+    ``stats`` and states; an id changes only where two tie to the rounding of the teacher's dtype.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
