@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
 from student_train.report_data import Experiment
 from teacher_cache.charts import Dot, Series, key, line_chart, scatter_chart
@@ -19,23 +18,22 @@ def quality_against_cost(experiment: Experiment) -> list[Card]:
     if not table["metrics"]:
         return []
     metric = table["metrics"][0]
-    read = {
-        arm: [r.bytes_read / 1e6 for r in experiment.of(arm) if r.bytes_read is not None] for arm in experiment.arms
+    read = [[r.bytes_read / 1e6 for r in experiment.of(a) if r.bytes_read is not None] for a in experiment.arms]
+    axes = {
+        "CPU seconds of a student": [arm["cpu_seconds"] for arm in table["arms"]],
+        "peak memory of a student (MB)": [arm["peak_megabytes"] for arm in table["arms"]],
+        "cache read in one pass (MB)": [statistics.fmean(of_arm) if of_arm else None for of_arm in read],
     }
-    axes = [
-        ("CPU seconds of a student", {a["name"]: a["cpu_seconds"] for a in table["arms"]}, ""),
-        ("peak memory of a student (MB)", {a["name"]: a["peak_megabytes"] for a in table["arms"]}, ""),
-        (
-            "cache read in one pass (MB)",
-            {arm: statistics.fmean(v) if v else None for arm, v in read.items()},
-            "Arrays that the arm’s losses need; whiskers in all three charts are one standard deviation over seeds.",
-        ),
-    ]
+    note = "Arrays that the arm’s losses need; whiskers in all three charts are one standard deviation over seeds."
     drawn = []
-    for label, values, note in axes:
-        dots = [_dot(arm, metric, values[arm["name"]], style) for style, arm in enumerate(table["arms"])]
-        chart = scatter_chart([d for d in dots if d is not None], label, metric)
-        drawn.append(Card(f"{metric.replace('_', ' ')} against {label}", chart, note))
+    for label, values in axes.items():
+        dots = [
+            Dot(arm["name"], x, arm["mean"][metric], arm["deviation"][metric] or 0.0, style)
+            for style, (arm, x) in enumerate(zip(table["arms"], values, strict=True))
+            if x is not None and arm["mean"].get(metric) is not None
+        ]
+        chart = scatter_chart(dots, label, metric)
+        drawn.append(Card(f"{metric.replace('_', ' ')} against {label}", chart, note if "cache" in label else ""))
     return drawn
 
 
@@ -66,9 +64,3 @@ def teacher_share(experiment: Experiment) -> Card | None:
         "is computed from these times, not measured."
     )
     return Card("Seconds a student, teacher included", key([line.name for line in lines]) + chart, words)
-
-
-def _dot(arm: dict[str, Any], metric: str, x: float | None, style: int) -> Dot | None:
-    if x is None or arm["mean"].get(metric) is None:
-        return None
-    return Dot(arm["name"], x, arm["mean"][metric], arm["deviation"][metric] or 0.0, style)

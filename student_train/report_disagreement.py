@@ -33,18 +33,15 @@ def disagreement(experiment: Experiment) -> dict[str, Any]:
     questions = _questions(experiment)
     if not questions:
         return {}
-    versus = "the teacher’s answers" if "teacher" in questions[0].line else "the reference answers"
     worst = sorted(questions, key=lambda q: (q.agreeing, q.likeness))[:SHOWN]
-    missed = sum(q.agreeing == 0 for q in questions)
-    lead = (
-        f"{len(questions):,} questions that every run answered, compared with {versus}; no run agrees on {missed:,} of "
-        f"them. Below are the {len(worst)} with the least agreement."
-    )
     types: dict[str, list[_Question]] = defaultdict(list)
     for question in questions:
         types[str(question.line.get("question_type") or "all questions")].append(question)
     return {
-        "lead": lead,
+        "total": len(questions),
+        "of_teacher": "teacher" in questions[0].line,
+        "missed": sum(q.agreeing == 0 for q in questions),
+        "shown": len(worst),
         "types": list(types),
         "counts": [len(group) for group in types.values()],
         "agreement": [(arm, [_share(arm, group) for group in types.values()]) for arm in experiment.arms],

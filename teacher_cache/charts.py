@@ -22,6 +22,7 @@ COLOURS = 8
 GREY = 7
 """The style that stands behind all others: what they are compared with."""
 
+_NOTHING = Markup('<p class="note">nothing to draw</p>')
 _LETTER = 6.2
 _WIDE = 20
 _PANEL, _LINE, _HEAD, _GAP = 190, 24, 34, 20
@@ -85,7 +86,7 @@ def line_chart(
     series = [replace(s, points=[p for p in s.points if all(map(math.isfinite, p))]) for s in series]
     points = [p for s in series for p in s.points]
     if not points:
-        return _nothing()
+        return _NOTHING
     heights = [y for _, y in points]
     log_y = y_range is None and 0 < _WIDE * min(heights) < max(heights)
     y_span = y_range or ((min(heights), max(heights)) if log_y else _padded(heights))
@@ -98,7 +99,7 @@ def scatter_chart(dots: Sequence[Dot], x_label: str, y_label: str) -> Markup:
     """Named dots with whiskers of one deviation, their names beside them."""
     dots = [d for d in dots if math.isfinite(d.x) and math.isfinite(d.y)]
     if not dots:
-        return _nothing()
+        return _NOTHING
     heights = [v for d in dots for v in (d.y - d.spread, d.y + d.spread)]
     frame = _Frame(_padded([d.x for d in dots], 0.15), _padded(heights))
     drawn = [*(_dot(d, frame) for d in dots), *_labels(dots, frame)]
@@ -121,7 +122,8 @@ def key(names: Sequence[str]) -> Markup:
     """What the colours and dashes of a page's charts stand for; style n is ``names[n]``."""
     items = Markup()
     for style, name in enumerate(names):
-        stroke = _tag("line", class_=f"line {_stroke(style)}", x1=1, x2=25, y1=5, y2=5, stroke_dasharray=_dash(style))
+        css = f"line k{style % COLOURS}"
+        stroke = _tag("line", class_=css, x1=1, x2=25, y1=5, y2=5, stroke_dasharray=_dash(style))
         items += _tag("li", _tag("svg", stroke, viewBox="0 0 26 10", aria_hidden="true") + clean(name))
     return _tag("ul", items, class_="key")
 
@@ -165,17 +167,13 @@ def _tag(name: str, inner: object = "", **attributes: object) -> Markup:
     return Markup("<{0}{1}>{2}</{0}>").format(name, spelled, clean(inner))
 
 
-def _nothing() -> Markup:
-    return _tag("p", "nothing to draw", class_="note")
-
-
 def _line(series: Series, frame: _Frame) -> Markup:
     places = [(frame.across(x), frame.up(y)) for x, y in series.points]
     last_x, last_y = series.points[-1]
     words = _tag("title", f"{series.name}: {last_y:.4g} at {last_x:,.4g}")
     if len(places) == 1:
-        return _tag("circle", words, class_=_fill(series.style), r=3, cx=places[0][0], cy=places[0][1])
-    css = f"line {_stroke(series.style)}{' thin' if series.thin else ''}"
+        return _tag("circle", words, class_=f"f{series.style % COLOURS}", r=3, cx=places[0][0], cy=places[0][1])
+    css = f"line k{series.style % COLOURS}{' thin' if series.thin else ''}"
     points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     return _tag("polyline", words, class_=css, stroke_dasharray=_dash(series.style), points=points)
 
@@ -183,8 +181,8 @@ def _line(series: Series, frame: _Frame) -> Markup:
 def _dot(dot: Dot, frame: _Frame) -> Markup:
     x, top, bottom = frame.across(dot.x), frame.up(dot.y + dot.spread), frame.up(dot.y - dot.spread)
     words = _tag("title", f"{dot.name}: {dot.y:.4g} ± {dot.spread:.2g} at {dot.x:,.4g}")
-    whisker = _tag("line", class_=f"whisker {_stroke(dot.style)}", x1=x, x2=x, y1=top, y2=bottom)
-    return whisker + _tag("circle", words, class_=_fill(dot.style), r=4, cx=x, cy=frame.up(dot.y))
+    whisker = _tag("line", class_=f"whisker k{dot.style % COLOURS}", x1=x, x2=x, y1=top, y2=bottom)
+    return whisker + _tag("circle", words, class_=f"f{dot.style % COLOURS}", r=4, cx=x, cy=frame.up(dot.y))
 
 
 def _labels(dots: Sequence[Dot], frame: _Frame) -> Iterator[Markup]:
@@ -194,7 +192,7 @@ def _labels(dots: Sequence[Dot], frame: _Frame) -> Iterator[Markup]:
         x, y, width = frame.across(dot.x), frame.up(dot.y), _LETTER * len(dot.name)
         places = [(left, y + down) for down in (0, 13, -13, 26, -26) for left in (x + 8, x - 8 - width)]
         boxes = [(left, level - 6, left + width, level + 6) for left, level in places]
-        free = [box for box in boxes if box[0] > LEFT and box[2] < WIDTH and not any(_meet(box, t) for t in taken)]
+        free = [b for b in boxes if b[0] > LEFT and b[2] < WIDTH and not any(_meet(b, t) for t in taken)]
         box = (free or boxes)[0]
         taken.append(box)
         yield _tag("text", dot.name, class_="name", x=box[0], y=box[1] + 10)
@@ -236,13 +234,13 @@ def _panel(title: str, intervals: Sequence[Interval], left: int, floor: int) -> 
         parts.append(_tag("line", class_="axis", x1=x, x2=x, y1=_HEAD, y2=floor))
         parts.append(_tag("text", short(value), x=x, y=floor + 15, text_anchor="middle"))
     for i in intervals:
-        x, y, stroke, fill = across(i.mean), _HEAD + _LINE * i.row + 12, _stroke(i.style), _fill(i.style)
+        y, fill = _HEAD + _LINE * i.row + 12, f"f{i.style % COLOURS}"
         first, last = across(i.mean - i.spread), across(i.mean + i.spread)
         path = f"M{first:.1f} {y}H{last:.1f}M{first:.1f} {y - 4}v8M{last:.1f} {y - 4}v8"
-        parts.append(_tag("path", class_=f"whisker {stroke}", d=path))
+        parts.append(_tag("path", class_=f"whisker k{i.style % COLOURS}", d=path))
         parts += [_tag("circle", class_=f"single {fill}", r=2, cx=across(v), cy=y) for v in i.values]
         words = _tag("title", f"{title}: {i.mean:.4g} ± {i.spread:.2g}")
-        parts.append(_tag("circle", words, class_=fill, r=4, cx=x, cy=y))
+        parts.append(_tag("circle", words, class_=fill, r=4, cx=across(i.mean), cy=y))
     return Markup().join(parts)
 
 
@@ -275,14 +273,6 @@ def _powers(low: float, high: float) -> list[float]:
     """1, 2, 4, 8 … for a logarithmic axis of counts, few enough to be read."""
     values = [2.0**n for n in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
     return values[:: -(-len(values) // 8)]
-
-
-def _stroke(style: int) -> str:
-    return f"k{style % COLOURS}"
-
-
-def _fill(style: int) -> str:
-    return f"f{style % COLOURS}"
 
 
 def _dash(style: int) -> str:

@@ -51,11 +51,6 @@ class Figure:
     width: int = 0
     height: int = 0
 
-    @property
-    def is_tiny(self) -> bool:
-        """An icon or a drawing of a few pixels: shown with hard edges."""
-        return max(self.width, self.height) <= _TINY
-
 
 def render(template: str, package: str = TEMPLATES, **values: Any) -> str:
     """The template of ``package``, which may use ours beside its own. Only Markup among ``values`` is not escaped."""
@@ -113,9 +108,12 @@ def figure(image: Image, folder: str | Path) -> Figure:
 @cache
 def _environment(package: str) -> Environment:
     loader = ChoiceLoader([PackageLoader(name) for name in dict.fromkeys((package, TEMPLATES))])
-    return Environment(
+    made = Environment(
         loader=loader, autoescape=True, finalize=clean, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    made.filters |= {"bytes": bytes_text, "seconds": seconds_text}
+    made.globals["tiny"] = _TINY
+    return made
 
 
 def _asset(name: str) -> str:

@@ -13,11 +13,11 @@ from teacher_cache.config import DataConfig
 from teacher_cache.conversations import Conversation, Image, read_conversations
 from teacher_cache.info import cache_info
 from teacher_cache.manifest import CacheError
-from teacher_cache.page import Figure, bytes_text, figure, write_page
+from teacher_cache.page import Figure, figure, write_page
 from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage
 from teacher_cache.token_text import TokenText
-from teacher_cache.view_overview import MAX_SKIPPED_LINES, Measured, measure, overview, skipped_samples
+from teacher_cache.view_overview import MAX_SKIPPED_LINES, measure, overview, skipped_samples
 from teacher_cache.view_samples import CLASSES, sample_values
 
 
@@ -49,15 +49,14 @@ def write_view(
         figures = find_figures([str(n) for n in names if str(n)], opened.read(chosen, []).image_ids)
         measured = measure(opened, seed)
         how = "chosen by id" if ids else f"drawn at random with seed {seed}"
-        model = opened.manifest.teacher["model"]
         return write_page(
             output,
             "view.html",
             script="view.js",
-            title=f"{model} · teacher cache",
-            model=model,
+            model=opened.manifest.teacher["model"],
             data=", ".join(f["name"] for f in opened.manifest.data["files"]),
-            numbers=_numbers(opened, measured),
+            counts=opened.manifest.counts,
+            measured=measured,
             contents=cache_info(storage),
             overview=overview(opened, measured),
             skipped=skipped_samples(storage),
@@ -104,18 +103,3 @@ def find_figures(names: Sequence[str], image_ids: Sequence[str]) -> Callable[[st
         return figure(embedded.get(image_id, Image(image_id, path=image_id)), next(iter(folders), ""))
 
     return find
-
-
-def _numbers(cache: TeacherCache, measured: Measured) -> list[tuple[str, str]]:
-    """What stands in large letters at the top, with a word for each."""
-    counts = cache.manifest.counts
-    numbers = [
-        (f"{counts['samples']:,}", "samples"),
-        (f"{counts['rows']:,}", "answer tokens"),
-        (bytes_text(counts["bytes"]), f"in shards, {counts['bytes'] / max(counts['rows'], 1):,.0f} bytes a token"),
-        (f"{counts['skipped']:,}", "skipped"),
-    ]
-    if measured.regenerated:
-        share = measured.changed / measured.regenerated
-        numbers.append((f"{100 * share:.0f} %", "of regenerated answers differ from the original"))
-    return numbers

@@ -63,7 +63,8 @@ class Token:
 
     @property
     def css(self) -> str:
-        colour = confidence_class(self.probability) if len(self.ids) else ""
+        colours = (css for least, css, _ in CLASSES if (self.probability or 0.0) >= least)
+        colour = next(colours, CLASSES[-1][1]) if len(self.ids) else ""  # NaN: the least
         is_first = not len(self.ids) or int(self.ids[0]) == self.id
         marks = {"other": not is_first, "special": self.words.is_special(self.id), "id": not self.words.known}
         return " ".join(["t", *filter(None, [colour]), *(mark for mark, holds in marks.items() if holds)])
@@ -113,10 +114,6 @@ def percent(probability: float) -> str:
     value = 100 * float(probability)
     digits = 2 if value >= 99.5 or value < 0.095 else 1 if value >= 95 or value < 10 else 0
     return "100 %" if value >= 99.995 else "< 0.01 %" if value < 0.005 else f"{value:.{digits}f} %"
-
-
-def confidence_class(probability: float | None) -> str:
-    return next((css for least, css, _ in CLASSES if (probability or 0.0) >= least), CLASSES[-1][1])  # NaN: the least
 
 
 def _tokens(arrays: dict[str, Array], entropy: int, words: TokenText) -> list[Token]:
