@@ -59,7 +59,8 @@ class TeacherConfig:
     image_mode: Literal["pad", "crop"] = "pad"
     """``pad``: to a square with the mean colour, as LLaVA-1.5; ``crop``: the Hugging Face processor's default."""
     max_length: int = 2048
-    """Tokens of a whole conversation, image tokens counted; a longer sample is skipped with its length."""
+    """Tokens of a whole conversation, image tokens counted; a longer sample is skipped with its length. Torch counts no
+    further than the model's own positions; vLLM refuses to start where they are too few for the samples."""
     answerer: str = ""
     """A student (folder or hub name, same tokenizer) that writes the new answers in the teacher's place; the teacher
     scores them. LLAVADI's "data from student"."""
