@@ -186,13 +186,11 @@ def view(
 @app.command("export-answers")
 def export_answers(cache: str, output: Annotated[Path, typer.Option(help="the JSON file to write")]) -> None:
     """The regenerated instruction set as LLaVA JSON, for people who do not use this package."""
-    from teacher_cache.info import exported_answers
+    from teacher_cache.info import export_answers as export
 
     with _errors():
-        lines = exported_answers(Storage(cache))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(lines, ensure_ascii=False, indent=1), encoding="utf-8")
-    typer.echo(f"{output}: {len(lines):,} samples")
+        samples = export(Storage(cache), output)
+    typer.echo(f"{output}: {samples:,} samples")
 
 
 def _errors() -> contextlib.AbstractContextManager[Stop]:

@@ -25,6 +25,7 @@ from teacher_cache.arrays import (
 from teacher_cache.checksums import BLOCK_BYTES, INDEX, FileSum, read_file_sums, sha256
 from teacher_cache.manifest import CacheError, Manifest
 from teacher_cache.records import Array, ArraySpec, Axis
+from teacher_cache.storage import patiently
 from teacher_cache.store.maps import MAPS
 from teacher_cache.store.names import array_files, known_names
 from teacher_cache.store.tables import JSON_BYTES, read_table
@@ -295,7 +296,7 @@ class MappedArray:
         file = (status.st_dev, status.st_ino, status.st_mtime_ns)
         if file != self._file:
             self._unchecked = bytearray(b"\1" * len(self._sums.blocks)) if self._sums is not None else None
-        raw = MAPS.opening(self, lambda: _mapped_bytes(path))
+        raw = patiently("read", str(path), lambda: MAPS.opening(self, lambda: _mapped_bytes(path)))
         self.path, self._file, self._mapped = path, file, (raw, view(raw, self._layout))
         return self._mapped
 

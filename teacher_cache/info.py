@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 from teacher_cache.conversations import Conversation, Image, to_llava_json
@@ -52,18 +55,26 @@ def cache_info(storage: Storage) -> list[tuple[str, str]]:
     ]
 
 
-def exported_answers(storage: Storage) -> list[dict[str, Any]]:
-    """LLaVA JSON lines with the cached answers in the place of the original ones."""
-    with TeacherCache(storage) as cache:
-        return to_llava_json(
-            Conversation(
-                t.sample_id,
-                tuple(t.questions),
-                tuple(t.answers),
-                Image(t.image_id, path=t.image_id) if t.image_id else None,
-            )
-            for t in cache.texts()
-        )
+def export_answers(storage: Storage, output: Path) -> int:
+    """Write LLaVA JSON with the cached answers in the place of the original ones, in the data's order; the number of
+    samples. One shard's texts are in memory at a time, and ``output`` appears whole or not at all."""
+    count = 0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    try:
+        with TeacherCache(storage) as cache, temporary.open("w", encoding="utf-8") as file:
+            for text in cache.texts():
+                image = Image(text.image_id, path=text.image_id) if text.image_id else None
+                sample = Conversation(text.sample_id, tuple(text.questions), tuple(text.answers), image)
+                (line,) = to_llava_json([sample])
+                plain = json.dumps(line, ensure_ascii=False, indent=1).replace("\n", "\n ")
+                file.write(f"{',' if count else '['}\n {plain}")
+                count += 1
+            file.write("\n]" if count else "[]")
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
 
 
 def _generation(generation: dict[str, Any]) -> str:

@@ -80,8 +80,8 @@ class Storage:
         With ``at_most`` a file of more bytes ends in a ``CacheError``, whatever the server said of its size.
         """
         if self.local is not None:
-            with _explained("read", f"{self.local}/{name}"):
-                return names.read_inside(self.local, name, at_most)
+            local = self.local
+            return patiently("read", f"{local}/{name}", lambda: names.read_inside(local, name, at_most))
         if at_most is None:
             return bytes(self._retry("read", name, lambda: self._fs.cat_file(self.path(name))))
         with tempfile.TemporaryDirectory(prefix="teacher-cache-") as folder:
@@ -90,7 +90,8 @@ class Storage:
 
     def size(self, name: str) -> int:
         if self.local is not None:
-            return names.file_size(self.local, name)
+            local = self.local
+            return patiently("look up", f"{local}/{name}", lambda: names.file_size(local, name))
         return int(self._retry("look up", name, lambda: self._fs.info(self.path(name)))["size"])
 
     def size_or_none(self, name: str) -> int | None:
@@ -118,14 +119,8 @@ class Storage:
             return
         target = names.inside(self.local, name)
         with _explained("write", str(target)):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-            try:
-                _write_file(temporary, parts)
-                temporary.replace(target)
-                _sync_folder(target.parent)
-            finally:
-                temporary.unlink(missing_ok=True)
+            kept = list(parts)  # a try after a fault writes all of it again
+        patiently("write", str(target), lambda: _write_whole(target, kept))
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a file that must not be there yet; False when it is."""
@@ -149,24 +144,26 @@ class Storage:
                 self.write(f"{folder}/{name}", files[name])
             return
         target = names.inside(self.local, folder)
+        patiently("write", str(target), lambda: self._commit_local(folder, target, files, ordered))
+
+    def _commit_local(self, folder: str, target: Path, files: Mapping[str, Parts], ordered: list[str]) -> None:
         temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-        with _explained("write", str(target)):
-            try:
-                self.remove_unfinished(folder)
-                for name in ordered:
-                    path = temporary / name
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    _write_file(path, files[name])
-                for inner in {(temporary / name).parent for name in ordered}:
-                    _sync_folder(inner)
-                if target.exists():  # a folder that is redone: out of sight first, then away
-                    old = target.with_name(f".{target.name}.tmp-old-{os.getpid()}")
-                    target.rename(old)
-                    shutil.rmtree(old)
-                temporary.rename(target)
-                _sync_folder(target.parent)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            self.remove_unfinished(folder)
+            for name in ordered:
+                path = temporary / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write_file(path, files[name])
+            for inner in {(temporary / name).parent for name in ordered}:
+                _sync_folder(inner)
+            if target.exists():  # a folder that is redone: out of sight first, then away
+                old = target.with_name(f".{target.name}.tmp-old-{os.getpid()}")
+                target.rename(old)
+                shutil.rmtree(old)
+            temporary.rename(target)
+            _sync_folder(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def remove_unfinished(self, folder: str) -> None:
         """Delete what a killed process left of ``folder``; nothing that was committed."""
@@ -276,6 +273,42 @@ class _AtMost(fsspec.callbacks.Callback):  # type: ignore[misc]
             raise names.too_large(self._where, None, self._limit)
 
 
+PASSING_NUMBERS = {
+    *(errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN),
+}
+"""What a disk or a network file system answers when it may answer otherwise a moment later."""
+
+
+def patiently(verb: str, where: str, call: Callable[[], T]) -> T:
+    """``call``, again after passing faults of the system with growing waits; what is left is a ``StorageError``.
+
+    ``FileNotFoundError`` is an answer and goes through. ``call`` must be able to begin anew.
+    """
+    wait = _FIRST_WAIT_SECONDS
+    with _explained(verb, where):
+        for _ in range(_TRIES - 1):
+            try:
+                return call()
+            except OSError as error:
+                if error.errno not in PASSING_NUMBERS or isinstance(error, StorageError):
+                    raise
+            time.sleep(wait * (1 + random.random()))
+            wait *= 2
+        return call()
+
+
+def _write_whole(target: Path, parts: Parts) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        _write_file(temporary, parts)
+        temporary.replace(target)
+        _sync_folder(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _write_file(path: Path, parts: Parts) -> None:
     path.unlink(missing_ok=True)
     with path.open("xb") as file:  # a new file: a link that lies in its place is not followed
@@ -304,6 +337,8 @@ def _explained(verb: str, where: str) -> Any:
             errno.ENOSPC: "The disk is full: free space (teacher-cache plan says how much is needed)",
             errno.EDQUOT: "The quota is used up: free space or move the cache",
             errno.EACCES: f"No permission to {verb} here: change it or set another output",
+            errno.EMFILE: "This process has too many files open: raise its limit (ulimit -n)",
+            errno.EIO: "The disk or the network file system fails: look into the system's log",
             errno.EFBIG: "The file size limit of this process is reached: raise it (ulimit -f)",
             errno.EPERM: f"No permission to {verb} here: change it or set another output",
             errno.EROFS: "The file system is read-only: set another output",

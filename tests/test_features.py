@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,3 +106,86 @@ def test_images_are_listed_without_reading_an_array(tmp_path: Path, cache_folder
     assert [i.image_id for i in bare.images()] == [
         r.image_id for r in map(whole.cache.__getitem__, range(len(whole))) if r.image_id
     ]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import torch
+from student_train.features import compute_features
+from teacher_cache.conversations import Image
+folder, asked, last = Path(sys.argv[1]), [], int(sys.argv[2])
+def pixels(image, where):
+    return torch.full((1,), float(image.path))
+def tower(values):
+    if len(asked) == last:
+        os.kill(os.getpid(), 9)
+    asked.append(len(values))
+    return values.reshape(-1, 1, 1).expand(-1, 3, 2)
+images = [(Image(str(n), path=str(n)), sys.argv[3]) for n in range(10)]
+print(compute_features(folder, images, tower, pixels, "t", batch=2), sum(asked))
+"""
+
+
+def killed(folder: Path, images: Path, batches: int) -> tuple[int, str]:
+    """Compute ten images' features in a process that is killed after so many batches: status, and what it said."""
+    images.mkdir(exist_ok=True)
+    for number in range(10):
+        path = images / str(number)
+        if not path.exists():
+            path.touch()
+    command = [sys.executable, "-c", KILLED, str(folder), str(batches), str(images)]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    return ran.returncode, ran.stdout
+
+
+def check(folder: Path, images: Path) -> None:
+    values = ImageFeatures(folder).read([str(images / str(n)) for n in range(10)])
+    assert torch.equal(values, torch.arange(10.0, dtype=torch.float16).reshape(-1, 1, 1).expand(-1, 3, 2))
+
+
+def test_features_go_on_after_kill_9_and_leave_nothing(tmp_path: Path) -> None:
+    out, images = tmp_path / "run", tmp_path / "images"
+    out.mkdir()
+    for _ in range(2):
+        assert killed(out, images, 2)[0] == -signal.SIGKILL
+    status, said = killed(out, images, 99)
+    found = Path(said.split()[0])
+    assert (status, said.split()[1]) == (0, "2")  # the last batch alone
+    check(found, images)
+    assert list(out.iterdir()) == [found]
+
+
+def test_what_a_killed_run_left_is_checked_before_it_is_used(tmp_path: Path) -> None:
+    out, images = tmp_path / "run", tmp_path / "images"
+    out.mkdir()
+    assert killed(out, images, 4)[0] == -signal.SIGKILL
+    (part,) = out.glob(".*.part")
+    with (part / "features.npy").open("r+b") as file:  # image 3 of 10, at 12 bytes each
+        file.seek(-12 * 7, 2)
+        file.write(b"\0\0")
+    status, said = killed(out, images, 99)
+    assert (status, said.split()[1]) == (0, "7")
+    check(Path(said.split()[0]), images)
+
+
+def test_features_that_were_changed_are_refused(tmp_path: Path) -> None:
+    out, images = tmp_path / "run", tmp_path / "images"
+    out.mkdir()
+    found = Path(killed(out, images, 99)[1].split()[0])
+    with (found / "features.npy").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x11")
+    with pytest.raises(DataError, match=r"features of .*/9 were changed after they were written. Delete that folder"):
+        check(found, images)
+    (found / "features.crc").write_bytes(b"")
+    with pytest.raises(DataError, match="other numbers of images"):
+        ImageFeatures(found)
+
+
+def test_two_runs_at_once_compute_features_once(tmp_path: Path) -> None:
+    out, images = tmp_path / "run", tmp_path / "images"
+    out.mkdir()
+    with ThreadPoolExecutor(2) as threads:
+        said = [s for _, s in threads.map(lambda _: killed(out, images, 99), range(2))]
+    assert sorted(int(s.split()[1]) for s in said) == [0, 10]

@@ -1,5 +1,6 @@
 """A folder is committed whole or not at all, whatever the disk does; faults say what to do."""
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -200,3 +201,46 @@ def test_a_download_appears_whole_or_not_at_all(remote, monkeypatch, tmp_path):
 def test_free_space_is_known_before_the_folder_exists(tmp_path):
     assert Storage(tmp_path / "not/yet").free_bytes() > 0
     assert Storage("memory://x").free_bytes() is None
+
+
+def _without_files(root: str, queue, passing: bool) -> None:
+    """No file can be opened any more; with ``passing``, until this process has waited."""
+    held = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    with contextlib.suppress(OSError):
+        while True:
+            held.append(os.open("/dev/null", os.O_RDONLY))
+
+    def wait(_: float) -> None:
+        for descriptor in held[-20:] if passing else ():
+            os.close(descriptor)
+            held.remove(descriptor)
+
+    storage_module.time.sleep = wait
+    try:
+        Storage(root).commit_folder("shards/00000", FILES, "index")
+        said = repr(Storage(root).read("shards/00000/index"))
+    except StorageError as error:
+        said = str(error)
+    for descriptor in held:
+        os.close(descriptor)
+    queue.put(said)
+
+
+@pytest.mark.parametrize(
+    ("passing", "message"), [(True, repr(b"i")), (False, "too many files open: raise its limit (ulimit -n)")]
+)
+def test_faults_of_the_system_that_pass_are_waited_for_and_others_named(tmp_path, passing, message):
+    context = multiprocessing.get_context("fork")
+    reading, writing = context.Pipe(duplex=False)
+    process = context.Process(target=_without_files, args=(str(tmp_path), _Sender(writing), passing))
+    process.start()
+    assert message in reading.recv()
+    process.join()
+
+
+class _Sender:
+    """A pipe as the queue that these functions fill: a queue's thread would need a file of its own."""
+
+    def __init__(self, pipe) -> None:
+        self.put = pipe.send

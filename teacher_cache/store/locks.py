@@ -110,7 +110,21 @@ def _file(folder: Path, storage: Storage, break_lock: bool) -> Iterator[None]:
                 parent.rmdir()
 
 
-def _flock(path: Path) -> int | None:
+@contextlib.contextmanager
+def waiting_for(path: Path) -> Iterator[None]:
+    """Hold the lock file ``path`` for the block, once whoever has it is done. Where the file system knows no locks the
+    block runs at once."""
+    with _explained("write", str(path)):
+        descriptor = _flock(path, wait=True)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _flock(path: Path, wait: bool = False) -> int | None:
     """A descriptor that holds the lock of ``path``; None where the file system knows no locks."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +133,7 @@ def _flock(path: Path) -> int | None:
         except FileNotFoundError:  # the holder before left, and took its empty folder with it
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             held = os.pread(descriptor, 4096, 0)
             os.close(descriptor)
