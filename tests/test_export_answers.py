@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from teacher_cache.info import export_answers
 from teacher_cache.manifest import CacheError
-from teacher_cache.storage import Storage
 from tests.store_fixtures import synthetic_cache
 
 
@@ -37,15 +35,3 @@ def test_a_damaged_cache_leaves_no_half_file(tmp_path: Path) -> None:
     with pytest.raises(CacheError):
         export_answers(made.storage, tmp_path / "out.json")
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
-
-
-def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path) -> None:
-    peaks = []
-    for shards in (4, 40):
-        made = synthetic_cache(tmp_path / str(shards), 4 * shards, skipped=())
-        export_answers(made.storage, tmp_path / "warm.json")
-        tracemalloc.start()
-        export_answers(Storage(made.storage.url), tmp_path / "out.json")
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0]

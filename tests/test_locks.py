@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from student_train.ablate import AblationConfig, ArmConfig, ablate
+from student_train.ablate import ablate
+from student_train.studies.runs import AblationConfig, ArmConfig
 from student_train.trainer import fit
 from teacher_cache.config import CacheConfig
 from teacher_cache.score import answer_only, build_cache
