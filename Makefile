@@ -7,7 +7,7 @@ WORLD ?=
 V := .venv/bin
 TINY := pipelines/tiny
 
-.PHONY: demo cache-teacher distill ablate ablate-llava-kd tiny-teacher world lock test test-fast test-portable test-vllm test-lmms check bench bench-gpu break-promises chaos clean help
+.PHONY: demo cache-teacher distill ablate ablate-llava-kd tiny-teacher world lock test test-fast test-portable test-vllm test-lmms check bench bench-gpu break-promises schemas chaos clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -105,6 +105,10 @@ check: .venv/ready ## lint, format, types, tests
 	$(V)/ruff format --check .
 	$(V)/mypy
 	$(MAKE) test
+
+schemas: .venv/ready ## the JSON schemas that the shipped configurations name
+	$(V)/teacher-cache schema > pipelines/schemas/cache.json
+	for file in fit stages ablation; do $(V)/student-train schema --file $$file > pipelines/schemas/$$file.json; done
 
 bench: .venv/ready .venv-vllm/ready ## every benchmark that two CPU cores can run; prints ratios
 	$(V)/python -m pip install --quiet --requirement pipelines/locks/bench.txt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from teacher_cache.command_line import calm_errors
-from teacher_cache.config import load_config
+from teacher_cache.config import load_config, schema
 from teacher_cache.stopping import Stop
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -122,6 +123,23 @@ def report(
     with _errors():
         written = write_report(runs, output, image_folder)
     typer.echo(f"{written}: open it in any browser")
+
+
+class ConfigFile(enum.StrEnum):
+    FIT = "fit"
+    STAGES = "stages"
+    ABLATION = "ablation"
+
+
+@app.command(name="schema")
+def print_schema(file: ConfigFile = ConfigFile.FIT) -> None:
+    """The JSON schema of configuration files, with which editors complete and check them."""
+    from student_train.config import FitConfig
+    from student_train.stages import StagesConfig
+    from student_train.studies.runs import AblationConfig
+
+    of = {ConfigFile.FIT: FitConfig, ConfigFile.STAGES: StagesConfig, ConfigFile.ABLATION: AblationConfig}
+    typer.echo(json.dumps(schema(of[file]), indent=1))
 
 
 def _errors() -> contextlib.AbstractContextManager[Stop]:

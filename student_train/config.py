@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from teacher_cache.config import ConfigError
+from pydantic import WithJsonSchema
+
+from teacher_cache.config import (
+    CHECKED,
+    AtLeast0,
+    AtLeast1,
+    ConfigError,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    check_settings,
+)
 
 RowLoss = Literal["forward_kl", "reverse_kl", "jsd", "logit_mse", "forward_kl_standardised"]
 LossName = Literal[
@@ -40,18 +52,20 @@ class LossSpec:
     name: LossName
     weight: float = 1.0
     source: Literal["topk", "sampled", "exact"] = "topk"
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     temperature_squared: bool = False
-    beta: float = 0.5
+    beta: Share = 0.5
     tokens: Literal["answer", "text", "all"] = "answer"
     rows: Literal["predicting", "llavadi"] = "predicting"
     layer: Literal["last", "second_last"] = "last"
     space: Literal["logits", "hidden"] = "logits"
     """For ``relation``: the Gram of the logits (LLaVA-KD's code) or of the final hidden states."""
+
+    __pydantic_config__ = CHECKED
     average: Literal["row", "sample"] = "row"
     """``row``: every row (position, image) of the global batch weighs the same; ``sample``: every sample does, as
     LLAVADI's code divides its distillation losses. Cross-entropy is the mean over rows there and here."""
-    pool: int = 0
+    pool: AtLeast0 = 0
     """Where the student has fewer image positions: the side its grid has, to which the teacher's is mean-pooled."""
 
     @property
@@ -64,13 +78,14 @@ class LossSpec:
 class ExpectedSize:
     """What a plan counts with while a source is not there yet; the figures per sample are means."""
 
-    samples: int = 0
+    __pydantic_config__ = CHECKED
+    samples: AtLeast0 = 0
     rows_per_sample: float = 0.0
     tokens_per_sample: float = 0.0
     """Question, answer and template; one for the image."""
-    images: int = 0
+    images: AtLeast0 = 0
     """Distinct ones."""
-    image_share: float = 1.0
+    image_share: Share = 1.0
     """Samples with an image."""
 
 
@@ -78,6 +93,7 @@ class ExpectedSize:
 class SourceConfig:
     """Where samples come from: a teacher cache, or plain LLaVA data (cross-entropy only)."""
 
+    __pydantic_config__ = CHECKED
     cache: str = ""
     data: str = ""
     template: str = ""
@@ -90,13 +106,13 @@ class SourceConfig:
     tokenizer: Literal["exact", "same_ids"] = "exact"
     """For ``cache``: ``same_ids`` takes a student of the teacher's base vocabulary that has another end token, other
     merges or other added tokens (the base model of an instruction-tuned teacher), if no cached id is one of those."""
-    share: float = 1.0
+    share: Positive = 1.0
     """Part of this source seen in an epoch (0.5: a fresh half every epoch; 2: twice)."""
-    max_samples: int = 0
+    max_samples: AtLeast0 = 0
     prefetch_folder: str = ""
     """Where files of a remote cache are copied to; all ranks of a machine may share it. Empty: a temporary folder for
     each of them (and its loader processes)."""
-    prefetch_gigabytes: float = 20.0
+    prefetch_gigabytes: Positive = 20.0
     """What that folder (or each temporary one) may hold."""
     made_with: str = ""
     """The phase-one file that makes ``cache``, and ``expected``: for a plan only, before the cache is there."""
@@ -117,14 +133,16 @@ class StudentConfig:
     tokenizer: str = ""
     """A composed student takes the tokenizer of this model, its teacher: ids, and the number of them, are then the
     teacher's."""
+
+    __pydantic_config__ = CHECKED
     layers_from: str = ""
     """A teacher whose every n-th layer (and embeddings, norm, head, projector) the student starts from (DistilBERT)."""
-    layers: int = 0
+    layers: AtLeast0 = 0
     """With ``layers_from``: how many layers; 0 takes half of the teacher's."""
     train: Literal["full", "projector", "lora"] = "full"
     train_vision: bool = False
-    lora_rank: int = 16
-    lora_alpha: int = 32
+    lora_rank: AtLeast1 = 16
+    lora_alpha: AtLeast1 = 32
     load_in_4bit: bool = False
     gradient_checkpointing: bool = False
     image_mode: Literal["auto", "pad", "crop"] = "auto"
@@ -142,49 +160,55 @@ class StudentConfig:
 class TrainConfig:
     """How it is trained; LLaVA-1.5's recipe by default."""
 
-    epochs: float = 1.0
-    max_steps: int = 0
+    __pydantic_config__ = CHECKED
+    epochs: Positive = 1.0
+    max_steps: AtLeast0 = 0
     """Overrides ``epochs`` when set."""
-    max_seconds: float = 0.0
+    max_seconds: NotNegative = 0.0
     """Stop after so many CPU seconds of this process, for baselines with an equal budget; the schedule still
     follows ``max_steps``."""
-    global_batch: int = 128
-    micro_batch: int = 16
-    learning_rate: float = 2e-5
-    projector_learning_rate: float = 0.0
+    global_batch: AtLeast1 = 128
+    micro_batch: AtLeast1 = 16
+    learning_rate: NotNegative = 2e-5
+    projector_learning_rate: NotNegative = 0.0
     """0: the same as the rest."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_share: float = 0.03
-    weight_decay: float = 0.0
+    warmup_share: Share = 0.03
+    weight_decay: NotNegative = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float = 1.0
+    clip_norm: NotNegative = 1.0
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """In which numbers products are formed, where ``student.dtype`` is float32. ``auto``: what ``accelerate launch``
     was told (``--mixed_precision``), else no."""
-    seed: int = 0
+    seed: Seed = 0
     shuffle: Literal["auto", "full", "shards"] = "auto"
     group: Literal["none", "length", "modality"] = "none"
     pack: bool = False
     """Fill the lines of a micro-batch with several short samples, which do not see each other, instead of padding."""
-    head_rows: int = 0
+    head_rows: AtLeast0 = 0
     """Rows whose (rows × vocabulary) logits exist at once; 0 takes as many as the device works fastest with."""
-    workers: int = 0
-    pixel_cache: int = 4096
+    workers: AtLeast0 = 0
+    pixel_cache: AtLeast0 = 4096
     """Preprocessed images kept in memory, per loader process."""
-    checkpoint_every: int = 500
+    checkpoint_every: AtLeast0 = 500
     """Steps between checkpoints, of which the last two are kept; 0 writes one at the end (and when a signal comes)."""
-    log_every: int = 10
+    log_every: AtLeast1 = 10
     tracker: str = ""
     """Any tracker Accelerate knows (tensorboard, wandb …); the loss curve is always in log.jsonl."""
-    threads: int = 0
+    threads: AtLeast0 = 0
     """torch threads; 0 leaves torch's choice."""
+
+
+FitTree = Annotated[dict[str, Any], WithJsonSchema({"schema file": "fit.json"})]
+"""Settings of a student's training, to be laid over others before they are read."""
 
 
 @dataclass(frozen=True)
 class FitConfig:
     """One stage of training, whole."""
 
+    __pydantic_config__ = CHECKED
     output: str = ""
     sources: tuple[SourceConfig, ...] = ()
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -236,6 +260,7 @@ def check_loss_settings(spec: LossSpec) -> None:
 
 def check_fit_config(config: FitConfig) -> None:
     """Settings that are missing or contradict each other, before anything is loaded."""
+    check_settings(config)
     if not config.output:
         raise ConfigError("output: not set; name a folder for the run")
     if not config.sources:
@@ -279,7 +304,6 @@ def check_fit_config(config: FitConfig) -> None:
             "student.load_in_4bit: only a LLaVA folder (student.model) can be loaded in 4 bits, found layers_from or "
             "language_model. Train that student once without it, export it, and name its folder as student.model"
         )
-    _check_train(config.train)
     own = {"bfloat16": "bf16", "float16": "fp16"}.get(config.student.dtype)
     if own and config.train.mixed_precision not in ("auto", own):
         raise ConfigError(
@@ -287,11 +311,3 @@ def check_fit_config(config: FitConfig) -> None:
             f"train.mixed_precision={config.train.mixed_precision} says others. Set train.mixed_precision=auto, or "
             "student.dtype=float32"
         )
-
-
-def _check_train(train: TrainConfig) -> None:
-    for name in ("global_batch", "micro_batch", "log_every"):
-        if getattr(train, name) < 1:
-            raise ConfigError(f"train.{name}: expected at least 1, found {getattr(train, name)}")
-    if not 0 <= train.seed < 2**63:
-        raise ConfigError(f"train.seed: expected 0 to 2^63 - 1, found {train.seed}")

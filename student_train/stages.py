@@ -16,12 +16,12 @@ from typing import Any
 import yaml
 
 from student_train.checkpoint import latest_checkpoint
-from student_train.config import FitConfig
+from student_train.config import FitConfig, FitTree
 from student_train.origin import Origin, changed, model_digest, sources_origin
 from student_train.trainer import FitSummary, fit
 from student_train.training.output import output_lock
 from student_train.training.settings import deciding_settings
-from teacher_cache.config import ConfigError, build_config, load_config
+from teacher_cache.config import CHECKED, ConfigError, build_config, load_config
 from teacher_cache.manifest import digest
 from teacher_cache.progress import Style, note
 from teacher_cache.stopping import Stop
@@ -32,9 +32,10 @@ class StagesConfig:
     """``stages``: name → a FitConfig tree over ``base``. Each stage's student is the one before it, its output a
     folder of that name in ``output``."""
 
+    __pydantic_config__ = CHECKED
     output: str = ""
-    base: dict[str, Any] = field(default_factory=dict)
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    base: FitTree = field(default_factory=dict)
+    stages: dict[str, FitTree] = field(default_factory=dict)
 
 
 def fit_file(path: Path, overrides: Sequence[str], style: Style = "auto", stop: Stop | None = None) -> list[FitSummary]:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from teacher_cache.command_line import calm_errors
-from teacher_cache.config import CacheConfig, load_config
+from teacher_cache.config import CacheConfig, load_config, schema
 from teacher_cache.errors import ConfigError
 from teacher_cache.progress import Style
 from teacher_cache.stopping import Stop
@@ -191,6 +191,12 @@ def export_answers(cache: str, output: Annotated[Path, typer.Option(help="the JS
     with _errors():
         samples = export(Storage(cache), output)
     typer.echo(f"{output}: {samples:,} samples")
+
+
+@app.command(name="schema")
+def print_schema() -> None:
+    """The JSON schema of configuration files, with which editors complete and check them."""
+    typer.echo(json.dumps(schema(CacheConfig), indent=1))
 
 
 def _errors() -> contextlib.AbstractContextManager[Stop]:

@@ -9,16 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
+import functools
+import json
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from teacher_cache.errors import ConfigError as ConfigError
+
+CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+"""Of every section of a configuration: unknown keys, other types and infinite numbers are refused."""
+AtLeast0 = Annotated[int, Field(ge=0)]
+AtLeast1 = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"hidden": "rows", "visual": "none", "pca": 44, "top_k": 12, "temperatures": (1.0,)},
@@ -34,23 +46,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 class DataConfig:
     """Which conversations are cached, and which of their answers the teacher writes anew."""
 
+    __pydantic_config__ = CHECKED
     path: str | tuple[str, ...] = ""
     image_folder: str = ""
     regenerate: Literal["all", "none", "ids"] = "all"
     regenerate_ids: str = ""
     """With ``regenerate: ids``: a text file, one sample_id a line; all other samples keep their answers."""
-    regenerate_share: float = 1.0
+    regenerate_share: Share = 1.0
     """Part of the samples that ``regenerate`` picks, chosen by a digest of their ids; the others keep their answers."""
     history: Literal["teacher", "original"] = "teacher"
     """Whose earlier answers stand before a later question of the same conversation."""
     duplicate_ids: Literal["error", "number"] = "error"
     """LLaVA's 665K mix repeats ids; ``number`` renames the second ``x`` to ``x#2``."""
-    max_samples: int = 0
+    max_samples: AtLeast0 = 0
     """0 caches all of them."""
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
+    __pydantic_config__ = CHECKED
     model: str = ""
     revision: str = ""
     backend: Literal["auto", "torch", "vllm"] = "auto"
@@ -58,7 +72,7 @@ class TeacherConfig:
     template: str = "vicuna_v1"
     image_mode: Literal["pad", "crop"] = "pad"
     """``pad``: to a square with the mean colour, as LLaVA-1.5; ``crop``: the Hugging Face processor's default."""
-    max_length: int = 2048
+    max_length: AtLeast1 = 2048
     """Tokens of a whole conversation, image tokens counted; a longer sample is skipped with its length. Torch counts no
     further than the model's own positions; vLLM refuses to start where they are too few for the samples."""
     answerer: str = ""
@@ -71,11 +85,12 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    temperature: float = 0.0
+    __pydantic_config__ = CHECKED
+    temperature: NotNegative = 0.0
     """0 is greedy decoding."""
-    top_p: float = 1.0
-    max_new_tokens: int = 512
-    seed: int = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: AtLeast1 = 512
+    seed: Seed = 0
     """With temperature > 0 each answer is drawn from a generator seeded by (seed, sample_id, turn)."""
 
 
@@ -83,34 +98,37 @@ class GenerationConfig:
 class SignalsConfig:
     """What is stored for each answer token (row), text position and image."""
 
+    __pydantic_config__ = CHECKED
     preset: Literal["small", "compact", "standard", "full", "llava_kd"] = "standard"
-    top_k: int = 64
-    temperatures: tuple[float, ...] = (0.5, 0.7, 1.0, 2.0, 4.0)
+    top_k: AtLeast0 = 64
+    temperatures: tuple[Positive, ...] = (0.5, 0.7, 1.0, 2.0, 4.0)
     """The log-sum-exp is stored at each of these, so top-k and tail mass are exact there."""
     hidden: Literal["none", "rows", "text"] = "rows"
     second_last: bool = False
     """Also the states before the last layer (LLAVADI, table 1: "last two layers")."""
     codec: Literal["float32", "float16", "bfloat16", "int8", "int4"] = "int8"
     """``float32`` keeps a float32 teacher's states exactly, for tests of offline against online."""
-    pca: int = 0
+    pca: AtLeast0 = 0
     """Keep this many principal components of the hidden states before the codec; 0 keeps all."""
-    calibration_samples: int = 64
+    calibration_samples: AtLeast1 = 64
     """Samples on which channel scales (int8, int4) and principal components are fitted."""
-    sampled: int = 0
-    """Random Sampling KD: this many draws with replacement a row (Anshumann et al., ACL 2025); 0 stores none."""
+    sampled: Annotated[int, Field(ge=0, le=255)] = 0
+    """Random Sampling KD: this many draws with replacement a row (Anshumann et al., ACL 2025), at most 255 as
+    their counts are bytes; 0 stores none."""
     sampled_from: Literal["all", "tail"] = "all"
     """``tail`` draws outside the top-k only: exact head + unbiased tail."""
     visual: Literal["none", "states", "topk", "gram"] = "none"
     """Per distinct image: final-layer states, a top-k of the logits, or the relation Gram (LLaVA-KD) alone."""
-    visual_top_k: int = 32
+    visual_top_k: AtLeast1 = 32
     attention: bool = False
     """Attention of answer rows over the image positions in the last layer, mean over heads (LLAVADI, table 3)."""
 
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    shard_samples: int = 512
-    chunk_kilobytes: int = 1024
+    __pydantic_config__ = CHECKED
+    shard_samples: AtLeast1 = 512
+    chunk_kilobytes: AtLeast1 = 1024
     compression: Literal["none", "zstd"] = "none"
 
 
@@ -123,20 +141,22 @@ class SpeedConfig:
     ``stats`` and states; an id changes only where two tie to the rounding of the teacher's dtype.
     """
 
+    __pydantic_config__ = CHECKED
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    answer_batch: int = 32
-    score_batch_tokens: int = 16384
-    head_rows: int = 2048
+    answer_batch: AtLeast1 = 32
+    score_batch_tokens: AtLeast1 = 16384
+    head_rows: AtLeast1 = 2048
     """Rows whose logits (rows × vocabulary, float32) exist at once."""
-    gpu_memory_share: float = 0.9
-    tensor_parallel: int = 1
-    loader_threads: int = 4
+    gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    tensor_parallel: AtLeast1 = 1
+    loader_threads: AtLeast1 = 4
 
 
 @dataclass(frozen=True)
 class CacheConfig:
     """Phase one, whole."""
 
+    __pydantic_config__ = CHECKED
     output: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -162,7 +182,7 @@ def load_config(cls: type[ConfigT], path: str | Path | None, overrides: Sequence
     if path is not None:
         where = str(path)
         try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            tree = read_yaml(Path(path).read_text(encoding="utf-8")) or {}
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such configuration file. Configurations lie under pipelines/.") from None
         except yaml.YAMLError as error:
@@ -173,26 +193,93 @@ def load_config(cls: type[ConfigT], path: str | Path | None, overrides: Sequence
         key, sign, text = override.partition("=")
         if not sign:
             raise ConfigError(f"--set {override}: expected KEY=VALUE, for example --set signals.top_k=32")
-        _put(tree, key.split("."), yaml.safe_load(text), override)
+        _put(tree, key.split("."), read_yaml(text), override)
     return build_config(cls, _with_preset(cls, tree), where)
 
 
-def build_config(cls: type[ConfigT], tree: Mapping[str, Any], where: str, prefix: str = "") -> ConfigT:
-    """Make the dataclass ``cls`` from plain data; unknown keys and wrong types are a :class:`ConfigError`."""
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"valid keys: {', '.join(sorted(known))}"
-            raise ConfigError(f"{where}: unknown key {name}; {hint}")
-        values[key] = _parse(hints[key], value, where, name)
+def build_config(cls: type[ConfigT], tree: Mapping[str, Any], where: str) -> ConfigT:
+    """Make the dataclass ``cls`` from plain data; an empty value leaves the default, ints pass as floats.
+
+    Raises
+    ------
+    ConfigError
+        unknown keys, other types and numbers out of bounds, with the key, what was expected and what was found.
+    """
     try:
-        return cls(**values)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {prefix.rstrip('.') or cls.__name__}: {error}") from error
+        made: ConfigT = _adapter(cls).validate_json(json.dumps(_filled_in(tree), default=str), strict=True)
+        return made
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explained(cls, error.errors(include_url=False)[0])}") from error
+
+
+def check_settings(config: Any) -> None:
+    """What a file's settings are checked for, of a configuration that was made in Python."""
+    build_config(type(config), as_plain(config), type(config).__name__)
+
+
+def schema(cls: type[Any]) -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of the files that :func:`load_config` reads as ``cls``, for editors."""
+    made = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_adapter(cls).json_schema()}
+    text = json.dumps(made).replace('"schema file":', '"$ref":')  # pydantic takes a reference for one of its own
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+_adapter: Any = functools.cache(TypeAdapter)
+
+
+def _filled_in(tree: Any) -> Any:
+    """Without the keys whose value is empty."""
+    if isinstance(tree, Mapping):
+        return {str(key): _filled_in(value) for key, value in tree.items() if value is not None}
+    return [_filled_in(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+_EXPECTED = {
+    "int_type": "int",
+    "int_from_float": "int",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "str",
+    "bool_type": "true or false",
+    "dataclass_type": "a section",
+    "dict_type": "a mapping",
+    "tuple_type": "a list",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "one of {expected}",
+}
+
+
+def _explained(cls: type[Any], error: Any) -> str:
+    """One of pydantic's errors in our words: the key, what was expected and what was found."""
+    keys = [k for k in error["loc"] if not str(k).startswith(("str", "tuple[", "function-"))]
+    name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
+    if error["type"] == "unexpected_keyword_argument":
+        known = {f.name for f in dataclasses.fields(_section(cls, keys[:-1]))}
+        near = difflib.get_close_matches(str(keys[-1]), known, n=1)
+        prefix = name.removesuffix(str(keys[-1]))
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"valid keys: {', '.join(sorted(known))}"
+        return f"unknown key {name}; {hint}"
+    context = {
+        key: f"{value:g}" if isinstance(value, float) else str(value).replace("'", "").replace(" or ", ", ")
+        for key, value in error.get("ctx", {}).items()
+    }
+    expected = _EXPECTED[error["type"]].format(**context) if error["type"] in _EXPECTED else error["msg"]
+    found = error["input"]
+    return f"{name}: expected {expected}, found {found!r} ({type(found).__name__})"
+
+
+def _section(hint: Any, keys: Sequence[str | int]) -> Any:
+    """The dataclass at ``keys`` below ``hint``."""
+    for key in keys:
+        if dataclasses.is_dataclass(hint):
+            hint = typing.get_type_hints(hint)[str(key)]
+        else:
+            hint = typing.get_args(hint)[0 if isinstance(key, int) else 1]
+    return hint
 
 
 def as_plain(config: Any) -> dict[str, Any]:
@@ -229,56 +316,15 @@ def _put(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> No
     tree[keys[-1]] = value
 
 
-def _parse(hint: Any, value: Any, where: str, name: str) -> Any:
-    """``value`` as the annotated type ``hint``; ints pass as floats, lists as tuples, nothing else is bent."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: {name}: expected a section, found {value!r}")
-        return build_config(typing.cast(type[Any], hint), value, where, f"{name}.")
-    if origin in (typing.Union, types.UnionType):
-        return _parse_union(arguments, value, where, name)
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{where}: {name}: expected one of {', '.join(map(str, arguments))}, found {value!r}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where}: {name}: expected a list, found {value!r}")
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_parse(arguments[0], v, where, f"{name}[{i}]") for i, v in enumerate(value))
-        return tuple(_parse(a, v, where, f"{name}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
-    if origin in (dict, Mapping):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: {name}: expected a mapping, found {value!r}")
-        return {str(k): _parse(arguments[1], v, where, f"{name}.{k}") for k, v in value.items()}
-    return _parse_scalar(hint, value, where, name)
+class _Yaml(yaml.SafeLoader):
+    """YAML's safe subset, in which 1e-3 is a number as everywhere else."""
 
 
-def _parse_union(arguments: tuple[Any, ...], value: Any, where: str, name: str) -> Any:
-    if value is None and type(None) in arguments:
-        return None
-    errors = []
-    for argument in arguments:
-        try:
-            return _parse(argument, value, where, name)
-        except ConfigError as error:
-            errors.append(str(error))
-    raise ConfigError(errors[-1])
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
-def _parse_scalar(hint: Any, value: Any, where: str, name: str) -> Any:
-    if hint is Any:
-        return value
-    if hint is float and isinstance(value, str):  # YAML reads 1e-3 as a string
-        try:
-            return float(value)
-        except ValueError:
-            raise ConfigError(f"{where}: {name}: expected a number, found {value!r}") from None
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is str and value is None:
-        return ""
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{where}: {name}: expected {hint.__name__}, found {value!r} ({type(value).__name__})")
-    return value
+def read_yaml(text: str) -> Any:
+    """``text`` as plain data."""
+    return yaml.load(text, _Yaml)

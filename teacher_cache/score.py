@@ -20,7 +20,7 @@ from safetensors.torch import save as save_safetensors
 from teacher_cache import __version__
 from teacher_cache.answerer import answerer_facts, with_answerer
 from teacher_cache.calibration import calibrate, scales_to_bytes
-from teacher_cache.config import CacheConfig, ConfigError, as_plain
+from teacher_cache.config import CacheConfig, ConfigError, as_plain, check_settings
 from teacher_cache.conversations import read_conversations
 from teacher_cache.inputs import Samples
 from teacher_cache.manifest import (
@@ -188,6 +188,7 @@ def _open_backend(config: CacheConfig, samples: Samples, style: Style) -> Teache
 
 def check_config(config: CacheConfig) -> None:
     """Settings that are missing or contradict each other, before anything is loaded."""
+    check_settings(config)
     if not config.output:
         raise ConfigError("output: not set; name a folder or an s3:// or gs:// address for the cache")
     if not config.teacher.model:
@@ -197,12 +198,8 @@ def check_config(config: CacheConfig) -> None:
     signals = config.signals
     if 1.0 not in signals.temperatures:
         raise ConfigError("signals.temperatures: must contain 1.0, the temperature of topk_logprobs")
-    if signals.sampled > 255:
-        raise ConfigError(f"signals.sampled: at most 255 draws a row (counts are one byte), found {signals.sampled}")
     if signals.sampled and signals.sampled_from == "tail" and not signals.top_k:
         raise ConfigError("signals.sampled_from=tail needs signals.top_k: the tail is what lies outside the top-k")
-    if not 0 < config.generation.top_p <= 1:
-        raise ConfigError(f"generation.top_p: expected 0 < top_p ≤ 1, found {config.generation.top_p:g}")
     if signals.second_last and signals.hidden == "none":
         raise ConfigError("signals.second_last needs signals.hidden=rows or text")
     if signals.hidden == "none" and not signals.top_k:

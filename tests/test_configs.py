@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
+from referencing import Registry
+from referencing.jsonschema import DRAFT202012
 from typer.testing import CliRunner
 
 from pipelines.llavadi.instruct_ids import instruct_ids
@@ -34,6 +37,7 @@ from student_train.plan import (
 )
 from student_train.stages import StagesConfig, stage_configs
 from student_train.studies.runs import AblationConfig, plan_runs
+from teacher_cache.cli import app as cache_app
 from teacher_cache.config import CacheConfig, ConfigError, load_config
 from teacher_cache.manifest import CacheError
 from teacher_cache.model_config import load_model_config, shipped_models
@@ -51,10 +55,43 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+SCHEMAS = ROOT / "pipelines/schemas"
+
+
+def validator(path: Path) -> Draft202012Validator:
+    """What an editor checks a file with that names the schema at ``path``."""
+    read = {p.name: json.loads(p.read_text(encoding="utf-8")) for p in SCHEMAS.iterdir()}
+    files = Registry().with_resources((name, DRAFT202012.create_resource(schema)) for name, schema in read.items())
+    return Draft202012Validator(read[path.name], registry=files)
+
+
+@pytest.mark.parametrize("name", ["cache", "fit", "stages", "ablation"])
+def test_the_schemas_in_the_tree_are_those_of_the_code(name: str) -> None:
+    cli, file = (cache_app, ()) if name == "cache" else (app, ("--file", name))
+    printed = CliRunner().invoke(cli, ["schema", *file])
+    assert json.loads(printed.output) == json.loads((SCHEMAS / f"{name}.json").read_text()), "make schemas"
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("cache", {"signals": {"topk": 3}}),
+        ("cache", {"signals": {"top_k": -1}}),
+        ("fit", {"train": {"learning_rate": "fast"}}),
+        ("stages", {"stages": {"one": {"losses": [{"name": "no such loss"}]}}}),
+        ("ablation", {"arms": {"a": {"set": {"train": {"micro_batsh": 1}}}}}),
+    ],
+)
+def test_an_editor_sees_what_the_loader_would_refuse(name: str, wrong: dict[str, Any]) -> None:
+    assert not validator(SCHEMAS / f"{name}.json").is_valid(wrong)
+
+
 @pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(ROOT / "pipelines")) for p in FILES])
 def test_shipped_file_loads_and_names_its_command(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    first = text.splitlines()[0]
+    editor, first = text.splitlines()[:2]
+    schema = path.parent / editor.removeprefix("# yaml-language-server: $schema=")
+    assert sorted(validator(schema.resolve()).iter_errors(yaml.safe_load(text)), key=str) == []
     assert first.startswith("# "), "a YAML file is headed by the command that runs it"
     assert "make " in first or str(path.relative_to(ROOT)) in first
     sections = set(yaml.safe_load(text))

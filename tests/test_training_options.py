@@ -222,7 +222,7 @@ def test_four_bit_needs_a_llava_folder(config: FitConfig, origin: dict[str, str]
     [
         ("log_every", 0, "train.log_every: expected at least 1, found 0"),
         ("global_batch", 0, "train.global_batch: expected at least 1, found 0"),
-        ("seed", -1, r"train.seed: expected 0 to 2\^63 - 1, found -1"),
+        ("seed", -1, "train.seed: expected at least 0, found -1"),
     ],
 )
 def test_settings_outside_their_range_are_refused(config: FitConfig, name: str, value: int, error: str) -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from student_train.config import FitConfig
+from student_train.config import FitConfig, FitTree
 from student_train.origin import Origin, cache_fingerprint, changed, sources_origin
 from student_train.stages import merge
 from student_train.training.setup import check_tracker
-from teacher_cache.config import ConfigError, as_plain, build_config
+from teacher_cache.config import CHECKED, ConfigError, as_plain, build_config
 from teacher_cache.manifest import digest
 
 CPU_MARGIN = 1.25
@@ -33,7 +33,7 @@ class ArmConfig:
     done before.
     """
 
-    set: dict[str, Any] = field(default_factory=dict)
+    set: FitTree = field(default_factory=dict)
     note: str = ""
     prepare: dict[str, Any] = field(default_factory=dict)
     match_cpu: str = ""
@@ -46,9 +46,10 @@ class ArmConfig:
 class AblationConfig:
     """An ablation file."""
 
+    __pydantic_config__ = CHECKED
     output: str = ""
     title: str = ""
-    base: dict[str, Any] = field(default_factory=dict)
+    base: FitTree = field(default_factory=dict)
     arms: dict[str, ArmConfig] = field(default_factory=dict)
     baseline: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
