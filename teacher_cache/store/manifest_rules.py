@@ -63,9 +63,9 @@ def _teacher(teacher: dict[str, Any], where: str) -> None:
 def _settings(plain: dict[str, Any], where: str) -> None:
     """The sections that are configurations have their types; sizes in them are bounded."""
     try:
-        build_config(GenerationConfig, plain["generation"], where, "generation.")
-        signals = build_config(SignalsConfig, plain["signals"], where, "signals.")
-        layout = build_config(LayoutConfig, plain["layout"], where, "layout.")
+        build_config(GenerationConfig, plain["generation"], f"{where}: generation")
+        signals = build_config(SignalsConfig, plain["signals"], f"{where}: signals")
+        layout = build_config(LayoutConfig, plain["layout"], f"{where}: layout")
     except ConfigError as error:
         raise CacheError(str(error)) from error
     for section, names in _NEEDED.items():
