@@ -7,7 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -102,11 +102,14 @@ def skipped_in(output: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.parametrize("regenerate", ["all", "none"])
 @pytest.mark.parametrize("signals", SIGNALS)
 def test_a_sample_that_overflows_is_skipped_with_its_reason_and_spoils_no_other(
-    signals: str, cache_config: CacheConfig, data: Path, overflowing: Path
+    signals: str, regenerate: Literal["all", "none"], cache_config: CacheConfig, data: Path, overflowing: Path
 ) -> None:
+    """With ``none`` nothing is generated, so that the scored numbers alone tell."""
     config = config_of(cache_config, data, overflowing, "float16", **SIGNALS[signals])
+    config = replace(config, data=replace(config.data, regenerate=regenerate))
     summary = build_cache(config, style="quiet")
     assert (summary.samples, summary.skipped) == (11, 1)
     (skipped,) = skipped_in(config.output)
