@@ -11,13 +11,11 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import LlavaForConditionalGeneration
 
 from student_train import relations
 from student_train.config import (
@@ -34,26 +32,24 @@ from student_train.losses import HiddenProjector
 from student_train.objective import check_losses, needed_arrays
 from student_train.processor import check_image_mode, image_mode
 from student_train.stages import StagesConfig, stage_configs
-from student_train.student import LORA_TARGETS, choose_trainable, composed_config, composed_vocabulary
+from student_train.student import LORA_TARGETS
+from student_train.students.on_meta import student_on_meta
 from student_train.studies.runs import AblationConfig, plan_runs
 from teacher_cache.config import CacheConfig, ConfigError, build_config, load_config
 from teacher_cache.data.rows import expanded_length, text_positions
+from teacher_cache.data.units import bytes_text
 from teacher_cache.images import image_tokens_of
-from teacher_cache.manifest import CacheError, Manifest, new_manifest, read_manifest
+from teacher_cache.manifest import MANIFEST, Manifest, new_manifest, read_manifest
 from teacher_cache.model_config import load_model_config
-from teacher_cache.models.pretrained import check_llava, check_tower
+from teacher_cache.models.model_sizes import FLOAT32_FLOPS, HALF_FLOPS, NF4, parameter_bytes, size_of
 from teacher_cache.records import TeacherShape
 from teacher_cache.storage import Storage
 
-GIB = 2**30
-GPU_FLOPS, FLOAT32_FLOPS = 125e12, 7.8e12
-"""Of one A100 at 40 % of its 312 TFLOP/s in bf16 and float16, of its 19.5 in float32."""
 SHARDED_OVER = 8
 ACTIVATION_BYTES, CHECKPOINTED_BYTES = 34, 2
 """Per layer, token and channel, in 16-bit and without attention scores: Korthikanti et al., 2022, sections 4 and 5."""
 TRAINED_BYTES = 4
 """A trained weight, its gradient, each of Adam's two moments: float32 whatever student.dtype is."""
-FOUR_BIT_BYTES = 0.53
 
 
 @dataclass(frozen=True)
@@ -98,34 +94,29 @@ class RunPlan:
 
     @property
     def gpu_hours(self) -> float:
-        return self.flops / (GPU_FLOPS if self.half else FLOAT32_FLOPS) / 3600
+        return self.flops / (HALF_FLOPS if self.half else FLOAT32_FLOPS) / 3600
 
     @property
     def online_hours(self) -> float:
-        return self.teacher_flops / GPU_FLOPS / 3600
+        return self.teacher_flops / HALF_FLOPS / 3600
 
     def rows(self) -> list[tuple[str, Any]]:
+        shape = f"width {self.width:,}, {self.layers} layers, {self.vocabulary:,} ids, {self.image_tokens} image tokens"
+        one_gpu = f"{bytes_text(self.memory_bytes)}; sharded over {SHARDED_OVER}: {bytes_text(self.sharded_bytes)}"
         return [
-            (
-                "student",
-                f"width {self.width:,}, {self.layers} layers, {self.vocabulary:,} ids, "
-                f"{self.image_tokens} image tokens",
-            ),
+            ("student", shape),
             ("parameters", self.parameters),
             ("  trained", self.trained),
             ("samples an epoch", self.samples),
             ("steps", self.steps),
             ("tokens a step", f"{self.tokens:,.0f}"),
-            ("memory: weights", size(self.weight_bytes)),
-            ("memory: gradients", size(self.gradient_bytes)),
-            ("memory: optimiser states", size(self.optimizer_bytes)),
-            ("memory: activations, estimated", size(self.activation_bytes)),
-            ("memory: logits in chunks, teacher's head", size(self.head_bytes)),
-            (
-                "memory of one GPU",
-                f"{size(self.memory_bytes)}; sharded over {SHARDED_OVER}: {size(self.sharded_bytes)}",
-            ),
-            ("bytes read of the caches", size(self.cache_bytes)),
+            ("memory: weights", bytes_text(self.weight_bytes)),
+            ("memory: gradients", bytes_text(self.gradient_bytes)),
+            ("memory: optimiser states", bytes_text(self.optimizer_bytes)),
+            ("memory: activations, estimated", bytes_text(self.activation_bytes)),
+            ("memory: logits in chunks, teacher's head", bytes_text(self.head_bytes)),
+            ("memory of one GPU", one_gpu),
+            ("bytes read of the caches", bytes_text(self.cache_bytes)),
             ("GPU hours, estimated", f"{self.gpu_hours:,.1f}{'' if self.half else IN_FLOAT32}"),
             ("  an online teacher would add", f"{self.online_hours:,.1f}"),
         ]
@@ -133,8 +124,8 @@ class RunPlan:
 
 ASSUMPTION = (
     "assumption",
-    f"{GPU_FLOPS / 1e12:g} TFLOP/s a GPU in 16 bits, {FLOAT32_FLOPS / 1e12:g} in float32 (an A100 at 40 %); 2, 4 and 2 "
-    "FLOP a parameter and token forward, backward and for checkpointing; no loss, loader or evaluation time",
+    f"{HALF_FLOPS / 1e12:.0f} TFLOP/s a GPU in 16 bits, {FLOAT32_FLOPS / 1e12:g} in float32 (an A100 at 40 %); 2, 4 "
+    "and 2 FLOP a parameter and token forward, backward and for checkpointing; no loss, loader or evaluation time",
 )
 IN_FLOAT32 = " in float32 (train.mixed_precision=bf16 takes a sixteenth)"
 
@@ -190,33 +181,35 @@ def plan_fit(config: FitConfig, known: Mapping[str, StudentConfig] | None = None
             check_losses(config.losses, manifest, source.cache)
             _check_fit(config.losses, manifest, image_tokens_of(model.config))
     projectors = _projector_parameters(config, model, manifests)
-    parameters = sum(p.numel() for p in model.parameters()) + projectors
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) + projectors
-    sample = _Mean.of(config, manifests, image_tokens_of(model.config))
-    steps = config.train.max_steps or max(round(config.train.epochs * sample.steps_per_epoch), 1)
-    text = model.config.get_text_config()
-    samples_seen = min(steps * config.train.global_batch, max(round(config.train.epochs * sample.samples), 1))
-    if config.train.max_steps:
-        samples_seen = steps * config.train.global_batch
-    bytes_each = torch.empty(0, dtype=getattr(torch, config.student.dtype)).element_size()
+    image_tokens, text = image_tokens_of(model.config), model.config.get_text_config()
+    epoch = [_epoch(config, s, m, image_tokens) for s, m in zip(config.sources, manifests, strict=True)]
+    samples = sum(e.samples for e in epoch)
+    mean_tokens = sum(e.tokens for e in epoch) / max(samples, 1)
+    batch = config.train.global_batch
+    steps = config.train.max_steps or max(round(config.train.epochs * -(-samples // batch)), 1)
+    seen = steps * batch if config.train.max_steps else max(round(config.train.epochs * samples), 1)
+    seen = min(seen, steps * batch)
+    epochs = seen / max(samples, 1)
+    bytes_each = int(parameter_bytes(config.student.dtype))
     return RunPlan(
-        samples=sample.samples,
+        samples=samples,
         steps=steps,
-        tokens=sample.tokens * config.train.global_batch,
-        parameters=parameters,
+        tokens=mean_tokens * batch,
+        parameters=sum(p.numel() for p in model.parameters()) + projectors,
         trained=trained,
         weight_bytes=_weight_bytes(model, config.student, bytes_each) + projectors * TRAINED_BYTES,
         gradient_bytes=trained * TRAINED_BYTES,
         optimizer_bytes=trained * (2 if config.train.optimizer == "adamw_8bit" else 2 * TRAINED_BYTES),
-        activation_bytes=_activation_bytes(config, text, sample.longest),
+        activation_bytes=_activation_bytes(config, text, max(e.longest for e in epoch)),
         head_bytes=_head_bytes(config, text, manifests, bytes_each),
-        cache_bytes=int(samples_seen / max(sample.samples, 1) * _epoch_bytes(config, manifests)),
-        flops=_flops(config, model) * sample.tokens * samples_seen,
-        teacher_flops=_scoring_flops(config, manifests) * samples_seen / max(sample.samples, 1),
+        cache_bytes=int(epochs * sum(e.cache_bytes for e in epoch)),
+        flops=_flops(config, model) * mean_tokens * seen,
+        teacher_flops=epochs * sum(e.teacher_flops for e in epoch),
         width=text.hidden_size,
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
-        image_tokens=image_tokens_of(model.config),
+        image_tokens=image_tokens,
         half=_in_half(config),
     )
 
@@ -226,60 +219,26 @@ def _in_half(config: FitConfig) -> bool:
     return config.train.mixed_precision in ("bf16", "fp16") or config.student.dtype != "float32"
 
 
-@lru_cache(maxsize=8)
-def student_on_meta(config: StudentConfig) -> LlavaForConditionalGeneration:
-    """The student without weights: shapes, and what is trained of it. To be read only: arms of one shape share it."""
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(student_architecture(config))
-    if model.config.tie_word_embeddings:
-        model.tie_weights()
-    choose_trainable(model, config)
-    return model
-
-
-def student_architecture(config: StudentConfig) -> Any:
-    """The student's LLaVA configuration, by the rules of ``student.load_student``."""
-    if config.layers_from:
-        llava = load_model_config(config.layers_from, setting="student.layers_from")
-        check_llava("student.layers_from", config.layers_from, llava)
-        text = llava.get_text_config()
-        text.num_hidden_layers = config.layers or text.num_hidden_layers // 2
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[: text.num_hidden_layers]
-        return llava
-    if not config.language_model or (config.model and (Path(config.model) / "config.json").is_file()):
-        llava = load_model_config(config.model, setting="student.model")
-        check_llava("student.model", config.model, llava)
-        return llava
-    text = load_model_config(config.language_model, setting="student.language_model")
-    vision = load_model_config(config.vision_tower, setting="student.vision_tower")
-    check_tower("student.vision_tower", config.vision_tower, vision)
-    taken = load_model_config(config.tokenizer) if config.tokenizer else None
-    token = taken.image_token_id if taken is not None else text.vocab_size
-    if taken is None and text.vocab_size > 100_000:  # Qwen's tables are padded beyond the tokenizer: there is room
-        token = text.vocab_size - 1
-    text.vocab_size = composed_vocabulary(text, taken, token)
-    return composed_config(text, vision, token)
-
-
 def source_manifest(source: SourceConfig) -> Manifest:
-    """The cache's manifest; or, where there is none yet, the one that ``made_with`` will write, with expected counts.
+    """The manifest of a finished cache; else the one that ``made_with`` will write, with expected counts.
 
     Raises
     ------
     ConfigError
         neither is there.
+    CacheError
+        a cache is there that may not be used: of another format, changed.
     """
-    if source.cache:
-        try:
-            return read_manifest(Storage(source.cache))
-        except (CacheError, OSError):
-            pass  # not made yet: read_manifest's other complaints come back when it is opened for training
+    if source.cache and Storage(source.cache).exists(MANIFEST):
+        manifest = read_manifest(Storage(source.cache))
+        if manifest.complete:
+            return manifest
     expected = source.expected
     if not expected.samples:
         raise ConfigError(
-            f"{source.cache or source.data}: not there yet, and sources[…].expected says nothing of its size. Make it, "
-            "or give expected: {samples, rows_per_sample, tokens_per_sample, images} (and made_with: for a cache)"
+            f"{source.cache or source.data}: not there yet (or not complete), and sources[…].expected says nothing of "
+            "its size. Make it, or give expected: {samples, rows_per_sample, tokens_per_sample, images} (and "
+            "made_with: for a cache)"
         )
     phase_one = load_config(CacheConfig, source.made_with or None)
     facts: dict[str, Any] = {"shape": {"hidden_size": 1, "vocabulary": 1, "image_tokens": 0}}
@@ -300,10 +259,6 @@ def source_manifest(source: SourceConfig) -> Manifest:
     return dataclasses.replace(manifest, counts=counts)
 
 
-def size(count: int) -> str:
-    return f"{count / GIB:,.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:,.2f} MiB"
-
-
 def _sections(path: Path) -> set[str]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -321,13 +276,13 @@ def _ablation_rows(config: AblationConfig) -> list[tuple[str, Any]]:
         rows.append(
             (
                 f"{arm.table}: {name}" if arm.table else name,
-                f"{seeds} × {plan.steps:,} steps, {plan.trained:,} trained, {size(plan.memory_bytes)} a GPU "
-                f"({size(plan.sharded_bytes)} sharded), reads {size(plan.cache_bytes)}, "
+                f"{seeds} × {plan.steps:,} steps, {plan.trained:,} trained, {bytes_text(plan.memory_bytes)} a GPU "
+                f"({bytes_text(plan.sharded_bytes)} sharded), reads {bytes_text(plan.cache_bytes)}, "
                 f"{plan.gpu_hours:,.1f} GPU hours{'' if plan.half else IN_FLOAT32}{prepared}",
             )
         )
     rows.append(("steps, all", sum(p.steps for p in plans.values()) * seeds))
-    rows.append(("most memory of one GPU", size(max(p.memory_bytes for p in plans.values()))))
+    rows.append(("most memory of one GPU", bytes_text(max(p.memory_bytes for p in plans.values()))))
     rows.append(("GPU hours, all", f"{sum(p.gpu_hours for p in plans.values()) * seeds:,.1f}"))
     rows.append(("  an online teacher would add", f"{sum(p.online_hours for p in plans.values()) * seeds:,.1f}"))
     return [*rows, ASSUMPTION]
@@ -340,25 +295,39 @@ def _stage_rows(config: StagesConfig) -> list[tuple[str, Any]]:
 
 
 @dataclass(frozen=True)
-class _Mean:
-    """Of one epoch over all sources: samples, steps, mean tokens of a sample, and the longest to expect."""
+class _Epoch:
+    """What an epoch takes of one source. tokens: of all its samples, image positions counted · longest: tokens of the
+    longest sample to expect · cache_bytes: of the arrays that the losses need, an image's once for each sample ·
+    teacher_flops: of an online teacher's forward passes, 2 a weight and token."""
 
     samples: int
-    steps_per_epoch: int
     tokens: float
     longest: float
+    cache_bytes: float = 0.0
+    teacher_flops: float = 0.0
 
-    @classmethod
-    def of(cls, config: FitConfig, manifests: Sequence[Manifest], image_tokens: int) -> _Mean:
-        samples, tokens, longest = 0, 0.0, 0.0
-        for source, manifest in zip(config.sources, manifests, strict=True):
-            counts = manifest.counts
-            seen = int(source.share * min(source.max_samples or counts["samples"], counts["samples"]))
-            images = counts.get("with_image", counts["tokens"] - counts["samples"] - counts["positions"])
-            mean = expanded_length(counts["tokens"], images, images * image_tokens) / max(counts["samples"], 1)
-            samples, tokens = samples + seen, tokens + seen * mean
-            longest = max(longest, mean, float(manifest.teacher.get("max_length", 0)) if source.cache else 0.0)
-        return cls(samples, -(-samples // config.train.global_batch), tokens / max(samples, 1), longest)
+
+def _epoch(config: FitConfig, source: SourceConfig, manifest: Manifest, image_tokens: int) -> _Epoch:
+    counts = manifest.counts
+    whole, tokens = max(counts["samples"], 1), counts["tokens"]
+    samples = int(source.share * min(source.max_samples or whole, counts["samples"]))
+    images = counts.get("with_image", tokens - counts["samples"] - counts["positions"])
+    mean = expanded_length(tokens, images, images * image_tokens) / whole
+    longest = max(mean, float(manifest.teacher.get("max_length", 0)) if source.cache else 0.0)
+    if not _distils(source):
+        return _Epoch(samples, samples * mean, longest)
+    lines = {"token": tokens, "row": counts["rows"], "position": counts["positions"], "image": images}
+    names, visual = needed_arrays(config.losses, manifest)
+    wanted = {"input_ids", "loss_mask", *names, *visual}
+    arrays = [spec for spec in (*manifest.arrays, *manifest.image_arrays) if spec.name in wanted]
+    flops = 0.0
+    if any(loss.name != "cross_entropy" for loss in config.losses):
+        read = expanded_length(tokens, images, images * manifest.shape.image_tokens)
+        flops = 2.0 * _teacher_parameters(str(manifest.teacher.get("model", ""))) * read
+    part = samples / whole
+    return _Epoch(
+        samples, samples * mean, longest, part * sum(s.line_bytes * lines[s.axis] for s in arrays), part * flops
+    )
 
 
 def _distils(source: SourceConfig) -> bool:
@@ -387,7 +356,7 @@ def _weight_bytes(model: Any, config: StudentConfig, bytes_each: int) -> int:
     packed = sum(
         p.numel() for n, p in model.named_parameters() if re.match(LORA_TARGETS + r"(\.base_layer)?\.weight", n)
     )
-    return int(total - packed * (bytes_each - FOUR_BIT_BYTES))
+    return int(total - packed * (bytes_each - NF4))
 
 
 def _activation_bytes(config: FitConfig, text: Any, longest: float) -> int:
@@ -409,31 +378,6 @@ def _head_bytes(config: FitConfig, text: Any, manifests: Sequence[Manifest], byt
     return int(chunk + heads * bytes_each)
 
 
-def _epoch_bytes(config: FitConfig, manifests: Sequence[Manifest]) -> float:
-    """Bytes of the arrays that the losses need, of the samples that an epoch sees; an image's once for each sample."""
-    total = 0.0
-    for source, manifest in zip(config.sources, manifests, strict=True):
-        if not _distils(source):
-            continue
-        counts = manifest.counts
-        lines = {
-            "token": counts["tokens"],
-            "row": counts["rows"],
-            "position": counts["positions"],
-            "image": counts.get("with_image", counts["tokens"] - counts["samples"] - counts["positions"]),
-        }
-        names, visual = needed_arrays(config.losses, manifest)
-        wanted = {"input_ids", "loss_mask", *names, *visual}
-        found = sum(
-            s.line_bytes * lines[s.axis] for s in (*manifest.arrays, *manifest.image_arrays) if s.name in wanted
-        )
-        seen = (
-            source.share * min(source.max_samples or counts["samples"], counts["samples"]) / max(counts["samples"], 1)
-        )
-        total += found * seen
-    return total
-
-
 def _flops(config: FitConfig, model: Any) -> float:
     """A token's: 2 a weight forward, 2 backward through it, 2 for the gradient of a trained one, 2 for checkpointing.
 
@@ -447,26 +391,10 @@ def _flops(config: FitConfig, model: Any) -> float:
     return (4 + again) * language + 2 * trained + (0 if cached else 2) * tower
 
 
-def _scoring_flops(config: FitConfig, manifests: Sequence[Manifest]) -> float:
-    """Of the teacher's forward pass over an epoch of the sources that are distilled: 2 a weight and token."""
-    total = 0.0
-    if all(loss.name == "cross_entropy" for loss in config.losses):
-        return total
-    for source, manifest in zip(config.sources, manifests, strict=True):
-        if _distils(source):
-            counts, tokens = manifest.counts, manifest.counts["tokens"]
-            images = counts.get("with_image", tokens - counts["samples"] - counts["positions"])
-            tokens = expanded_length(tokens, images, images * manifest.shape.image_tokens)
-            total += source.share * 2 * _teacher_parameters(str(manifest.teacher.get("model", ""))) * tokens
-    return total
-
-
-@lru_cache
 def _teacher_parameters(name: str) -> int:
     """0 for a teacher whose configuration is not at hand: a cache does not need it."""
     try:
-        with torch.device("meta"):
-            return sum(p.numel() for p in LlavaForConditionalGeneration(load_model_config(name)).parameters())
+        return size_of(load_model_config(name)).all
     except ConfigError:
         return 0
 

@@ -6,7 +6,8 @@ import statistics
 
 from student_train.report_data import Experiment
 from teacher_cache.charts import Dot, Series, key, line_chart, scatter_chart
-from teacher_cache.page import Card, bytes_text, seconds_text
+from teacher_cache.data.units import bytes_text, seconds_text
+from teacher_cache.page import Card
 
 STUDENTS = 32
 """How far the chart of the shared teacher goes."""

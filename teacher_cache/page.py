@@ -20,6 +20,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from teacher_cache.conversations import DataError, Image
+from teacher_cache.data.units import bytes_text, seconds_text
 from teacher_cache.images import ImageError, load_image
 
 MAX_IMAGE_SIDE = 480
@@ -75,19 +76,6 @@ def write_page(output: str | Path, template: str, package: str = TEMPLATES, scri
 def clean(value: object) -> str:
     """A value as text that a page may hold: control characters become their signs (␀), half a surrogate pair ``?``."""
     return value if isinstance(value, Markup) else str(value).encode("utf-8", "replace").decode().translate(_SIGNS)
-
-
-def bytes_text(count: float) -> str:
-    """1,230,000 → ``1.2 MB``."""
-    unit, size = next(((u, s) for u, s in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if count >= s), ("kB", 1e3))
-    return f"{count / size:,.1f} {unit}"
-
-
-def seconds_text(seconds: float) -> str:
-    """5,400 → ``1.5 h``."""
-    if seconds >= 3600:
-        return f"{seconds / 3600:,.1f} h"
-    return f"{seconds / 60:,.1f} min" if seconds >= 120 else f"{seconds:,.1f} s"
 
 
 def figure(image: Image, folder: str | Path) -> Figure:

@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
-
-import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from teacher_cache.config import CacheConfig, ConfigError
 from teacher_cache.data.rows import expanded_length
+from teacher_cache.data.units import bytes_text
+from teacher_cache.models.model_sizes import (
+    GB,
+    GPU_SIZES,
+    HALF_FLOPS,
+    READ_BYTES_PER_SECOND,
+    parameter_bytes,
+    size_of,
+)
 from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage
 
-GB = 10**9
-GPU_SIZES = (16, 24, 40, 48, 80, 141)
-"""GB of GPUs that people have."""
-
-QUANTIZED_BYTES = {"fp8": 1.0}
-FOUR_BIT_BYTES = 0.57
-"""Bytes of a weight of a quantised linear layer; four bits and the scales of groups of 128 where not named."""
 STEP_TOKENS = 8192
 """Tokens that vLLM puts into one step by default."""
 
@@ -45,11 +43,11 @@ class Throughput:
 
 
 def assumed_throughput(weights: int, dollars_per_hour: float = 2.0) -> Throughput:
-    """An A100 (312 bf16 TFLOP/s, 2 TB/s) at 45 % of its arithmetic when reading, and writing 64 answers at once at
-    55 % of its memory bandwidth. For 13B: 5,400 and 2,700 tokens/s."""
+    """An A100 that reads at 40 % of its arithmetic, and writes 64 answers at once at 55 % of its memory bandwidth. For
+    13B: 4,800 and 2,700 tokens/s."""
     return Throughput(
-        read_tokens_per_second=0.45 * 312e12 / (2 * weights),
-        write_tokens_per_second=0.55 * 2e12 / (2 * weights) * 64,
+        read_tokens_per_second=HALF_FLOPS / (2 * weights),
+        write_tokens_per_second=READ_BYTES_PER_SECOND / (2 * weights) * 64,
         dollars_per_hour=dollars_per_hour,
         source="assumed for one A100, batches of 64; plan --like takes what a cache of yours took",
     )
@@ -83,39 +81,6 @@ def measured_throughput(storage: Storage, dollars_per_hour: float = 2.0) -> Thro
 
 
 @dataclass(frozen=True)
-class TeacherSize:
-    """Parameters: of the language model's linear layers (which quantisation packs), its embeddings and head, and
-    those of the vision tower and the projector."""
-
-    linear: int
-    embeddings: int
-    vision: int
-
-    @property
-    def language(self) -> int:
-        return self.linear + self.embeddings
-
-
-def size_of(model: Any) -> TeacherSize:
-    """Counted on a model without storage (``meta`` device)."""
-    return _size_of(model.to_json_string(use_diff=False))
-
-
-@lru_cache(maxsize=8)
-def _size_of(plain: str) -> TeacherSize:
-    fields = json.loads(plain)
-    with torch.device("meta"):
-        made = AutoModelForImageTextToText.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
-    parts = {"linear": 0, "embeddings": 0, "vision": 0}
-    for name, weight in made.named_parameters():
-        if "language_model" not in name and "lm_head" not in name:
-            parts["vision"] += weight.numel()
-        else:
-            parts["embeddings" if "embed_tokens" in name or "lm_head" in name else "linear"] += weight.numel()
-    return TeacherSize(**parts)
-
-
-@dataclass(frozen=True)
 class TeacherMemory:
     """Bytes on one GPU of the tensor-parallel group.
 
@@ -141,19 +106,18 @@ class TeacherMemory:
         group = f", each of {self.gpus}" if self.gpus > 1 else ""
         yield (
             f"memory of a GPU{group}",
-            f"weights {self.weights / GB:,.2f} GB, a forward step {self.step / GB:,.2f} GB, signals "
-            f"{self.signals / GB:,.2f} GB, KV cache {self.sequence / GB:,.3f} GB a sample of {self.length:,} tokens",
+            f"weights {bytes_text(self.weights)}, a forward step {bytes_text(self.step)}, signals "
+            f"{bytes_text(self.signals)}, KV cache {bytes_text(self.sequence)} a sample of {self.length:,} tokens",
         )
         fits = [f"{size} GB: {n:,}" for size in GPU_SIZES if (n := self.sequences(size * GB))]
         yield "samples at once, by size of the GPU", ", ".join(fits) or f"does not fit into {GPU_SIZES[-1]} GB"
 
 
-def teacher_memory(config: CacheConfig, model: Any, length: int, size: TeacherSize) -> TeacherMemory:
+def teacher_memory(config: CacheConfig, model: Any, length: int) -> TeacherMemory:
     """An estimate from shapes: weights and KV cache are exact, a step's activations within tens of per cent."""
     text, gpus = model.get_text_config(), config.speed.tensor_parallel
-    each = 4 if config.teacher.dtype == "float32" else 2
-    name = config.teacher.quantization
-    packed = QUANTIZED_BYTES.get(name, FOUR_BIT_BYTES) if name else each
+    size, each = size_of(model), parameter_bytes(config.teacher.dtype)
+    packed = parameter_bytes(config.teacher.quantization or config.teacher.dtype)
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kept = 2 * text.num_hidden_layers * kv_heads * head_size / gpus + text.hidden_size * (

@@ -26,22 +26,23 @@ from student_train.config import (
     check_fit_config,
 )
 from student_train.plan import (
-    GIB,
     IN_FLOAT32,
     plan_ablation,
     plan_file,
     plan_fit,
     plan_stages,
     source_manifest,
-    student_on_meta,
 )
 from student_train.stages import StagesConfig, stage_configs
+from student_train.students.on_meta import student_on_meta
 from student_train.studies.runs import AblationConfig, plan_runs
 from teacher_cache.cli import app as cache_app
 from teacher_cache.config import CacheConfig, ConfigError, load_config
 from teacher_cache.manifest import CacheError
 from teacher_cache.model_config import load_model_config, shipped_models
+from teacher_cache.models.model_sizes import GB
 from teacher_cache.score import check_config
+from tests.store_fixtures import synthetic_cache
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "pipelines").glob("**/*.yaml"))
@@ -115,9 +116,9 @@ def test_llavadis_students_plan_to_the_papers_steps_and_fit_their_gpus() -> None
         assert pretrain.trained == (1024 + 1) * width + (width + 1) * width  # the projector alone
         hidden_projector = width * 5120 + 5120 + 5120 * 5120 + 5120
         assert finetune.parameters - pretrain.parameters == hidden_projector
-        assert pretrain.memory_bytes < 24 * GIB
-        assert finetune.memory_bytes < 80 * GIB
-        assert finetune.sharded_bytes < 24 * GIB
+        assert pretrain.memory_bytes < 24 * GB
+        assert finetune.memory_bytes < 80 * GB
+        assert finetune.sharded_bytes < 24 * GB
 
 
 def test_bytes_of_a_cache_that_is_not_there_follow_from_the_file_that_will_make_it() -> None:
@@ -221,10 +222,27 @@ def _losses(name: str, made_with: str) -> list[str]:
 
 
 def test_source_without_size_or_configuration_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not there yet, and sources"):
+    with pytest.raises(ConfigError, match=r"not there yet .*and sources"):
         source_manifest(SourceConfig(cache="nowhere"))
     with pytest.raises(ConfigError, match=f"no model configuration can be read.*{shipped_models()}"):
         load_model_config(str(tmp_path))
+
+
+def test_a_cache_that_may_not_be_used_is_not_planned_as_one_to_be_made(tmp_path: Path) -> None:
+    """Only a cache that is not there is replaced by what is expected of it."""
+    expected = ExpectedSize(samples=7, tokens_per_sample=9)
+    source = SourceConfig(cache=str(tmp_path / "c"), made_with="pipelines/llavadi/cache.yaml", expected=expected)
+    assert source_manifest(source).counts["samples"] == 7
+    synthetic_cache(tmp_path / "c", 5, skipped=())
+    assert source_manifest(source).counts["samples"] == 5
+    path = tmp_path / "c" / "manifest.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"planned_samples": 5', '"planned_samples": 6'))
+    with pytest.raises(CacheError, match="changed after it was written"):
+        source_manifest(source)
+    path.write_text(json.dumps(json.loads(whole) | {"format_version": 99}))
+    with pytest.raises(CacheError, match="cache format 99"):
+        source_manifest(source)
 
 
 def test_lora_and_four_bit_need_less_memory() -> None:

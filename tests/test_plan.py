@@ -1,4 +1,4 @@
-"""A plan is within 5 % of what is then written, from data and configuration alone."""
+"""A plan is within 10 % of what is then written, from data and configuration alone."""
 
 import dataclasses
 import json
@@ -19,10 +19,11 @@ from teacher_cache.config import (
     build_config,
     load_config,
 )
-from teacher_cache.manifest import CacheError
+from teacher_cache.manifest import CacheError, read_manifest
 from teacher_cache.model_config import load_model_config
+from teacher_cache.models.model_sizes import GB, GROUPS_OF_128, NF4, parameter_bytes, size_of
 from teacher_cache.plan import as_preset, plan_cache
-from teacher_cache.plan_cost import GB, Throughput, assumed_throughput, measured_throughput, size_of, teacher_memory
+from teacher_cache.plan_cost import Throughput, assumed_throughput, measured_throughput, teacher_memory
 from teacher_cache.reader import TeacherCache
 from teacher_cache.score import build_cache
 from teacher_cache.storage import Storage
@@ -57,7 +58,7 @@ def _bare(config, bare_teacher, **fields):
     ],
     ids=lambda s: s.preset,
 )
-def test_a_plan_is_within_five_percent_of_what_is_written(cache_config, teacher, bare_teacher, tmp_path, stored):
+def test_a_plan_is_within_ten_percent_of_what_is_written(cache_config, teacher, bare_teacher, tmp_path, stored):
     data = dataclasses.replace(cache_config.data, regenerate="none")
     config = dataclasses.replace(cache_config, output=str(tmp_path / "c"), data=data, signals=stored)
     plan = plan_cache(_bare(config, bare_teacher))
@@ -66,9 +67,11 @@ def test_a_plan_is_within_five_percent_of_what_is_written(cache_config, teacher,
     manifest = json.loads((tmp_path / "c/manifest.json").read_text())
     for name in ("tokens", "positions"):
         assert getattr(plan, name) == manifest["counts"][name]
-    for name, size in plan.array_bytes.items():
-        assert size == sum(p.stat().st_size for p in (tmp_path / "c").glob(f"*/0*/{name}/c/**/*") if p.is_file()), name
-    assert plan.total_bytes == pytest.approx(_bytes(tmp_path / "c"), rel=0.05)
+    for spec in [*read_manifest(Storage(tmp_path / "c")).arrays, *read_manifest(Storage(tmp_path / "c")).image_arrays]:
+        files = (tmp_path / "c").glob(f"*/0*/{spec.name}/c/**/*")
+        written = sum(p.stat().st_size for p in files if p.is_file())
+        assert plan.part_bytes[spec.name] == pytest.approx(written, rel=0.1), spec.name
+    assert plan.total_bytes == pytest.approx(_bytes(tmp_path / "c"), rel=0.1)
     assert plan.preset_bytes[stored.preset] == pytest.approx(plan.total_bytes, rel=0.25)
 
 
@@ -77,7 +80,7 @@ def test_answers_that_lie_there_already_are_counted(cache_config, cache_folder, 
     plan = plan_cache(_bare(config, bare_teacher), answer_factor=3.0)
     manifest = json.loads((cache_folder / "manifest.json").read_text())
     assert plan.rows == manifest["counts"]["rows"]
-    assert plan.total_bytes == pytest.approx(_bytes(cache_folder), rel=0.05)
+    assert plan.total_bytes == pytest.approx(_bytes(cache_folder), rel=0.1)
 
 
 def test_longer_answers_make_more_rows_up_to_the_limit(cache_config, bare_teacher, tmp_path):
@@ -209,14 +212,22 @@ def test_memory_of_the_13b_configurations(name, least, most):
     """26.7 GB of 16-bit weights leave room for that many conversations of 2,048 tokens on the GPUs they are for."""
     config = load_config(CacheConfig, MODELS.parent / f"{name}.yaml")
     model = load_model_config(config.teacher.model)
-    memory = teacher_memory(config, model, 2048, size_of(model))
+    memory = teacher_memory(config, model, 2048)
     assert memory.weights * memory.gpus == pytest.approx(26.7e9, rel=0.01)
     assert memory.sequence * memory.gpus == pytest.approx(2 * 2 * 40 * 5120 * 2048, rel=0.03)
     assert least < memory.sequences((24 if memory.gpus == 2 else 80) * GB) < most
     assert memory.sequences(8 * GB) == 0
     packed = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, quantization="awq"))
-    assert teacher_memory(packed, model, 2048, size_of(model)).weights < 0.35 * memory.weights
+    assert teacher_memory(packed, model, 2048).weights < 0.35 * memory.weights
     assert any("does not fit" in value for _, value in dataclasses.replace(memory, weights=200 * GB).as_rows())
+
+
+def test_four_bits_weigh_what_their_format_says():
+    """AWQ: 128 weights in 64 bytes, a float16 scale, 4 bits of zero; nf4: 64 weights in 32 bytes, a float32 scale."""
+    assert 128 * GROUPS_OF_128 == 64 + 2 + 0.5
+    assert 64 * NF4 == 32 + 4
+    assert parameter_bytes("awq") == parameter_bytes("gptq_marlin") == GROUPS_OF_128
+    assert [parameter_bytes(name) for name in ("float32", "bfloat16", "fp8", "bitsandbytes")] == [4, 2, 1, NF4]
 
 
 def test_what_does_not_fit_is_said(cache_config, bare_teacher, tmp_path, monkeypatch):

@@ -1,0 +1,1 @@
+"""Students: composed, cut, prepared, exported."""

@@ -1,0 +1,67 @@
+"""What a model weighs, and what a GPU does with it: one set of constants for the plans of both phases."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+GB = 10**9
+GPU_SIZES = (16, 24, 40, 48, 80, 141)
+"""GB of GPUs that people have."""
+HALF_FLOPS, FLOAT32_FLOPS = 0.4 * 312e12, 0.4 * 19.5e12
+"""Of one A100 at 40 % of its arithmetic: what training, and reading by a teacher, are counted with."""
+READ_BYTES_PER_SECOND = 0.55 * 2e12
+"""Of one A100's memory, at 55 %: what writing answers is bound by."""
+
+GROUPS_OF_128 = 0.5 + (2 + 0.5) / 128
+"""Bytes of a weight in AWQ and GPTQ: four bits; a float16 scale and four bits of zero point for every 128."""
+NF4 = 0.5 + 4 / 64
+"""Bytes of a weight in bitsandbytes' nf4: four bits, and a float32 scale for every 64 (QLoRA, arXiv 2305.14314, 2)."""
+_PARAMETER_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "bitsandbytes": NF4}
+
+
+def parameter_bytes(name: str) -> float:
+    """Bytes of a weight, by dtype or by vLLM's name of a quantisation; groups of 128 where the name says no more."""
+    return _PARAMETER_BYTES.get(name, GROUPS_OF_128)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters: of the language model's linear layers (which quantisation packs), its embeddings and head, and
+    those of the vision tower and the projector."""
+
+    linear: int
+    embeddings: int
+    vision: int
+
+    @property
+    def language(self) -> int:
+        return self.linear + self.embeddings
+
+    @property
+    def all(self) -> int:
+        return self.language + self.vision
+
+
+def size_of(config: Any) -> ModelSize:
+    """Counted on a model of this Transformers configuration without storage (``meta`` device)."""
+    return _size_of(config.to_json_string(use_diff=False))
+
+
+@lru_cache(maxsize=8)
+def _size_of(plain: str) -> ModelSize:
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    fields = json.loads(plain)
+    with torch.device("meta"):
+        made = AutoModelForImageTextToText.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    parts = {"linear": 0, "embeddings": 0, "vision": 0}
+    for name, weight in made.named_parameters():
+        if "language_model" not in name and "lm_head" not in name:
+            parts["vision"] += weight.numel()
+        else:
+            parts["embeddings" if "embed_tokens" in name or "lm_head" in name else "linear"] += weight.numel()
+    return ModelSize(**parts)
