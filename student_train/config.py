@@ -99,8 +99,9 @@ class SourceConfig:
     template: str = ""
     """For ``data`` only; a cache knows its own."""
     image_folder: str = ""
-    image_data: str = ""
-    """A Parquet file whose embedded images the cache was made from."""
+    image_data: str | tuple[str, ...] = ""
+    """The Parquet files (files, a folder or a pattern, as ``data.path``) whose embedded images the cache was made from.
+    They are laid down once, in ``prefetch_folder`` or a temporary one, and read from there."""
     answers: Literal["cached", "original"] = "cached"
     """``original`` trains on the data set's own answers, which the cache keeps as text: cross-entropy only."""
     tokenizer: Literal["exact", "same_ids"] = "exact"

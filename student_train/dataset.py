@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +18,9 @@ import numpy.typing as npt
 from student_train.config import SourceConfig
 from student_train.feed.tokenizer import check_tokenizer
 from teacher_cache.config import DataConfig
-from teacher_cache.conversations import Conversation, DataError, Image, Skipped, read_conversations
+from teacher_cache.conversations import Conversation, DataError, Image, Skipped
 from teacher_cache.data.rows import rows_among_text, text_positions
+from teacher_cache.data.spool import SampleFile, lay_down, spool
 from teacher_cache.manifest import CacheError
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import Array
@@ -144,7 +147,7 @@ class CacheSource:
         return RawBatch(
             input_ids=input_ids,
             loss_mask=loss_mask,
-            images=[self._image(i) for i in batch.image_ids],
+            images=[self._image(*i) for i in zip(batch.image_ids, batch.image_checksums, strict=True)],
             arrays=batch.arrays,
             row_index=np.concatenate(row_index) if row_index else np.zeros(0, np.int64),
             visual=self.cache.read_images(batch.image_places[with_image], self._visual) if self._visual else {},
@@ -156,7 +159,8 @@ class CacheSource:
     def images(self) -> Iterator[Image]:
         for start in range(0, self._size, 1024):
             batch = self.cache.read(range(start, min(start + 1024, self._size)), [])
-            yield from (image for image in map(self._image, batch.image_ids) if image is not None)
+            images = map(self._image, batch.image_ids, batch.image_checksums)
+            yield from (image for image in images if image is not None)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """No more shards than the prefetch folder holds: a later one would take the place of one still in use."""
@@ -175,10 +179,8 @@ class CacheSource:
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return replace(config, prefetch_folder=folder)
 
-    def _image(self, image_id: str) -> Image | None:
-        if not image_id:
-            return None
-        return self._embedded.get(image_id, Image(image_id, path=image_id))
+    def _image(self, image_id: str, checksum: str) -> Image | None:
+        return _known_image(image_id, checksum, self._embedded)
 
     def _check_names(self, needed: Sequence[str], stored: Sequence[str]) -> None:
         missing = [name for name in needed if name not in stored]
@@ -191,31 +193,67 @@ class CacheSource:
 
 
 class PlainSource:
-    """Conversations with their own answers: supervised fine-tuning, no teacher anywhere."""
+    """Conversations with their own answers: supervised fine-tuning, no teacher anywhere.
 
-    def __init__(self, conversations: Sequence[Conversation], template: str, tokenizer: Any, image_folder: str) -> None:
+    Ids and images lie in a temporary folder, which loader processes open instead of being sent a copy.
+    """
+
+    _embedded: SampleFile | None = None
+
+    def __init__(self, conversations: Iterable[Conversation], template: str, tokenizer: Any, image_folder: str) -> None:
         self.image_folder = image_folder
-        self._images = [c.image for c in conversations]
-        self._names = [c.sample_id for c in conversations]
+        self._folder = Path(tempfile.mkdtemp(prefix="teacher-cache-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         form = template_by_name(template)
-        self._samples = [
-            assemble(tokenize_prompt(c, form, tokenizer), [tokenize_answer(a, form, tokenizer) for a in c.answers])
-            for c in conversations
-        ]
+        lengths, rows, images = [], [], []
+
+        def write() -> Iterator[Conversation]:
+            with (self._folder / "ids").open("wb") as ids, (self._folder / "mask").open("wb") as mask:
+                for c in conversations:
+                    answers = [tokenize_answer(a, form, tokenizer) for a in c.answers]
+                    sample = assemble(tokenize_prompt(c, form, tokenizer), answers)
+                    ids.write(sample.input_ids.astype(np.int32).tobytes())
+                    mask.write(sample.loss_mask.tobytes())
+                    lengths.append(len(sample.input_ids))
+                    rows.append(sample.rows)
+                    images.append(c.image is not None)
+                    yield replace(c, questions=(), answers=())
+
+        (self._folder / "samples").mkdir()
+        self._samples = lay_down(write(), self._folder / "samples").keep()
+        self._counts = np.array([lengths, rows, images], np.int64).reshape(3, -1)
+        self._open()
+
+    def _open(self) -> None:
+        self._ends = np.cumsum(self.lengths)
+        size = int(self._counts[0].sum())
+        self._ids = np.memmap(self._folder / "ids", np.int32, "r") if size else np.zeros(0, np.int32)
+        self._mask = np.memmap(self._folder / "mask", np.bool_, "r") if size else np.zeros(0, np.bool_)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("image_folder", "_folder", "_samples", "_counts")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
 
     @classmethod
     def from_data(cls, config: SourceConfig, tokenizer: Any) -> PlainSource:
-        samples = read_conversations(
-            DataConfig(path=config.data, duplicate_ids="number", max_samples=config.max_samples)
-        )
-        skipped = [s for s in samples if isinstance(s, Skipped)]
-        if skipped:
+        data = DataConfig(path=config.data, duplicate_ids="number", max_samples=config.max_samples)
+        folder = Path(tempfile.mkdtemp(prefix="teacher-cache-"))
+        samples = spool(data, folder)
+        if samples.skips.skipped:
+            samples.close()
             raise DataError(
-                f"{config.data}: {len(skipped)} samples cannot be used (first: {skipped[0].sample_id}, "
-                f"{skipped[0].reason}). Take them out of the file"
+                f"{config.data}: {samples.skips.skipped:,} of {len(samples):,} samples cannot be used "
+                f"({samples.skips}). Take them out of the file"
             )
-        conversations = [s for s in samples if isinstance(s, Conversation)]
-        return cls(conversations, config.template, tokenizer, config.image_folder)
+        source = cls(
+            (s for s in samples if isinstance(s, Conversation)), config.template, tokenizer, config.image_folder
+        )
+        source._embedded = samples  # its images' bytes lie in that folder, which goes with it
+        return source
 
     @classmethod
     def from_cache(cls, config: SourceConfig, tokenizer: Any) -> PlainSource:
@@ -223,15 +261,14 @@ class PlainSource:
         with _open_cache(config, tokenizer) as cache:
             embedded = _embedded_images(config)
             size = min(config.max_samples or len(cache), len(cache))
-            records = (cache[i] for i in range(size))
             conversations = [
                 Conversation(
-                    r.sample_id,
-                    r.questions,
-                    r.original_answers,
-                    embedded.get(r.image_id, Image(r.image_id, path=r.image_id)) if r.image_id else None,
+                    t.sample_id,
+                    tuple(t.questions),
+                    tuple(t.original_answers),
+                    _known_image(t.image_id, t.image_checksum, embedded),
                 )
-                for r in records
+                for t in itertools.islice(cache.texts(), size)
             ]
             return cls(conversations, cache.manifest.teacher["template"], tokenizer, config.image_folder)
 
@@ -240,7 +277,7 @@ class PlainSource:
 
     @property
     def rows(self) -> Ints:
-        return np.array([s.rows for s in self._samples], np.int64)
+        return self._counts[1]
 
     @property
     def positions(self) -> Ints:
@@ -248,35 +285,41 @@ class PlainSource:
 
     @property
     def lengths(self) -> Ints:
-        return np.array([len(s.input_ids) for s in self._samples], np.int64)
+        return self._counts[0]
 
     @property
     def has_image(self) -> npt.NDArray[np.bool_]:
-        return np.array([image is not None for image in self._images], np.bool_)
+        return self._counts[2].astype(np.bool_)
 
     @property
     def shard_starts(self) -> Ints:
         return np.array([0, len(self)], np.int64)
 
     def read(self, indices: Sequence[int]) -> RawBatch:
-        chosen = [self._samples[i] for i in indices]
+        spans = [slice(int(self._ends[i] - self._counts[0][i]), int(self._ends[i])) for i in indices]
         return RawBatch(
-            input_ids=[s.input_ids for s in chosen],
-            loss_mask=[s.loss_mask for s in chosen],
-            images=[self._images[i] for i in indices],
+            input_ids=[self._ids[span].astype(np.int64) for span in spans],
+            loss_mask=[np.array(self._mask[span]) for span in spans],
+            images=[self._image(self._samples[i]) for i in indices],
             arrays={},
             row_index=np.zeros(0, np.int64),
             visual={},
         )
 
     def name_of(self, index: int) -> str:
-        return self._names[index]
+        return self._samples[index].sample_id
 
     def images(self) -> Iterator[Image]:
-        return (image for image in self._images if image is not None)
+        images = map(self._image, self._samples)
+        return (image for image in images if image is not None)
+
+    @staticmethod
+    def _image(sample: Conversation | Skipped) -> Image | None:
+        assert isinstance(sample, Conversation)
+        return sample.image
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Everything is in memory."""
+        """Everything lies on this machine."""
 
 
 def open_source(config: SourceConfig, tokenizer: Any, names: Sequence[str], visual: Sequence[str]) -> Source:
@@ -304,22 +347,50 @@ def _shards_in(gigabytes: float, cache: TeacherCache) -> int:
     return max(int(gigabytes * 2**30 * shards / max(cache.manifest.counts["bytes"], 1)), 1)
 
 
-def _embedded_images(config: SourceConfig) -> dict[str, Image]:
-    if not config.image_data:
-        return {}
-    samples = read_conversations(DataConfig(path=config.image_data, duplicate_ids="number"))
-    images = [s.image for s in samples if isinstance(s, Conversation) and s.image is not None]
-    return {image.image_id: image for image in images if image.data}
+def _known_image(image_id: str, checksum: str, embedded: Mapping[str, Image]) -> Image | None:
+    """The image that a cache names, with the checksum of the bytes that its teacher saw."""
+    if not image_id:
+        return None
+    return replace(embedded.get(image_id, Image(image_id, path=image_id)), checksum=checksum)
+
+
+class EmbeddedImages(dict[str, Image]):
+    """Images by their digest, whose bytes lie in a folder that goes with this object; other processes read the same."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        super().__init__()
+        folder = Path(tempfile.mkdtemp(prefix="images-", dir=config.prefetch_folder or None))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        samples = spool(DataConfig(path=config.image_data, duplicate_ids="number"), folder / "read").keep()
+        images = (s.image for s in samples if isinstance(s, Conversation) and s.image is not None)
+        self.update((image.image_id, image) for image in images if image.embedded)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+def _embedded_images(config: SourceConfig) -> Mapping[str, Image]:
+    return EmbeddedImages(config) if config.image_data else {}
 
 
 def check_images(source: Source) -> None:
-    """Fail before the first step, not in the middle, when the image folder is not the right one."""
-    folder = Path(source.image_folder)
-    for index in np.flatnonzero(source.has_image)[:1]:
-        image = source.read([int(index)]).images[0]
-        assert image is not None
-        if not image.data and not (folder / image.path).is_file():
-            raise DataError(
-                f"{folder}: {image.path} is not in the image folder. Set sources[…].image_folder to the folder the "
-                "cache was made from"
+    """Fail before the first step, not in the middle, when the images are not those of the source."""
+    folder, tried = Path(source.image_folder), 0
+    for image in source.images():
+        if image.embedded:
+            continue
+        if not source.image_folder or not (folder / image.path).is_file():
+            digest = re.fullmatch("[0-9a-f]{32}", image.path) is not None
+            advice = (
+                "sources[…].image_data to all of the Parquet files it was made from (files, a folder or a pattern)"
+                if digest
+                else "sources[…].image_folder to the folder the cache was made from"
             )
+            raise DataError(f"{source.image_folder or 'image_folder'}: {image.path} is not there. Set {advice}")
+        tried += 1
+        if tried == _TRIED:
+            return
+
+
+_TRIED = 512
+"""Image files that are looked for before a run; each costs a millisecond on a network disk."""

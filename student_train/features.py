@@ -27,7 +27,7 @@ _FACTS, _FEATURES, _SUMS = "features.json", "features.npy", "features.crc"
 def image_key(image: Image, folder: str) -> str:
     """What tells two images of a run apart: the digest of embedded bytes, else where the file lies. A relative path
     alone does not: two image folders may each hold a ``000.png``."""
-    return image.image_id if image.data else str(Path(folder) / image.path)
+    return image.image_id if image.embedded else str(Path(folder) / image.path)
 
 
 class ImageFeatures:
@@ -81,7 +81,8 @@ def compute_features(
     batch: int = 32,
 ) -> Path:
     """The folder of the features of all distinct ``images`` (with their folders): its name is made of the tower's
-    ``digest`` and of each image's key, bytes and time of change, so an image that was written again is looked at again.
+    ``digest`` and of each image's key, bytes, time of change and (from a cache) checksum, so an image that was written
+    again is looked at again.
 
     A folder that is there is complete (it is renamed into place) and is used as it is.
 
@@ -92,7 +93,7 @@ def compute_features(
     """
     distinct = {image_key(image, where): (image, where) for image, where in images}
     keys = sorted(distinct)
-    versions = [(key, *_version(key, distinct[key][0])) for key in keys]
+    versions = [(key, *_version(key, distinct[key][0]), distinct[key][0].checksum) for key in keys]
     listed = hashlib.sha256(json.dumps([digest, versions]).encode()).hexdigest()[:16]
     target = folder / f"vision-features-{listed}"
     with waiting_for(folder / f".{target.name}.lock"):
@@ -166,7 +167,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def _version(path: str, image: Image) -> tuple[int, int]:
     """(bytes, nanoseconds of the last change) of an image file; embedded bytes are named by their digest already."""
-    if image.data:
+    if image.embedded:
         return 0, 0
     try:
         found = Path(path).stat()

@@ -44,6 +44,8 @@ class AnsweredSample:
     finish_reasons: list[str]
     source: str
     hidden: torch.Tensor | None = None
+    image_checksum: str = ""
+    """Of the image the answers are about; empty without one."""
 
     @property
     def overflowed(self) -> bool:
@@ -146,6 +148,7 @@ def write_answers(
             "text": answer_text(tokenizer, ids),
             "finish_reason": reason,
             "source": sample.source,
+            "image_checksum": sample.image_checksum,
         }
         for sample in samples
         for turn, (ids, reason) in enumerate(zip(sample.answers, sample.finish_reasons, strict=True))
@@ -178,6 +181,7 @@ def read_answers(storage: Storage, manifest: Manifest, number: int) -> dict[str,
     samples: dict[str, AnsweredSample] = {}
     for line in table.to_pylist():
         sample = samples.setdefault(line["sample_id"], AnsweredSample(line["sample_id"], [], [], line["source"]))
+        sample.image_checksum = line.get("image_checksum") or ""  # a column that caches of 0.1 lack
         sample.answers.append(tuple(line["token_ids"]))
         sample.finish_reasons.append(line["finish_reason"])
     return samples
@@ -205,5 +209,6 @@ _SCHEMA = pa.schema(
         ("text", pa.string()),
         ("finish_reason", pa.string()),
         ("source", pa.string()),
+        ("image_checksum", pa.string()),
     ]
 )

@@ -11,9 +11,8 @@ from safetensors.torch import save as save_safetensors
 
 from teacher_cache.codecs import ChannelScales, fit_channel_scales
 from teacher_cache.config import CacheConfig
-from teacher_cache.conversations import Conversation
+from teacher_cache.conversations import Conversation, DataError, SkipCount, Skipped
 from teacher_cache.inputs import Samples, ShardInput, unfit_sample
-from teacher_cache.manifest import CacheError
 from teacher_cache.signals import finite_logits, finite_states, wanted_states
 from teacher_cache.teacher import SampleStates, ScoreRequest, Teacher, TeacherError
 from teacher_cache.tokenization import assemble, template_by_name, tokenize_answer
@@ -24,27 +23,15 @@ def calibrate(config: CacheConfig, samples: Samples, teacher: Teacher) -> dict[s
     signals = config.signals
     if signals.codec in ("float32", "float16", "bfloat16") and not signals.pca:
         return {}
-    template = template_by_name(config.teacher.template)
-    shard = ShardInput.load(
-        config, teacher, _first(samples, 2 * signals.calibration_samples, signals.visual == "states")
-    )
-    tokenized = [
-        assemble(p, [tokenize_answer(a, template, teacher.tokenizer) for a in c.answers])
-        for c, p in zip(shard.conversations, shard.prompts, strict=True)
-    ]
-    fit = [i for i in range(len(tokenized)) if not unfit_sample(config, teacher, tokenized[i])]
-    shown = [i for i in fit if shard.images[i] is not None] if signals.visual == "states" else []
-    fit = sorted({*fit[: signals.calibration_samples], *shown[: signals.calibration_samples]})
-    if not fit:
-        raise CacheError("no usable sample among the first ones, so channel scales cannot be fitted: check data.path")
+    requests = _usable(config, samples, teacher)
     states: list[SampleStates] = []
-    requests, head = [ScoreRequest(tokenized[i], shard.images[i]) for i in fit], teacher.head()
+    head = teacher.head()
     for _, batch in teacher.score(requests, wanted_states(signals)):
         states += [s for s in batch if finite_states(s) and finite_logits(s.rows, head, config.speed.head_rows)]
     if not states:
         raise TeacherError(
-            f"teacher.model={config.teacher.model}: none of the first {len(fit)} samples has finite logits and states "
-            f"in teacher.dtype={config.teacher.dtype}. Set teacher.dtype=bfloat16 or float32, and another output"
+            f"teacher.model={config.teacher.model}: none of the first {len(requests)} samples has finite logits and "
+            f"states in teacher.dtype={config.teacher.dtype}. Set teacher.dtype=bfloat16 or float32, and another output"
         )
     kinds: dict[str, list[torch.Tensor | None]] = {}
     if signals.hidden != "none":
@@ -63,14 +50,40 @@ def calibrate(config: CacheConfig, samples: Samples, teacher: Teacher) -> dict[s
     return fitted
 
 
-def _first(samples: Samples, count: int, images: bool) -> Samples:
-    """The first ``count`` samples, more than are needed, since some cannot be used; where ``images`` are to be fitted,
-    also as many with an image, wherever they begin."""
-    chosen = set(range(min(count, len(samples))))
-    if images:
-        shown = (i for i, s in enumerate(samples) if isinstance(s, Conversation) and s.image is not None)
-        chosen |= set(itertools.islice(shown, count))
-    return [samples[i] for i in sorted(chosen)]
+def _usable(config: CacheConfig, samples: Samples, teacher: Teacher) -> list[ScoreRequest]:
+    """The first ``calibration_samples`` usable samples with their original answers, wherever they begin; where visual
+    states are fitted, also the first as many with an image.
+
+    Raises
+    ------
+    DataError
+        Not one sample can be used; says why, with counts.
+    """
+    count, template = config.signals.calibration_samples, template_by_name(config.teacher.template)
+    visual, skips = config.signals.visual == "states", SkipCount()
+    found: list[ScoreRequest] = []
+    shown = 0
+    waiting = iter(samples)
+    while len(found) < count or (visual and shown < count):
+        chosen = list(itertools.islice(waiting, 2 * count))
+        if not chosen:
+            break
+        if len(found) >= count:  # only images are missing: a part without any is passed over unread
+            chosen = [s for s in chosen if isinstance(s, Conversation) and s.image is not None]
+        shard = ShardInput.load(config, teacher, chosen)
+        for sample in shard.skipped:
+            skips.add(sample)
+        for conversation, prompt, picture in zip(shard.conversations, shard.prompts, shard.images, strict=True):
+            answers = [tokenize_answer(a, template, teacher.tokenizer) for a in conversation.answers]
+            tokenized = assemble(prompt, answers)
+            if reason := unfit_sample(config, teacher, tokenized):
+                skips.add(Skipped(conversation.sample_id, reason))
+            elif len(found) < count or (visual and shown < count and picture is not None):
+                found.append(ScoreRequest(tokenized, picture))
+                shown += picture is not None
+    if not found:
+        raise DataError(f"none of {len(samples):,} samples can be used, so there is nothing to cache: {skips}")
+    return found
 
 
 def scales_to_bytes(scales: dict[str, ChannelScales]) -> bytes:

@@ -58,7 +58,14 @@ def plan(
 
 @app.command()
 def build(
-    config: Config, sets: Sets = None, as_json: Json = False, workers: int = 1, break_lock: BreakLock = False
+    config: Config,
+    sets: Sets = None,
+    as_json: Json = False,
+    workers: int = 1,
+    break_lock: BreakLock = False,
+    redo_skipped: Annotated[
+        bool, typer.Option(help="make shards again that left out samples, for instance since images were missing")
+    ] = False,
 ) -> None:
     """Answer, score and write the whole cache; goes on where an earlier run stopped."""
     from teacher_cache.score import build_cache
@@ -68,9 +75,11 @@ def build(
         if workers > 1:
             from teacher_cache.cluster import build_on_ray
 
-            summary = build_on_ray(settings, workers=workers, style=_style(as_json), break_lock=break_lock)
+            summary = build_on_ray(
+                settings, workers=workers, style=_style(as_json), break_lock=break_lock, redo_skipped=redo_skipped
+            )
         else:
-            summary = build_cache(settings, style=_style(as_json), break_lock=break_lock)
+            summary = build_cache(settings, style=_style(as_json), break_lock=break_lock, redo_skipped=redo_skipped)
     rows = [(n.replace("_", " "), _number(v)) for n, v in dataclasses.asdict(summary).items()]
     _show([*rows, ("bytes per row", f"{summary.bytes_per_row:,.1f}")], summary, as_json, f"cache {settings.output}")
 

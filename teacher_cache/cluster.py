@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from teacher_cache.build.skips import check_share
 from teacher_cache.config import CacheConfig, ConfigError
-from teacher_cache.conversations import read_conversations
+from teacher_cache.data.spool import SampleFile, spool
 from teacher_cache.manifest import CacheError, Manifest
 from teacher_cache.progress import Style, note, stage
 from teacher_cache.score import (
@@ -28,6 +29,7 @@ from teacher_cache.score import (
     missing_shards,
     open_teacher,
     prepare,
+    read_samples,
 )
 from teacher_cache.shards import Clock, build_shards
 from teacher_cache.stopping import handlers_kept
@@ -55,6 +57,7 @@ def build_on_ray(
     style: Style = "auto",
     options: dict[str, Any] | None = None,
     break_lock: bool = False,
+    redo_skipped: bool = False,
 ) -> BuildSummary:
     """Make the cache ``config.output`` with ``workers`` actors; the same bytes as :func:`score.build_cache` makes.
 
@@ -69,10 +72,14 @@ def build_on_ray(
     """
     begin = time.monotonic()
     check_config(config)
-    planned = -(-len(read_conversations(config.data)) // config.layout.shard_samples)
     storage, clock = Storage(config.output, options), Clock()
-    with locked(storage, break_lock=break_lock), _cluster():
-        start = _starter(config, options)
+    with (
+        locked(storage, break_lock=break_lock),
+        read_samples(config, storage, style, redo_skipped=redo_skipped) as read,
+        _cluster(),
+    ):
+        planned = -(-len(read) // config.layout.shard_samples)
+        start = _starter(config, options, read.folder)
         with Fleet(start, min(workers, max(planned, 1)), config.output, style) as fleet:
             (manifest,) = [result for _, result in fleet.run([PREPARE])]
             numbers = missing_shards(storage, manifest)
@@ -80,23 +87,25 @@ def build_on_ray(
             with stage("caching", samples, "samples", style) as progress:
                 for number, made in fleet.run(numbers):
                     clock.add(made)
+                    check_share(config, manifest.planned_samples, clock.skips.skipped, clock.skips)
                     progress.advance(_size(manifest, number), workers=fleet.ready, lost=fleet.lost)
-    return finish_build(storage, manifest, clock, time.monotonic() - begin, len(numbers))
+    return finish_build(config, storage, manifest, clock, time.monotonic() - begin, len(numbers))
 
 
 class ShardWorker:
     """What an actor runs: one teacher, opened once, and any shard when asked for."""
 
-    def __init__(self, config: CacheConfig, options: dict[str, Any] | None, folder: str) -> None:
-        """``folder``: where the driver stands, so that relative paths mean the same here."""
-        self._config, self._options, self._folder = config, options, folder
+    def __init__(self, config: CacheConfig, options: dict[str, Any] | None, folder: str, samples: Path) -> None:
+        """``folder``: where the driver stands, so that relative paths mean the same here. ``samples``: where it laid
+        down the samples; a worker on another machine, which does not see that folder, reads the data itself."""
+        self._config, self._options, self._folder, self._laid = config, options, folder, samples
         self._teacher: Teacher | None = None
         self._manifest: Manifest | None = None
 
     def open(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.chdir(self._folder)
-        self._samples = read_conversations(self._config.data)
+        self._samples = SampleFile(self._laid) if self._laid.is_dir() else spool(self._config.data, None)
         self._storage = Storage(self._config.output, self._options)
         self._teacher = open_teacher(self._config, self._samples, "quiet")
 
@@ -198,11 +207,11 @@ def _size(manifest: Manifest, number: int) -> int:
     return min(size, manifest.planned_samples - number * size)
 
 
-def _starter(config: CacheConfig, options: dict[str, Any] | None) -> Callable[[], Any]:
+def _starter(config: CacheConfig, options: dict[str, Any] | None, samples: Path) -> Callable[[], Any]:
     """How a worker is started: with the GPUs that the configuration asks for, never restarted behind our back."""
     gpus = config.speed.tensor_parallel if _uses_gpus(config) else 0
     actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(ShardWorker)
-    return lambda: actor.remote(config, options, str(Path.cwd()))
+    return lambda: actor.remote(config, options, str(Path.cwd()), samples.absolute())
 
 
 def _uses_gpus(config: CacheConfig) -> bool:

@@ -26,6 +26,7 @@ from teacher_cache.checksums import BLOCK_BYTES, INDEX, FileSum, read_file_sums,
 from teacher_cache.manifest import CacheError, Manifest
 from teacher_cache.records import Array, ArraySpec, Axis
 from teacher_cache.storage import patiently
+from teacher_cache.store import parquet
 from teacher_cache.store.maps import MAPS
 from teacher_cache.store.names import array_files, known_names
 from teacher_cache.store.tables import JSON_BYTES, read_table
@@ -105,11 +106,18 @@ class ShardFolder:
             self.present = read_table(index, self._where, columns)["present"].to_numpy()
             self._totals["image"] = len(self.present)
         else:
-            self._read_lines(read_table(index, self._where, _LINES))
+            known = "image_checksum" in parquet.column_names(index)
+            self._read_lines(
+                read_table(index, self._where, _LINES | ({"image_checksum": pa.string()} if known else {}))
+            )
 
     def _read_lines(self, table: pa.Table) -> None:
         self.sample_ids: pa.Array = table["sample_id"].combine_chunks()
         self.image_ids: pa.Array = table["image_id"].combine_chunks()
+        #: of the images' bytes; None in a cache of 0.1, which has none
+        self.image_checksums: pa.Array | None = None
+        if "image_checksum" in table.column_names:
+            self.image_checksums = table["image_checksum"].combine_chunks()
         names = [*(c for pair in COUNTS.values() for c in pair), *_PLACES]
         #: (samples, 8) starts and counts of the axes in turn, then the image's shard and line
         numbers = np.stack([table[n].to_numpy() for n in names], -1).astype(np.int64)
@@ -133,6 +141,10 @@ class ShardFolder:
         if empty or not lengths[0].equals(lengths[1]):
             raise CacheError(f"{self._where}: a sample without an answer to each of its questions; {REPAIR}")
         return table
+
+    def image_checksum(self, line: int) -> str:
+        """Of the bytes of the sample's image as the teacher saw them; empty where nobody knows it."""
+        return self.image_checksums[line].as_py() or "" if self.image_checksums is not None else ""
 
     def lines(self, name: str, start: int, count: int) -> Array:
         """``count`` lines of array ``name``; a view where it is mapped."""
@@ -168,8 +180,12 @@ class ShardFolder:
     def memory_bytes(self) -> int:
         """About what the index takes in memory."""
         blocks = 36 * sum(len(sums.blocks) for sums in self._sums.values())
-        lines = self.numbers.nbytes + self.sample_ids.nbytes + self.image_ids.nbytes if self.present is None else 0
-        return _FIXED_BYTES + blocks + lines
+        if self.present is not None:
+            return _FIXED_BYTES + blocks
+        checksums = self.image_checksums.nbytes if self.image_checksums is not None else 0
+        return int(
+            _FIXED_BYTES + blocks + self.numbers.nbytes + self.sample_ids.nbytes + self.image_ids.nbytes + checksums
+        )
 
     def close_vanished(self) -> None:
         """Let go of mapped files that were deleted, so that their space comes free."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from teacher_cache.conversations import Conversation, Image, to_llava_json
-from teacher_cache.manifest import read_manifest
+from teacher_cache.manifest import data_names, read_manifest
 from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage
 from teacher_cache.writer import committed_shards
@@ -22,6 +22,7 @@ def cache_info(storage: Storage) -> list[tuple[str, str]]:
     state = "complete" if manifest.complete else "not complete"
     if manifest.complete and done < manifest.planned_shards:
         state = "not whole (run teacher-cache verify)"
+    versions = ", ".join(f"{k} {v}" for k, v in manifest.made_with.items() if k != "data")
     rows = [
         ("state", f"{state}, {done} of {manifest.planned_shards} shards"),
         ("fingerprint", manifest.fingerprint[:16]),
@@ -32,12 +33,15 @@ def cache_info(storage: Storage) -> list[tuple[str, str]]:
         ("template, images", f"{teacher['template']}, {manifest.shape.image_tokens} tokens an image"),
         (
             "data",
-            ", ".join(f["name"] for f in manifest.data["files"]) + f" (regenerate: {manifest.data['regenerate']})",
+            data_names(manifest) + f" (regenerate: {manifest.data['regenerate']})",
         ),
         ("generation", _generation(manifest.generation)),
         ("preset", f"{signals['preset']}: top-{signals['top_k']}, hidden {signals['hidden']} ({signals['codec']})"),
         ("visual signals", signals["visual"]),
-        ("made", f"{manifest.created_at} with {', '.join(f'{k} {v}' for k, v in manifest.made_with.items())}"),
+        (
+            "made",
+            f"{manifest.created_at} with {versions}",
+        ),
     ]
     if not manifest.complete:
         return rows

@@ -77,6 +77,11 @@ class Manifest:
         return stats_names(self.signals_config)
 
 
+def data_names(manifest: Manifest) -> str:
+    """The data files as the cache's maker called them."""
+    return manifest.made_with.get("data") or ", ".join(f["name"] for f in manifest.data["files"] if "name" in f)
+
+
 _TEACHER_SETTINGS = ("template", "max_length", "quantization", "image_mode")
 _CONTENT = ("teacher", "data", "generation", "signals", "layout", "planned_samples", "format_version")
 

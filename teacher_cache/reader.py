@@ -50,6 +50,7 @@ class RecordBatch:
     indices: npt.NDArray[np.int64]
     sample_ids: list[str]
     image_ids: list[str]
+    image_checksums: list[str]
     arrays: dict[str, Array]
     counts: dict[Axis, npt.NDArray[np.int64]]
     image_places: npt.NDArray[np.int64]
@@ -61,6 +62,7 @@ class SampleTexts:
 
     sample_id: str
     image_id: str
+    image_checksum: str
     questions: list[str]
     answers: list[str]
     original_answers: list[str]
@@ -176,6 +178,7 @@ class TeacherCache:
             answers=tuple(texts["answers"]),
             original_answers=tuple(texts["original_answers"]),
             source=texts["source"],
+            image_checksum=batch.image_checksums[0],
             arrays=batch.arrays,
         )
 
@@ -205,6 +208,7 @@ class TeacherCache:
             indices=np.array(indices, np.int64),
             sample_ids=[f.sample_ids[line].as_py() for f, line in places],
             image_ids=[f.image_ids[line].as_py() for f, line in places],
+            image_checksums=[f.image_checksum(line) for f, line in places],
             arrays=arrays,
             counts=counts,
             image_places=lines[:, 6:],
@@ -259,7 +263,8 @@ class TeacherCache:
         for number in range(self.manifest.planned_shards):
             folder = self._open_folder(shard_name(number), self._digests[shard_name][number].as_py(), True)
             for line, texts in enumerate(folder.texts.to_pylist()):
-                yield SampleTexts(folder.sample_ids[line].as_py(), folder.image_ids[line].as_py(), **texts)
+                image = folder.image_ids[line].as_py()
+                yield SampleTexts(folder.sample_ids[line].as_py(), image, folder.image_checksum(line), **texts)
 
     def shard_texts(self, number: int) -> pa.Table:
         """questions, answers, original_answers (lists) and source, a line each sample of one shard."""

@@ -45,6 +45,8 @@ class TeacherRecord:
     original_answers: tuple[str, ...]
     source: str
     arrays: Mapping[str, Array]
+    image_checksum: str = ""
+    """``image_files.image_checksum`` of the bytes that the teacher saw; empty without an image."""
 
     @property
     def rows(self) -> int:

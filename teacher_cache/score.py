@@ -7,11 +7,9 @@ shard, a shard is made the same way whenever it is made, and what is done is wha
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +17,14 @@ from safetensors.torch import save as save_safetensors
 
 from teacher_cache import __version__
 from teacher_cache.answerer import answerer_facts, with_answerer
+from teacher_cache.build.skips import check_inputs, forget_skipped, most_skipped
 from teacher_cache.calibration import calibrate, scales_to_bytes
 from teacher_cache.config import CacheConfig, ConfigError, as_plain, check_settings
-from teacher_cache.conversations import read_conversations
+from teacher_cache.data.data_files import data_files
+from teacher_cache.data.spool import SampleFile, spool
 from teacher_cache.inputs import Samples
 from teacher_cache.manifest import (
+    MANIFEST,
     CacheError,
     Manifest,
     check_same_content,
@@ -31,7 +32,7 @@ from teacher_cache.manifest import (
     read_manifest,
     write_manifest,
 )
-from teacher_cache.progress import Style, note
+from teacher_cache.progress import Style, note, stage
 from teacher_cache.shards import Clock, build_shards
 from teacher_cache.storage import Storage
 from teacher_cache.store.locks import locked
@@ -71,8 +72,11 @@ def build_cache(
     style: Style = "auto",
     options: dict[str, Any] | None = None,
     break_lock: bool = False,
+    redo_skipped: bool = False,
 ) -> BuildSummary:
     """Make the cache ``config.output``, or go on where an earlier run stopped. One build at a time has an output.
+
+    ``redo_skipped`` makes shards again that left out samples which may be usable now.
 
     Raises
     ------
@@ -81,13 +85,48 @@ def build_cache(
     """
     check_config(config)
     storage = Storage(config.output, options)
-    with locked(storage, break_lock=break_lock):
-        return _build(config, storage, teacher, style)
+    with (
+        locked(storage, break_lock=break_lock),
+        read_samples(config, storage, style, redo_skipped=redo_skipped) as samples,
+    ):
+        return _build(config, storage, samples, teacher, style)
 
 
-def _build(config: CacheConfig, storage: Storage, teacher: Teacher | None, style: Style) -> BuildSummary:
+def read_samples(config: CacheConfig, storage: Storage, style: Style, *, redo_skipped: bool = False) -> SampleFile:
+    """The samples of ``config.data``, laid down in the output while the run lasts, and looked at: shards with skipped
+    samples are removed where they are to be made again, and a build that would skip too much is stopped here.
+
+    Raises
+    ------
+    DataError
+        The data cannot be read, the image folder is not there, or more than ``data.max_skipped`` would be skipped.
+    """
+    folder = storage.local / SPOOL if storage.local is not None else None
+    total = sum(path.stat().st_size for path in data_files(config.data.path))
+    note(f"reading {total / 1e6:,.1f} MB of samples", style)
+    with stage("reading", total, "bytes", style) as progress:
+        samples = spool(config.data, folder, progress.advance)
+    try:
+        if redo_skipped and storage.exists(MANIFEST):
+            redone = forget_skipped(storage, read_manifest(storage), samples)
+            note(f"making {len(redone)} shards again that left out samples", style)
+        planned = -(-len(samples) // config.layout.shard_samples)
+        if set(range(planned)) - {int(name) for name in storage.names("shards") if name.isdigit()}:
+            check_inputs(config, samples)
+    except BaseException:
+        samples.close()
+        raise
+    return samples
+
+
+SPOOL = ".samples"
+"""Where the samples lie in the output while a build runs."""
+
+
+def _build(
+    config: CacheConfig, storage: Storage, samples: SampleFile, teacher: Teacher | None, style: Style
+) -> BuildSummary:
     begin = time.monotonic()
-    samples = read_conversations(config.data)
     own = teacher is None
     teacher = teacher if teacher is not None else open_teacher(config, samples, style)
     try:
@@ -97,12 +136,14 @@ def _build(config: CacheConfig, storage: Storage, teacher: Teacher | None, style
     finally:
         if own:
             teacher.close()
-    return finish_build(storage, manifest, clock, time.monotonic() - begin, len(numbers))
+    return finish_build(config, storage, manifest, clock, time.monotonic() - begin, len(numbers))
 
 
-def finish_build(storage: Storage, manifest: Manifest, clock: Clock, seconds: float, shards_made: int) -> BuildSummary:
+def finish_build(
+    config: CacheConfig, storage: Storage, manifest: Manifest, clock: Clock, seconds: float, shards_made: int
+) -> BuildSummary:
     """Write the ledger and the manifest's last word once every shard is there, and say what was made."""
-    counts = finish(storage, manifest).counts
+    counts = finish(storage, manifest, most_skipped(config, manifest.planned_samples)).counts
     _add_cost(storage, clock)
     return BuildSummary(
         samples=counts["samples"],
@@ -134,12 +175,11 @@ def answer_only(
     """Write the answers of every shard that has none yet; returns how many shards that were."""
     check_config(config)
     storage = Storage(config.output, options)
-    with locked(storage, break_lock=break_lock):
-        return _answer_missing(config, storage, style)
+    with locked(storage, break_lock=break_lock), read_samples(config, storage, style) as samples:
+        return _answer_missing(config, storage, samples, style)
 
 
-def _answer_missing(config: CacheConfig, storage: Storage, style: Style) -> int:
-    samples = read_conversations(config.data)
+def _answer_missing(config: CacheConfig, storage: Storage, samples: SampleFile, style: Style) -> int:
     teacher = open_teacher(config, samples, style)
     try:
         manifest = prepare(config, storage, samples, teacher)
@@ -206,14 +246,16 @@ def check_config(config: CacheConfig) -> None:
         raise ConfigError("signals: neither hidden states nor a top-k would be stored; set signals.top_k")
 
 
-def prepare(config: CacheConfig, storage: Storage, samples: Samples, teacher: Teacher) -> Manifest:
+def prepare(config: CacheConfig, storage: Storage, samples: SampleFile, teacher: Teacher) -> Manifest:
     """Write manifest, head and channel scales, or check that those of an earlier run fit."""
     check_config(config)
-    data = as_plain(config.data) | {"files": _data_files(config)}
+    data = as_plain(config.data) | {"files": samples.files, "image_reading": IMAGE_READING}
     data |= answerer_facts(config)
-    data.pop("image_folder")  # where the images lie may change, which ones they are may not
+    for place in _PLACES:
+        data.pop(place)
     manifest = new_manifest(config, dataclasses.asdict(teacher.description), data, len(samples))
-    manifest = dataclasses.replace(manifest, made_with=_versions())
+    names = ", ".join(path.name for path in data_files(config.data.path))
+    manifest = dataclasses.replace(manifest, made_with=_versions() | {"data": names})
     if storage.exists("manifest.json"):
         old = read_manifest(storage)
         check_same_content(old, manifest, storage.url)
@@ -235,11 +277,10 @@ def missing_shards(storage: Storage, manifest: Manifest) -> list[int]:
     return sorted(set(range(manifest.planned_shards)) - committed_shards(storage, manifest))
 
 
-def _data_files(config: CacheConfig) -> list[dict[str, str]]:
-    paths = [config.data.path] if isinstance(config.data.path, str) else list(config.data.path)
-    if config.data.regenerate == "ids":
-        paths.append(config.data.regenerate_ids)
-    return [{"name": Path(p).name, "sha256": hashlib.sha256(Path(p).read_bytes()).hexdigest()} for p in paths]
+_PLACES = ("path", "regenerate_ids", "image_folder", "max_skipped")
+"""Where the data lie may change, and how much may be missing; what they are may not: ``files`` has their digests."""
+IMAGE_READING = 2
+"""1 (0.1): as stored, 16-bit levels clipped; 2: upright, scaled to eight bits."""
 
 
 def _versions() -> dict[str, str]:

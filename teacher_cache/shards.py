@@ -9,15 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from teacher_cache.answer import AnsweredSample, answer_conversations, answer_text, read_answers, write_answers
+from teacher_cache.build.skips import check_share
 from teacher_cache.codecs import ChannelScales
 from teacher_cache.config import CacheConfig
-from teacher_cache.conversations import Conversation, Skipped
+from teacher_cache.conversations import SkipCount, Skipped
+from teacher_cache.data.image_files import OtherImageError
 from teacher_cache.data.rows import positions_of
+from teacher_cache.images import Picture
 from teacher_cache.inputs import Samples, ShardInput, length_limit, unfit_sample
 from teacher_cache.manifest import Manifest
 from teacher_cache.progress import Stage, Style, note, stage
@@ -40,11 +43,14 @@ class Clock:
     scoring: float = 0.0
     one_pass: bool = False
     """Some states were captured while answering, so ``scoring`` is not all that scoring takes."""
+    skips: SkipCount = field(default_factory=SkipCount)
+    """What the shards left out."""
 
     def add(self, other: Clock) -> None:
         self.answering += other.answering
         self.scoring += other.scoring
         self.one_pass |= other.one_pass
+        self.skips.merge(other.skips)
 
 
 def build_shards(
@@ -86,6 +92,9 @@ def build_shards(
             except TeacherCrashed as error:  # once: its answers are on disk by now, or will not come
                 note(f"{error} Starting it again for shard {number:05d}", style)
                 shard, scored = make(number)
+            for sample in shard.skipped:
+                clock.skips.add(sample)
+            check_share(config, len(samples), clock.skips.skipped, clock.skips)
             if scored is not None:
                 if pending is not None:
                     pending.result()
@@ -113,6 +122,9 @@ def answer_shard(
     begin = time.monotonic()
     stored = read_answers(storage, manifest, number) or {}
     absent = [i for i, c in enumerate(shard.conversations) if c.sample_id not in stored]
+    for conversation, picture in zip(shard.conversations, shard.images, strict=True):
+        if conversation.sample_id in stored and picture is not None:
+            _check_same_image(stored[conversation.sample_id], picture, f"{storage.url}/{answers_name(number)}")
     if absent or not storage.exists(answers_name(number)):
         answered = answer_conversations(
             teacher,
@@ -127,12 +139,24 @@ def answer_shard(
             source="student" if config.teacher.answerer else "teacher",
             style=style,
         )
+        for i, sample in zip(absent, answered, strict=True):
+            picture = shard.images[i]
+            sample.image_checksum = picture.image.checksum if picture is not None else ""
         stored |= {sample.sample_id: sample for sample in answered}
         ordered = [stored[c.sample_id] for c in shard.conversations]
         write_answers(storage, manifest, number, ordered, teacher.tokenizer)
         clock.answering += time.monotonic() - begin
         clock.one_pass |= any(sample.hidden is not None for sample in answered)
     return [stored[c.sample_id] for c in shard.conversations]
+
+
+def _check_same_image(answered: AnsweredSample, picture: Picture, where: str) -> None:
+    if answered.image_checksum not in ("", picture.image.checksum):
+        raise OtherImageError(
+            f"{where}: sample {answered.sample_id} was answered about other bytes of image {picture.image.image_id} "
+            f"(checksum {answered.image_checksum}) than lie there now ({picture.image.checksum}). Give the image "
+            "folder the answers were made with, or delete that file: its shard is answered anew"
+        )
 
 
 def score_shard(
@@ -168,8 +192,7 @@ def score_shard(
     kept = shard.skip(lambda i: "" if arrays[i] is not None else NOT_FINITE)
     _refuse_overflow(config, number, failed + len(tokenized) - len(kept), read)
     records = [
-        _record(manifest, teacher, conversation, answered[i], tokenized[i], arrays[i])
-        for i, conversation in zip(kept, shard.conversations, strict=True)
+        _record(manifest, teacher, shard, place, answered[i], tokenized[i], arrays[i]) for place, i in enumerate(kept)
     ]
     images = owned_images(config, teacher, extractor, shard, owned, visual)
     clock.scoring += time.monotonic() - begin
@@ -265,11 +288,13 @@ _CAPTURED_BATCH = 32
 def _record(
     manifest: Manifest,
     teacher: Teacher,
-    conversation: Conversation,
+    shard: ShardInput,
+    place: int,
     answered: AnsweredSample,
     sample: TokenizedSample,
     arrays: dict[str, Array] | None,
 ) -> TeacherRecord:
+    conversation, picture = shard.conversations[place], shard.images[place]
     assert arrays is not None, f"the teacher scored no states for {sample.sample_id}"
     ids = sample.input_ids.astype(manifest.shape.id_dtype)
     return TeacherRecord(
@@ -279,6 +304,7 @@ def _record(
         answers=tuple(answer_text(teacher.tokenizer, a) for a in answered.answers),
         original_answers=conversation.answers,
         source=answered.source,
+        image_checksum=picture.image.checksum if picture is not None else "",
         arrays={"input_ids": ids, "loss_mask": sample.loss_mask, **arrays},
     )
 

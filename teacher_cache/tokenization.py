@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -144,19 +146,21 @@ def tokenize_prompt(conversation: Conversation, template: Template, tokenizer: A
     segments = []
     for turn, question in enumerate(conversation.questions):
         tag = f"{IMAGE_TAG}\n" if conversation.image is not None and turn == 0 else ""
-        text = template.user + tag + (question if template.questions else "") + template.assistant
+        words = question if template.questions else ""
         if turn == 0:
             bos = (int(tokenizer.bos_token_id),) if template.bos else ()
-            segments.append((*bos, *_ids(tokenizer, template.first + text)))
+            before = template.first + template.user + tag
+            segments.append((*bos, *_around(tokenizer, before, words, template.assistant)))
         else:
-            segments.append(_after(tokenizer, template.end, template.separator + text, template))
+            before = template.separator + template.user
+            segments.append(_after(tokenizer, template.end, before, words, template.assistant, template))
     return Prompt(conversation.sample_id, tuple(segments), end_token_id(tokenizer, template))
 
 
 def tokenize_answer(answer: str, template: Template, tokenizer: Any) -> Ids:
     """An original answer as ids, as it is tokenised behind ``… ASSISTANT:``, the end-of-answer token included."""
-    text = template.answer_space + answer.strip() if answer.strip() else ""
-    return _after(tokenizer, template.assistant, text + template.end, template)
+    space = template.answer_space if answer.strip() else ""
+    return _after(tokenizer, template.assistant, space, answer.strip(), template.end, template)
 
 
 def assemble(prompt: Prompt, answers: Sequence[Ids]) -> TokenizedSample:
@@ -182,12 +186,58 @@ def _ids(tokenizer: Any, text: str) -> Ids:
     return tuple(int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _after(tokenizer: Any, context: str, text: str, template: Template) -> Ids:
-    """The ids of ``text`` when it stands behind ``context``."""
-    before, whole = _ids(tokenizer, context), _ids(tokenizer, context + text)
+def _around(tokenizer: Any, before: str, words: str, after: str) -> Ids:
+    """The ids of ``before + words + after``, where ``words`` come from the data: a control token that they spell
+    (``</s>``, ``<|im_end|>``) is text, however the tokenizer would read it.
+
+    Raises
+    ------
+    TemplateError
+        The tokenizer cannot say where its tokens stand in the text, so they cannot be told apart.
+    """
+    text = before + words + after
+    pattern, special = _control_tokens(tokenizer, len(tokenizer))
+    found = pattern.search(words) if pattern is not None else None
+    if found is None:
+        return _ids(tokenizer, text)
+    if not getattr(tokenizer, "is_fast", False):
+        raise TemplateError(
+            f"a text spells the control token {found[0]!r}, and this tokenizer cannot keep it as text: give the model "
+            "a fast tokenizer (tokenizer.json)"
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids: list[int] = []
+    for i, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        spelled = i in special and start >= len(before) and end <= len(before) + len(words)
+        ids += _spelled(tokenizer, text[start:end], special) if spelled else [int(i)]
+    return tuple(ids)
+
+
+def _spelled(tokenizer: Any, token: str, special: frozenset[int]) -> list[int]:
+    """The ids of a control token's characters, none of which is that token."""
+    whole = tokenizer(token, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if not special & set(whole):
+        return [int(i) for i in whole]
+    return [
+        int(i) for c in token for i in tokenizer(c, add_special_tokens=False)["input_ids"]
+    ]  # it is in the vocabulary
+
+
+@lru_cache(maxsize=8)
+def _control_tokens(tokenizer: Any, size: int) -> tuple[re.Pattern[str] | None, frozenset[int]]:
+    """What finds a control token (of a vocabulary of ``size``) in a text, and their ids."""
+    tokens = {int(i): str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    texts = sorted(filter(None, tokens.values()), key=len, reverse=True)
+    return (re.compile("|".join(map(re.escape, texts))) if texts else None), frozenset(tokens)
+
+
+def _after(tokenizer: Any, context: str, space: str, words: str, end: str, template: Template) -> Ids:
+    """The ids of ``space + words + end`` when they stand behind ``context``; ``words`` come from the data."""
+    before, whole = _ids(tokenizer, context), _around(tokenizer, context + space, words, end)
     if whole[: len(before)] != before:
         raise TemplateError(
-            f"template {template.name}: this tokenizer merges {context!r} with the text behind it ({text[:30]!r}), "
-            "so an answer has no token boundary of its own; use the template the model was trained with"
+            f"template {template.name}: this tokenizer merges {context!r} with the text behind it "
+            f"({(space + words + end)[:30]!r}), so an answer has no token boundary of its own; use the template the "
+            "model was trained with"
         )
     return whole[len(before) :]

@@ -12,7 +12,7 @@ import numpy as np
 from teacher_cache.config import DataConfig
 from teacher_cache.conversations import Conversation, Image, read_conversations
 from teacher_cache.info import cache_info
-from teacher_cache.manifest import CacheError
+from teacher_cache.manifest import CacheError, data_names
 from teacher_cache.page import Figure, figure, write_page
 from teacher_cache.reader import TeacherCache
 from teacher_cache.storage import Storage
@@ -54,7 +54,7 @@ def write_view(
             "view.html",
             script="view.js",
             model=opened.manifest.teacher["model"],
-            data=", ".join(f["name"] for f in opened.manifest.data["files"]),
+            data=data_names(opened.manifest),
             counts=opened.manifest.counts,
             measured=measured,
             contents=cache_info(storage),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from teacher_cache.config import CacheConfig
 from teacher_cache.conversations import Conversation, Skipped
+from teacher_cache.data.spool import SampleFile
 from teacher_cache.inputs import Samples, ShardInput, image_or_reason
 from teacher_cache.records import Array
 from teacher_cache.signals import Extractor, finite_arrays, wanted_states
@@ -21,13 +23,18 @@ def plan_images(samples: Samples, shard_samples: int) -> dict[str, ImagePlace]:
     """Where each distinct image's line stands: in the shard in which it comes first, in order of appearance."""
     places: dict[str, ImagePlace] = {}
     filled: dict[int, int] = {}
-    for position, sample in enumerate(samples):
-        if isinstance(sample, Skipped) or sample.image is None or sample.image.image_id in places:
+    for position, image_id in enumerate(samples.image_ids() if isinstance(samples, SampleFile) else _ids(samples)):
+        if not image_id or image_id in places:
             continue
         shard = position // shard_samples
-        places[sample.image.image_id] = ImagePlace(shard, filled.get(shard, 0))
+        places[image_id] = ImagePlace(shard, filled.get(shard, 0))
         filled[shard] = filled.get(shard, 0) + 1
     return places
+
+
+def _ids(samples: Samples) -> Iterator[str]:
+    for sample in samples:
+        yield sample.image.image_id if isinstance(sample, Conversation) and sample.image is not None else ""
 
 
 def owned_images(

@@ -23,7 +23,7 @@ from teacher_cache.arrays import (
     zarr_metadata,
 )
 from teacher_cache.checksums import INDEX, METADATA_KEY, read_file_sums, sha256, sums_to_plain
-from teacher_cache.conversations import Skipped
+from teacher_cache.conversations import SkipCount, Skipped
 from teacher_cache.manifest import FORMAT_VERSION, CacheError, Manifest, write_manifest
 from teacher_cache.records import Array, ArraySpec, TeacherRecord, line_counts
 from teacher_cache.storage import Parts, Storage
@@ -125,13 +125,14 @@ def refuse_foreign_shards(storage: Storage, manifest: Manifest) -> None:
             _check_fingerprint(storage, manifest, f"shards/{name}", metadata)
 
 
-def finish(storage: Storage, manifest: Manifest) -> Manifest:
+def finish(storage: Storage, manifest: Manifest, most_skipped: int | None = None) -> Manifest:
     """Write ledger, skipped list and the manifest that says ``complete``; every planned shard must be there.
 
     Raises
     ------
     CacheError
-        A shard is missing, foreign, or samples are not accounted for (cached + skipped = input).
+        A shard is missing, foreign, or samples are not accounted for (cached + skipped = input); an image was other
+        bytes in one shard than in another; no sample is left, or more than ``most_skipped`` were skipped.
     """
     missing = sorted(set(range(manifest.planned_shards)) - committed_shards(storage, manifest))
     if missing:
@@ -141,11 +142,13 @@ def finish(storage: Storage, manifest: Manifest) -> Manifest:
         )
     entries, skipped, tables = [], [], []
     present: dict[int, Array] = {}
+    seen: dict[str, tuple[str, int]] = {}
     for number in range(manifest.planned_shards):
-        entry, reasons, table = _entry(storage, manifest, number, present)
+        entry, reasons, table = _entry(storage, manifest, number, present, seen)
         entries.append(entry)
         skipped += reasons
         tables.append(table)
+    _check_skipped(storage, manifest, skipped, most_skipped)
     ledger = pa.Table.from_pylist([dataclasses.asdict(e) for e in entries], schema=_LEDGER_SCHEMA)
     storage.write(LEDGER, [_parquet(ledger)])
     storage.write(SAMPLES, [_parquet(pa.concat_tables(tables))])
@@ -170,6 +173,32 @@ def skipped_lines(storage: Storage) -> list[dict[str, Any]]:
     return lines
 
 
+def _check_skipped(storage: Storage, manifest: Manifest, skipped: Sequence[Skipped], most: int | None) -> None:
+    """A cache without samples, or one that lost too many, is not called complete."""
+    count = SkipCount()
+    for sample in skipped:
+        count.add(sample)
+    if most is None or (len(skipped) <= most and len(skipped) < manifest.planned_samples):
+        return
+    raise CacheError(
+        f"{storage.url}: {len(skipped):,} of {manifest.planned_samples:,} samples were skipped ({count}). Mend the "
+        "data or data.image_folder and run teacher-cache build --redo-skipped; or, where some samples are left and it "
+        "is meant to be so, set data.max_skipped to a larger share"
+    )
+
+
+def _check_images(storage: Storage, number: int, table: pa.Table, seen: dict[str, tuple[str, int]]) -> None:
+    """One image has one content; ``seen`` (image_id → checksum, shard) grows."""
+    for image, checksum in zip(table["image_id"].to_pylist(), table["image_checksum"].to_pylist(), strict=True):
+        before = seen.setdefault(image, (checksum, number))
+        if before[0] != checksum:
+            raise CacheError(
+                f"{storage.url}/{shard_name(number)}: image {image} was other bytes (checksum {checksum}) than when "
+                f"{shard_name(before[1])} was made ({before[0]}): the image folder changed in the middle of the build. "
+                "Restore it, delete the shards made with the other images, and run teacher-cache build again"
+            )
+
+
 def absent_images(places: Array, present: Mapping[int, Array]) -> Iterator[tuple[int, int, int]]:
     """(line, image shard, image line) of samples whose image line holds none.
 
@@ -182,7 +211,7 @@ def absent_images(places: Array, present: Mapping[int, Array]) -> Iterator[tuple
 
 
 def _entry(
-    storage: Storage, manifest: Manifest, number: int, present: dict[int, Array]
+    storage: Storage, manifest: Manifest, number: int, present: dict[int, Array], seen: dict[str, tuple[str, int]]
 ) -> tuple[ShardEntry, list[Skipped], pa.Table]:
     """The shard's line of the ledger, what it left out and its lines of ``samples.parquet``; adds to ``present``."""
     where = f"{storage.url}/{shard_name(number)}/{INDEX}"
@@ -190,6 +219,7 @@ def _entry(
     sums, metadata = read_file_sums(index, where)
     _check_fingerprint(storage, manifest, shard_name(number), metadata)
     table = read_table(index, where, _ENTRY_COLUMNS)
+    _check_images(storage, number, table, seen)
     skipped = [Skipped(**s) for s in metadata["skipped"]]
     size = manifest.layout["shard_samples"]
     planned = min(size, manifest.planned_samples - number * size)
@@ -213,8 +243,8 @@ def _entry(
     for line, shard, _ in absent_images(places, present):
         raise CacheError(
             f"{storage.url}/{shard_name(number)}: sample {table['sample_id'][line]} has an image that could not be "
-            f"read when {images_name(shard)} was made, and can be now. Delete {shard_name(shard)} and "
-            f"{images_name(shard)}, then run teacher-cache build again"
+            f"read when {images_name(shard)} was made, and can be now. Run teacher-cache build "
+            "--redo-skipped with the same configuration: it makes both again"
         )
     answers = answers_name(number)
     answers_digest = sha256(storage.read(answers)) if storage.exists(answers) else ""
@@ -233,7 +263,7 @@ def _entry(
 
 
 _ENTRY_COLUMNS = {
-    **dict.fromkeys(("sample_id", "image_id"), pa.string()),
+    **dict.fromkeys(("sample_id", "image_id", "image_checksum"), pa.string()),
     **dict.fromkeys(("tokens", "rows", "positions"), pa.int64()),
     **dict.fromkeys(("image_shard", "image_row"), pa.int32()),
 }
@@ -306,6 +336,7 @@ def _index_table(records: Sequence[TeacherRecord], places: Sequence[ImagePlace],
     columns: dict[str, Any] = {
         "sample_id": pa.array([r.sample_id for r in records], pa.string()),
         "image_id": pa.array([r.image_id for r in records], pa.string()),
+        "image_checksum": pa.array([r.image_checksum for r in records], pa.string()),
         "image_shard": pa.array([p.shard for p in places], pa.int32()),
         "image_row": pa.array([p.row for p in places], pa.int32()),
     }

@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -22,22 +23,23 @@ from student_train.features import ImageFeatures, compute_features
 from student_train.loader import make_loader
 from student_train.trainer import Run
 from teacher_cache.conversations import DataError, Image
+from teacher_cache.data.image_files import OtherImageError
 from teacher_cache.manifest import CacheError
 from tests.training_fixtures import tiny_fit
 
 
 @pytest.fixture
 def config(tmp_path: Path, cache_folder: Path, world: Path) -> FitConfig:
-    """The samples twice: with their images, and with others of the same names in another folder."""
+    """Twice the same questions: with their images from a cache, and with others of the same names as plain data."""
     (tmp_path / "inverted").mkdir()
     for path in (world / "images").glob("*.png"):
         with PillowImage.open(path) as image:
             ImageOps.invert(image.convert("RGB")).save(tmp_path / "inverted" / path.name)
     plain = tiny_fit(tmp_path, cache_folder, world, max_steps=1, global_batch=12, micro_batch=12)
     one = replace(plain.sources[0], max_samples=6)
-    return replace(
-        plain, sources=(one, replace(one, image_folder=str(tmp_path / "inverted"))), losses=(LossSpec("cross_entropy"),)
-    )
+    data = str(world / "train.json")
+    other = SourceConfig(data=data, template="tiny", image_folder=str(tmp_path / "inverted"), max_samples=6)
+    return replace(plain, sources=(one, other), losses=(LossSpec("cross_entropy"),))
 
 
 @pytest.mark.parametrize("kept", ["compute", "cache"])
@@ -52,6 +54,17 @@ def test_images_of_one_name_in_two_folders_are_two(config: FitConfig, kept: str)
         seen.append(values[torch.from_numpy(order)])
     assert len(seen) == 2
     assert all(not torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("kept", ["compute", "cache"])
+@pytest.mark.parametrize("answers", ["cached", "original"])
+def test_other_images_of_the_same_names_are_refused_where_a_cache_names_them(
+    config: FitConfig, kept: str, answers: Literal["cached", "original"]
+) -> None:
+    wrong = replace(config.sources[0], image_folder=config.sources[1].image_folder, answers=answers)
+    config = replace(config, sources=(wrong,), student=replace(config.student, vision_features=kept))
+    with pytest.raises(OtherImageError, match=r"image train-.*: other bytes than those the teacher saw"):
+        list(make_loader((run := Run.prepare(config)).dataset, run.plan, range(1), 0, 1, 0, False))
 
 
 def paint(path: Path, colour: int) -> Path:

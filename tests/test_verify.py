@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from teacher_cache.cli import app
 from teacher_cache.config import as_plain
-from teacher_cache.conversations import read_conversations
+from teacher_cache.data.spool import spool
 from teacher_cache.manifest import CacheError, read_manifest, write_manifest
 from teacher_cache.reader import TeacherCache
 from teacher_cache.records import TeacherRecord
@@ -359,11 +359,11 @@ def test_an_image_that_could_be_read_too_late_is_found(cache_config, teacher, wo
     )
     storage = Storage(config.output)
     hidden = (tmp_path / "images" / name).rename(tmp_path / "hidden.png")
-    samples = read_conversations(config.data)
+    samples = spool(config.data, None)
     manifest = prepare(config, storage, samples, teacher)
     build_shards(config, storage, manifest, samples, teacher, [0], "quiet")
     hidden.rename(tmp_path / "images" / name)
-    with pytest.raises(CacheError, match=r"could not be read when images/00000 was made.*Delete shards/00000"):
+    with pytest.raises(CacheError, match=r"could not be read when images/00000 was made.*--redo-skipped"):
         build_cache(config, teacher=teacher, style="quiet")
     with monkeypatch.context() as patch:
         patch.setattr("teacher_cache.writer.absent_images", lambda places, present: ())

@@ -1,0 +1,111 @@
+"""How many samples a build may leave out, and how shards that left some out are made again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from teacher_cache.checksums import read_file_sums
+from teacher_cache.config import CacheConfig
+from teacher_cache.conversations import Conversation, DataError, SkipCount, Skipped
+from teacher_cache.data.image_files import ImageError, check_folder, read_image
+from teacher_cache.data.spool import SampleFile
+from teacher_cache.manifest import Manifest, write_manifest
+from teacher_cache.storage import Storage
+from teacher_cache.store.names import INDEX
+from teacher_cache.writer import committed_shards, images_name, shard_name
+
+ALWAYS_ALLOWED = 16
+"""Skipped samples that stop no build, however small it is."""
+PROBED = 256
+"""Images that are looked for before the teacher is opened, spread evenly over the samples."""
+
+
+def most_skipped(config: CacheConfig, planned: int) -> int:
+    """How many of ``planned`` samples may be skipped."""
+    if not 0 <= config.data.max_skipped <= 1:
+        raise DataError(f"data.max_skipped: expected a share between 0 and 1, found {config.data.max_skipped:g}")
+    return max(ALWAYS_ALLOWED, int(config.data.max_skipped * planned))
+
+
+def check_share(config: CacheConfig, planned: int, skipped: float, reasons: object, found: str = "are skipped") -> None:
+    """Stop a build that would leave out more than ``data.max_skipped``; what was committed stays.
+
+    Raises
+    ------
+    DataError
+        with the counted reasons.
+    """
+    if skipped > most_skipped(config, planned):
+        raise DataError(
+            f"{skipped:,.0f} of {planned:,} samples {found}, more than data.max_skipped={config.data.max_skipped:g} "
+            f"allows ({reasons}). Mend the data or data.image_folder; or, if it is meant to be so, set "
+            "data.max_skipped to a larger share and run the same command again: committed shards stand"
+        )
+
+
+def check_inputs(config: CacheConfig, samples: SampleFile) -> None:
+    """Before the teacher is opened: what reading skipped, and whether a sample of the images is there at all.
+
+    Raises
+    ------
+    DataError
+        The image folder is not there, or too much would be skipped, by an estimate that is high in one case of 30,000.
+    """
+    planned = len(samples)
+    check_share(config, planned, samples.skips.skipped, samples.skips)
+    chosen = np.unique(np.linspace(0, planned - 1, min(PROBED, planned)).astype(np.int64)).tolist()
+    probed = [s for s in (samples[i] for i in chosen) if isinstance(s, Conversation) and s.image is not None]
+    probed = [s for s in probed if s.image is not None and not s.image.embedded]
+    if not probed:
+        return
+    check_folder(config.data.image_folder)
+    with ThreadPoolExecutor(config.speed.loader_threads) as threads:
+        lost = [r for r in threads.map(lambda s: _reason(config, s), probed) if r is not None]
+    reasons = counted(lost)
+    share = len(lost) / len(chosen)
+    margin = 0.0 if len(chosen) == planned else 4 * math.sqrt(share * (1 - share) / len(chosen))
+    expected = planned * (share - margin) + samples.skips.skipped
+    check_share(config, planned, expected, f"{len(lost)} of {len(probed)} images tried: {reasons}", "would be skipped")
+
+
+def counted(skipped: Iterable[Skipped]) -> SkipCount:
+    count = SkipCount()
+    for sample in skipped:
+        count.add(sample)
+    return count
+
+
+def forget_skipped(storage: Storage, manifest: Manifest, samples: SampleFile) -> list[int]:
+    """Remove the shards that left out a sample which could be read as a conversation, so that they are made again.
+
+    What the data file itself makes unusable stays so; images may have come back. Answers stay, where there are some.
+    The manifest first says that the cache is not complete.
+    """
+    size, found = manifest.layout["shard_samples"], []
+    for number in sorted(committed_shards(storage, manifest)):
+        index = f"{shard_name(number)}/{INDEX}"
+        _, metadata = read_file_sums(storage.read(index), f"{storage.url}/{index}")
+        left_out = {s["sample_id"] for s in metadata["skipped"]}
+        chosen = samples[number * size : (number + 1) * size] if left_out else []
+        if any(isinstance(s, Conversation) and s.sample_id in left_out for s in chosen):
+            found.append(number)
+    if found:
+        write_manifest(storage, dataclasses.replace(manifest, complete=False, files={}, counts={}))
+    for number in found:
+        storage.remove(shard_name(number), INDEX)
+        storage.remove(images_name(number), INDEX)
+    return found
+
+
+def _reason(config: CacheConfig, sample: Conversation) -> Skipped | None:
+    assert sample.image is not None
+    try:
+        read_image(sample.image, config.data.image_folder)
+    except ImageError as error:
+        return Skipped(sample.sample_id, str(error))
+    return None
