@@ -84,4 +84,6 @@ def _files(files: object, where: str) -> None:
     if not isinstance(files, list):
         raise CacheError(f"{where}: data.files: expected a list, found {ascii(files)[:80]}")
     for number, file in enumerate(files):
-        text(mapping(file, f"data.files[{number}]", where).get("name"), f"data.files[{number}].name", where)
+        for name, value in mapping(file, f"data.files[{number}]", where).items():
+            if name in ("name", "sha256"):  # 0.1 kept a name; a place is no content
+                text(value, f"data.files[{number}].{name}", where)
