@@ -189,9 +189,12 @@ def read_answers(storage: Storage, manifest: Manifest, number: int) -> dict[str,
 
 def read_answer_lines(data: bytes, where: str) -> tuple[pa.Table, dict[str, Any]]:
     """The lines of an answers file, without nulls, and its metadata; ``CacheError`` names it where it is none."""
-    metadata = json_object((parquet_file(data, where).metadata.metadata or {}).get(_KEY, b""), where)
+    file = parquet_file(data, where)
+    metadata = json_object((file.metadata.metadata or {}).get(_KEY, b""), where)
     text(metadata.get("fingerprint"), "fingerprint", where)
     columns = {field.name: field.type for field in _SCHEMA if field.name not in ("turn", "text")}
+    if "image_checksum" not in file.schema_arrow.names:  # 0.1
+        del columns["image_checksum"]
     table = read_table(data, where, columns, checked=True)
     return table, metadata
 
