@@ -60,7 +60,7 @@ class DataConfig:
     """LLaVA's 665K mix repeats ids; ``number`` renames the second ``x`` to ``x#2``."""
     max_samples: AtLeast0 = 0
     """0 caches all of them."""
-    max_skipped: float = 0.1
+    max_skipped: Share = 0.1
     """Share of the samples that may be skipped before a build stops: most often a wrong setting or a missing folder.
     The first 16 are always allowed."""
 
