@@ -83,7 +83,7 @@ def choose_samples(cache: TeacherCache, samples: int, ids: Sequence[str], seed: 
 
 def find_figures(names: Sequence[str], image_ids: Sequence[str]) -> Callable[[str], Figure]:
     """From an image's id to the image. ``names``: a folder, and data files (also those of the folder) that images are
-    embedded in, of which no more is read than ``image_ids`` need."""
+    embedded in; those of ``image_ids`` are kept."""
     folders = [name for name in names if Path(name).is_dir()]
     found = {name: sorted(glob(name)) for name in names if name not in folders}  # noqa: PTH207
     if len(folders) > 1 or not all(found.values()):
