@@ -7,7 +7,7 @@ WORLD ?=
 V := .venv/bin
 TINY := pipelines/tiny
 
-.PHONY: demo cache-teacher distill ablate ablate-llava-kd tiny-teacher world lock test test-fast test-portable test-vllm test-lmms check bench bench-gpu break-promises schemas chaos clean help
+.PHONY: demo cache-teacher distill ablate ablate-llava-kd tiny-teacher world lock test test-fast test-portable test-vllm test-lmms check bench bench-gpu break-promises schemas chaos fuzz clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -127,6 +127,9 @@ bench-gpu: .venv/ready ## step time, memory and phase-one cost on a GPU
 
 chaos: .venv/ready ## 200 runs killed at random moments
 	$(V)/python -m benchmarks.chaos --runs 200
+
+fuzz: .venv/ready ## 5,000 mutations of every kind of input; SEED=n for others
+	FUZZ_EXAMPLES=5000 FUZZ_SEED=$(or $(SEED),0) $(V)/python -m pytest -q tests/test_fuzz.py
 
 clean:           ## remove environments, caches and runs
 	rm -rf .venv .venv-vllm .venv-lmms .venv-lock runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
