@@ -349,14 +349,6 @@ BREAKS = (
     ),
     Break(
         8,
-        "a page takes text from data as HTML",
-        "teacher_cache/page.py",
-        "autoescape=True",
-        "autoescape=False",
-        "tests/test_pages.py",
-    ),
-    Break(
-        8,
         "Transformers asks whether to run a folder's code",
         "teacher_cache/models/pretrained.py",
         "revision=revision or None, trust_remote_code=trust)",
