@@ -15,6 +15,7 @@ import typer
 from teacher_cache.command_line import calm_errors
 from teacher_cache.config import load_config, schema
 from teacher_cache.stopping import Stop
+from teacher_cache.terminal import say
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
@@ -56,7 +57,7 @@ def ablate(config: Path, sets: Sets = None, as_json: Json = False) -> None:
 
     with _errors():
         table = run(load_config(AblationConfig, config, sets or []), "json" if as_json else "auto")
-    typer.echo(json.dumps(table, indent=1) if as_json else as_text(table))
+    say(json.dumps(table, indent=1) if as_json else as_text(table))
 
 
 @app.command()
@@ -108,7 +109,7 @@ def export(run: Path, output: Path) -> None:
 
     with _errors():
         folder = export_run(run, output)
-    typer.echo(f"{folder}: load it with LlavaForConditionalGeneration.from_pretrained, vLLM or lmms-eval")
+    say(f"{folder}: load it with LlavaForConditionalGeneration.from_pretrained, vLLM or lmms-eval")
 
 
 @app.command()
@@ -116,13 +117,14 @@ def report(
     runs: list[Path],
     output: Path = Path("report.html"),
     image_folder: Annotated[str, typer.Option(help="where the images of the predictions lie")] = "",
+    cache: Annotated[str, typer.Option(help="the cache that the runs read, for the bytes of one pass")] = "",
 ) -> None:
     """A page to look at: loss curves, table, quality against cost, where students disagree with the teacher."""
     from student_train.report import write_report
 
     with _errors():
-        written = write_report(runs, output, image_folder)
-    typer.echo(f"{written}: open it in any browser")
+        written = write_report(runs, output, image_folder, cache)
+    say(f"{written}: open it in any browser")
 
 
 class ConfigFile(enum.StrEnum):
@@ -148,11 +150,11 @@ def _errors() -> contextlib.AbstractContextManager[Stop]:
 
 def _show(facts: Any, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(facts, indent=1, default=str))
+        say(json.dumps(facts, indent=1, default=str))
         return
     rows = facts.items() if isinstance(facts, dict) else facts
     for name, value in rows:
-        typer.echo(f"{str(name).replace('_', ' '):<28} {f'{value:,.4g}' if isinstance(value, float) else value}")
+        say(f"{str(name).replace('_', ' '):<28} {f'{value:,.4g}' if isinstance(value, float) else value}")
 
 
 if __name__ == "__main__":  # accelerate launch -m student_train.cli

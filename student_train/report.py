@@ -17,10 +17,13 @@ LOWER_IS_BETTER = ("kl", "loss", "hallucination", "missed", "perplexity", "chair
 UNDIRECTED = ("yes_ratio",)
 
 
-def write_report(runs: str | Path | Sequence[str | Path], output: str | Path, image_folder: str = "") -> Path:
+def write_report(
+    runs: str | Path | Sequence[str | Path], output: str | Path, image_folder: str = "", cache: str = ""
+) -> Path:
     """Write the page of an ablation's folder, or of run folders, to ``output``.
 
-    ``image_folder``: where the images of the predictions lie; by default that of the runs' own first source.
+    ``image_folder``: where the images of the predictions lie; without it the page shows none. ``cache``: what the
+    runs read, for the bytes of one pass. Neither is taken from a run folder, which may be a stranger's.
 
     Raises
     ------
@@ -28,7 +31,7 @@ def write_report(runs: str | Path | Sequence[str | Path], output: str | Path, im
         No run there, or a malformed file; missing optional files only leave their part out.
     """
     folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
-    experiment = load_experiment(folders, image_folder)
+    experiment = load_experiment(folders, image_folder, cache)
     table = experiment.table
     return write_page(
         output,

@@ -19,6 +19,8 @@ from teacher_cache.config import build_config
 from teacher_cache.errors import ReportError as ReportError
 from teacher_cache.manifest import CacheError, Manifest, read_manifest
 from teacher_cache.storage import Storage
+from teacher_cache.store.names import read_inside
+from teacher_cache.store.tables import JSON_BYTES
 
 _RUN = re.compile(r"(?P<arm>.+)-seed(?P<seed>\d+)")
 _NOT_PARTS = {"step", "seconds", "cpu_seconds", "learning_rate"}
@@ -56,7 +58,7 @@ class Experiment:
         return [run for run in self.runs if run.arm == arm]
 
 
-def load_experiment(folders: Sequence[Path], image_folder: str = "") -> Experiment:
+def load_experiment(folders: Sequence[Path], image_folder: str = "", cache: str = "") -> Experiment:
     """An ablation's folder (with ``table.json``), or run folders (with ``log.jsonl``).
 
     Raises
@@ -65,28 +67,32 @@ def load_experiment(folders: Sequence[Path], image_folder: str = "") -> Experime
         Nothing to report on, or a file that is malformed; which one and where.
     """
     if len(folders) == 1 and (folders[0] / "table.json").is_file():
-        return _ablation(folders[0], image_folder)
+        return _ablation(folders[0], image_folder, cache)
     paths = [run for folder in folders for run in _runs_in(folder)]
-    runs = [load_run(p, arm, seed, image_folder) for p, (arm, seed) in zip(paths, _places(paths), strict=True)]
+    runs = [load_run(p, arm, seed, image_folder, cache) for p, (arm, seed) in zip(paths, _places(paths), strict=True)]
     title = ", ".join(f.resolve().name for f in folders) if len(folders) < 4 else f"{len(runs)} runs"
     return Experiment(title, _table_of(paths, runs), runs)
 
 
-def load_run(folder: Path, arm: str, seed: int, image_folder: str = "") -> RunData:
-    """``log.jsonl``, and where they are ``summary.json``, ``predictions.jsonl`` and ``job.json``."""
+def load_run(folder: Path, arm: str, seed: int, image_folder: str = "", cache: str = "") -> RunData:
+    """``log.jsonl``, and where they are ``summary.json``, ``predictions.jsonl`` and ``job.json``.
+
+    A run folder may be a stranger's: the cache and the images that it names are neither fetched nor shown. Only
+    ``image_folder`` and ``cache``, which the user names, are.
+    """
     job = read_json(folder / "job.json") if (folder / "job.json").is_file() else {}
-    tree = job.get("tree", {})
-    sources = tree.get("sources") or [{}]
+    tree = job.get("tree")
+    tree = tree if isinstance(tree, dict) else {}
     summary = read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
-    manifest = _manifest(sources[0].get("cache", ""))
+    manifest = _manifest(cache)
     return RunData(
         arm=arm,
         seed=seed,
         curves=read_curves(folder / "log.jsonl"),
         predictions=read_predictions(folder / "predictions.jsonl"),
         summary=summary,
-        image_folder=image_folder or sources[0].get("image_folder", ""),
-        bytes_read=bytes_read(tree, manifest) if manifest else None,
+        image_folder=image_folder,
+        bytes_read=bytes_read(tree, manifest) if manifest and tree.get("sources") else None,
         passes=summary["samples"] / manifest.counts["samples"] if manifest and summary else None,
     )
 
@@ -132,7 +138,7 @@ def bytes_read(tree: Mapping[str, Any], manifest: Manifest) -> int:
 def read_json(path: Path) -> dict[str, Any]:
     """One object; ReportError with the place when it is not."""
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        plain = json.loads(read_inside(path.parent, path.name, JSON_BYTES).decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ReportError(f"{path}: not JSON ({error}). Run what wrote it again, or delete the file") from error
     if not isinstance(plain, dict):
@@ -143,7 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """(number, object) of every line. A last line without its end is what a killed run was just writing: left out."""
     lines = []
-    text = path.read_bytes().decode("utf-8", "replace")
+    text = read_inside(path.parent, path.name).decode("utf-8", "replace")
     for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], 1):
         if not line.strip():
             continue
@@ -160,7 +166,7 @@ def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
 _LOG = "A log.jsonl of student-train fit has one in every line"
 
 
-def _ablation(folder: Path, image_folder: str) -> Experiment:
+def _ablation(folder: Path, image_folder: str, cache: str) -> Experiment:
     path = folder / "table.json"
     table = read_json(path)
     wanted = {"arms", "metrics", "baseline", "seeds", "teacher"}
@@ -174,8 +180,10 @@ def _ablation(folder: Path, image_folder: str) -> Experiment:
     for arm in table["arms"]:
         for seed in table["seeds"]:
             run = folder / "runs" / f"{arm['name']}-seed{seed}"
+            if not run.resolve().is_relative_to(folder.resolve()):
+                raise ReportError(f"{path}: arm {ascii(arm['name'])[:80]} is a place outside {folder}; {_TABLE}")
             if (run / "log.jsonl").is_file():
-                runs.append(load_run(run, arm["name"], int(seed), image_folder))
+                runs.append(load_run(run, arm["name"], int(seed), image_folder, cache))
     return Experiment(table.get("title") or folder.resolve().name, table, runs)
 
 

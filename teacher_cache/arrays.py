@@ -206,6 +206,12 @@ def tensor_entries(data: bytes, where: str) -> dict[str, tuple[str, tuple[int, .
     return entries
 
 
+def safetensors_facts(data: bytes, where: str) -> dict[str, Any]:
+    """The file's own metadata; call :func:`tensor_entries` first, which checks the header."""
+    (length,) = struct.unpack("<Q", data[:8])
+    return mapping(json_object(data[8 : 8 + length], where).get("__metadata__", {}), "__metadata__", where)
+
+
 _TENSOR_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 

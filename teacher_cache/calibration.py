@@ -86,12 +86,12 @@ def _usable(config: CacheConfig, samples: Samples, teacher: Teacher) -> list[Sco
     return found
 
 
-def scales_to_bytes(scales: dict[str, ChannelScales]) -> bytes:
-    """The counterpart of ``reader.scales_from_bytes``."""
+def scales_to_bytes(scales: dict[str, ChannelScales], fingerprint: str = "") -> bytes:
+    """The counterpart of ``reader.scales_from_bytes``; ``fingerprint`` says which cache they were fitted for."""
     tensors = {}
     for name, fitted in scales.items():
         for part in dataclasses.fields(fitted):
             value = getattr(fitted, part.name)
             if value is not None:
                 tensors[f"{name}.{part.name}"] = torch.from_numpy(value)
-    return bytes(save_safetensors(tensors))
+    return bytes(save_safetensors(tensors, {"fingerprint": fingerprint} if fingerprint else None))

@@ -20,6 +20,7 @@ from teacher_cache.errors import ConfigError
 from teacher_cache.progress import Style
 from teacher_cache.stopping import Stop
 from teacher_cache.storage import Storage
+from teacher_cache.terminal import printable, say
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
@@ -136,16 +137,16 @@ def verify(
         if rescore and config is None:
             raise typer.BadParameter("--rescore needs --config, the YAML the cache was made with")
         for line in report.lines():
-            typer.echo(line)
+            say(line)
         agrees = True
         if rescore and config is not None:
             rescored = rescore_cache(load_config(CacheConfig, config, sets or []), rescore)
-            typer.echo(rescored)
+            say(rescored)
             agrees = rescored.ok
         if repair and not report.ok:
             with locked(Storage(cache)):
                 removed = repair_cache(Storage(cache), report)
-            typer.echo(f"removed {len(removed)} shards; run teacher-cache build with the same configuration")
+            say(f"removed {len(removed)} shards; run teacher-cache build with the same configuration")
         ok = agrees and (repair or report.ok)
     raise typer.Exit(0 if ok else 1)
 
@@ -189,7 +190,7 @@ def view(
 
     with _errors():
         written = write_view(cache, output, samples, image_folder or [], ids or [], tokenizer, seed)
-    typer.echo(f"{written}: open it in any browser")
+    say(f"{written}: open it in any browser")
 
 
 @app.command("export-answers")
@@ -199,7 +200,7 @@ def export_answers(cache: str, output: Annotated[Path, typer.Option(help="the JS
 
     with _errors():
         samples = export(Storage(cache), output)
-    typer.echo(f"{output}: {samples:,} samples")
+    say(f"{output}: {samples:,} samples")
 
 
 @app.command(name="schema")
@@ -215,11 +216,11 @@ def _errors() -> contextlib.AbstractContextManager[Stop]:
 def _show(rows: Sequence[tuple[str, ...]], plain: Any, as_json: bool, title: str) -> None:
     if as_json:
         plain = dataclasses.asdict(plain) if dataclasses.is_dataclass(plain) else plain  # type: ignore[arg-type]
-        typer.echo(json.dumps(plain, indent=1, default=str))
+        say(json.dumps(plain, indent=1, default=str))
         return
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=escape(printable(title)), show_header=False, title_justify="left")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     Console().print(table)
 
 

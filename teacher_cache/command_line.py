@@ -13,6 +13,7 @@ from rich.markup import escape
 from teacher_cache.errors import UserError
 from teacher_cache.progress import silence_libraries
 from teacher_cache.stopping import Stop, Stopped, stopping
+from teacher_cache.terminal import printable, say
 
 
 @contextlib.contextmanager
@@ -29,9 +30,9 @@ def calm_errors(kept: str = "") -> Iterator[Stop]:
     except (UserError, OSError) as error:
         if not isinstance(error, UserError) and error.filename is None:
             raise
-        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", escape(str(error)))
+        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", escape(printable(error)))
         raise typer.Exit(1) from error
     except Stopped as stopped:
         name = signal.Signals(stopped.number).name
-        typer.echo(f"stopped by {name}; {kept}" if kept else str(stopped), err=True)
+        say(f"stopped by {name}; {kept}" if kept else stopped, err=True)
         raise typer.Exit(stopped.status) from None

@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from teacher_cache.terminal import printable, without_secrets
+
 Style = Literal["auto", "bar", "lines", "json", "quiet"]
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -41,9 +43,9 @@ def stage(name: str, total: int, unit: str, style: Style = "auto") -> Iterator[S
 def note(text: str, style: Style = "auto") -> None:
     """One line of news: a choice that was made for the user, and why."""
     if style == "json":
-        print(json.dumps({"note": text}), file=sys.stderr, flush=True)
+        print(json.dumps({"note": without_secrets(text)}), file=sys.stderr, flush=True)
     elif style != "quiet":
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def silence_libraries() -> None:
@@ -81,7 +83,7 @@ class _Lines:
             facts = "".join(f"  {k} {_short(v)}" for k, v in self._facts.items())
             done = f"{self._done:,}/{self._total:,} {self._unit}"
             line = f"{self._name}: {done}  {rate:,.1f}/s  {left:,.0f} s left{facts}"
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

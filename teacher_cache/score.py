@@ -6,6 +6,7 @@ shard, a shard is made the same way whenever it is made, and what is done is wha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -17,6 +18,7 @@ from safetensors.torch import save as save_safetensors
 
 from teacher_cache import __version__
 from teacher_cache.answerer import answerer_facts, with_answerer
+from teacher_cache.arrays import safetensors_facts, tensor_entries
 from teacher_cache.build.skips import check_inputs, forget_skipped, most_skipped
 from teacher_cache.calibration import calibrate, scales_to_bytes
 from teacher_cache.config import CacheConfig, ConfigError, as_plain, check_settings
@@ -35,7 +37,9 @@ from teacher_cache.manifest import (
 from teacher_cache.progress import Style, note, stage
 from teacher_cache.shards import Clock, build_shards
 from teacher_cache.storage import Storage
+from teacher_cache.store.broken import redo_broken
 from teacher_cache.store.locks import locked
+from teacher_cache.store.tables import HEAD_BYTES, INDEX_BYTES, JSON_BYTES, json_object
 from teacher_cache.teacher import Teacher
 from teacher_cache.writer import (
     HEAD,
@@ -159,7 +163,11 @@ def finish_build(
 
 def _add_cost(storage: Storage, clock: Clock) -> None:
     """``cost.json``: what the teacher took, over all runs that made the cache. Not content: no checksum, no promise."""
-    cost = json.loads(storage.read(COST)) if storage.exists(COST) else {"answer_seconds": 0.0, "score_seconds": 0.0}
+    cost: dict[str, Any] = {}
+    if storage.exists(COST):
+        with contextlib.suppress(CacheError):  # not content: what cannot be read is counted anew
+            cost = json_object(storage.read(COST, JSON_BYTES), f"{storage.url}/{COST}")
+    cost = {"answer_seconds": 0.0, "score_seconds": 0.0} | cost
     cost["answer_seconds"] += clock.answering
     cost["score_seconds"] += clock.scoring
     cost["one_pass"] = cost.get("one_pass", False) or clock.one_pass
@@ -260,17 +268,56 @@ def prepare(config: CacheConfig, storage: Storage, samples: SampleFile, teacher:
         old = read_manifest(storage)
         check_same_content(old, manifest, storage.url)
         manifest = dataclasses.replace(old, complete=False, counts={}, files={})
+        redo_broken(storage, old)
     else:
         refuse_foreign_shards(storage, manifest)
         write_manifest(storage, manifest)
+        redo_broken(storage, manifest)
     if manifest.signals_config.hidden != "none" or manifest.image_arrays:
-        if not storage.exists(HEAD):
-            storage.write(HEAD, [save_safetensors({"head": teacher.head().cpu().contiguous()})])
-        if not storage.exists(SCALES):
+        _keep_head(storage, save_safetensors({"head": teacher.head().cpu().contiguous()}))
+        if not _scales_stand(storage, manifest):
             scales = calibrate(config, samples, teacher)
             if scales:
-                storage.write(SCALES, [scales_to_bytes(scales)])
+                storage.write(SCALES, [scales_to_bytes(scales, manifest.fingerprint)])
     return manifest
+
+
+def _keep_head(storage: Storage, head: bytes) -> None:
+    """Write the teacher's head; refuse that of another teacher, which an earlier cache in this folder left."""
+    if storage.exists(HEAD) and storage.size(HEAD) == len(head):
+        if storage.read(HEAD, HEAD_BYTES) != head:
+            raise _leftover(storage, HEAD, "another teacher's output head")
+        return
+    if storage.exists(HEAD) and storage.size(HEAD):
+        try:
+            tensor_entries(storage.read(HEAD, HEAD_BYTES), f"{storage.url}/{HEAD}")
+        except CacheError as error:  # cut by an interrupted copy
+            note(f"{error}. It is written again")
+        else:
+            raise _leftover(storage, HEAD, "another teacher's output head")
+    storage.write(HEAD, [head])
+
+
+def _scales_stand(storage: Storage, manifest: Manifest) -> bool:
+    """Whether there are scales of this cache; those of another one are refused, a broken file is made again."""
+    if not storage.exists(SCALES):
+        return False
+    data, where = storage.read(SCALES, INDEX_BYTES), f"{storage.url}/{SCALES}"
+    try:
+        entries, owner = tensor_entries(data, where), safetensors_facts(data, where).get("fingerprint", "")
+    except CacheError as error:
+        note(f"{error}. The scales are fitted again")
+        return False
+    if owner == manifest.fingerprint or (not owner and committed_shards(storage, manifest)):
+        return bool(entries)  # version 0.1 wrote no fingerprint: shards of this cache vouch for their scales
+    raise _leftover(storage, SCALES, "scales fitted for another cache")
+
+
+def _leftover(storage: Storage, name: str, what: str) -> CacheError:
+    return CacheError(
+        f"{storage.url}/{name}: {what}, left in this folder. Move it away and run the same command again, or choose "
+        "another output"
+    )
 
 
 def missing_shards(storage: Storage, manifest: Manifest) -> list[int]:

@@ -22,6 +22,7 @@ import fsspec
 
 from teacher_cache.errors import StorageError as StorageError
 from teacher_cache.store import names
+from teacher_cache.terminal import without_secrets
 
 Parts = Iterable[bytes | memoryview]
 T = TypeVar("T")
@@ -33,16 +34,20 @@ class Storage:
     """A cache's root folder. Names are relative, with ``/``."""
 
     def __init__(self, url: str | Path, options: Mapping[str, Any] | None = None) -> None:
-        self.url = str(url).rstrip("/")
+        self._address = str(url).rstrip("/")
+        #: what messages and files may say: the address without passwords and signatures
+        self.url = without_secrets(self._address)
         self._options = dict(options or {})
         self._connect()
         self.local: Path | None = Path(self._root) if "file" in _protocols(self._open_fs) else None
 
     def _connect(self) -> None:
         try:
-            self._open_fs, self._root = fsspec.core.url_to_fs(self.url, **self._options)
+            self._open_fs, self._root = fsspec.core.url_to_fs(self._address, **self._options)
         except (ValueError, ImportError) as error:  # an unknown protocol, or one whose library is not installed
-            raise StorageError(f"{self.url}: {error}. Name a folder, or s3:// or gs:// (extras s3, gcs)") from error
+            raise StorageError(
+                f"{self.url}: {without_secrets(str(error))}. Name a folder, or s3:// or gs:// (extras s3, gcs)"
+            ) from error
         self._process = os.getpid()
 
     @property
@@ -55,7 +60,7 @@ class Storage:
         return self._open_fs
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "options": self._options}
+        return {"url": self._address, "options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["url"], state["options"])  # type: ignore[misc]
@@ -110,6 +115,17 @@ class Storage:
             entries = self._retry("list", folder, lambda: self._fs.ls(self.path(folder), detail=False))
             return sorted({str(e).rstrip("/").rsplit("/", 1)[-1] for e in entries})
         return []
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of every file below ``folder``, by name relative to it."""
+        if self.local is not None:
+            root = names.inside(self.local, folder)
+            return {p.relative_to(root).as_posix(): p.stat().st_size for p in root.rglob("*") if p.is_file()}
+        with contextlib.suppress(FileNotFoundError):
+            found = self._retry("list", folder, lambda: self._fs.find(self.path(folder), detail=True))
+            start = self.path(folder).rstrip("/") + "/"
+            return {n.partition(start)[2] or n: int(facts["size"]) for n, facts in found.items()}
+        return {}
 
     def write(self, name: str, parts: Parts) -> None:
         """Write one file so that it is either the old one or the new one, never half of it."""

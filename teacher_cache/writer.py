@@ -121,7 +121,10 @@ def refuse_foreign_shards(storage: Storage, manifest: Manifest) -> None:
     for name in storage.names("shards"):
         index = f"shards/{name}/{INDEX}"
         if name.isdigit() and storage.exists(index):
-            _, metadata = read_file_sums(storage.read(index, INDEX_BYTES), f"{storage.url}/{index}")
+            try:
+                _, metadata = read_file_sums(storage.read(index, INDEX_BYTES), f"{storage.url}/{index}")
+            except CacheError:
+                continue  # cut by an interrupted copy: made again
             _check_fingerprint(storage, manifest, f"shards/{name}", metadata)
 
 

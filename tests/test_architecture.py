@@ -15,7 +15,7 @@ PACKAGES = ("teacher_cache", "student_train", "pipelines")
 SHARED = {
     *("arrays", "charts", "checksums", "codecs", "command_line", "config", "conversations", "data", "errors", "folder"),
     *("images", "manifest", "model_config", "models", "page", "prefetch", "progress", "reader", "records", "storage"),
-    *("stopping", "store", "tokenization", "weights", "writer"),
+    *("stopping", "store", "terminal", "tokenization", "weights", "writer"),
 }
 ONE_FILE = {
     "vllm": {f"teacher_cache/{n}.py" for n in ("teacher_vllm", "vllm_session", "vllm_connector", "vllm_processes")},

@@ -145,8 +145,8 @@ def _write_run(run: Path, cache: Path, world: Path, distilled: bool, seed: int) 
 
 
 @pytest.fixture(scope="module")
-def report_page(ablation: Path) -> Path:
-    return write_report(ablation, ablation / "report.html")
+def report_page(ablation: Path, world: Path, cache_folder: Path) -> Path:
+    return write_report(ablation, ablation / "report.html", str(world / "images"), str(cache_folder))
 
 
 def test_a_missing_browser_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
