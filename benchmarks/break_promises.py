@@ -252,6 +252,22 @@ BREAKS = (
         "tests/test_writer_reader.py",
     ),
     Break(
+        6,
+        "a sample whose image is damaged keeps its weight",
+        "student_train/loader.py",
+        "weights[place] = _ZERO",
+        "weights[place] = micro.weights[place]",
+        "tests/test_plain_data.py",
+    ),
+    Break(
+        5,
+        "a student is asked in another template than its own",
+        "student_train/evaluation/questions.py",
+        "if asked and own and asked != own:",
+        "if asked and not own and asked != own:",
+        "tests/test_questions.py",
+    ),
+    Break(
         7,
         "samples come in the order of the disk",
         "teacher_cache/reader.py",

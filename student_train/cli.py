@@ -65,7 +65,7 @@ def evaluate(
     model: Path,
     data: Annotated[Path, typer.Option(help="questions with known answers, LLaVA JSON")],
     image_folder: Annotated[Path, typer.Option(help="where its images lie")],
-    template: str = "vicuna_v1",
+    template: Annotated[str, typer.Option(help="of a student whose folder does not say it")] = "",
     output: Annotated[Path | None, typer.Option(help="predictions, a JSON line each")] = None,
     cache: Annotated[str, typer.Option(help="held-out teacher cache: agreement with the teacher")] = "",
     max_new_tokens: int = 64,

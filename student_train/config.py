@@ -107,6 +107,9 @@ class SourceConfig:
     tokenizer: Literal["exact", "same_ids"] = "exact"
     """For ``cache``: ``same_ids`` takes a student of the teacher's base vocabulary that has another end token, other
     merges or other added tokens (the base model of an instruction-tuned teacher), if no cached id is one of those."""
+    max_skipped: float = 0.1
+    """Of ``data``: the share of samples that may be left out (images that are missing or damaged, lines that are no
+    conversation); they stand with their reasons in skipped.jsonl beside the run. More than that stops it."""
     share: Positive = 1.0
     """Part of this source seen in an epoch (0.5: a fresh half every epoch; 2: twice)."""
     max_samples: AtLeast0 = 0

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from student_train.config import SourceConfig
 from student_train.feed.tokenizer import check_tokenizer
+from student_train.feed.usable import check_share, usable
 from teacher_cache.config import DataConfig
 from teacher_cache.conversations import Conversation, DataError, Image, Skipped
 from teacher_cache.data.rows import rows_among_text, text_positions
@@ -199,11 +200,14 @@ class PlainSource:
     """
 
     _embedded: SampleFile | None = None
+    total = 0
+    """Samples of the data file, those that are left out among them."""
 
     def __init__(self, conversations: Iterable[Conversation], template: str, tokenizer: Any, image_folder: str) -> None:
         self.image_folder = image_folder
         self._folder = Path(tempfile.mkdtemp(prefix="teacher-cache-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self.skipped: list[Skipped] = []
         form = template_by_name(template)
         lengths, rows, images = [], [], []
 
@@ -241,18 +245,12 @@ class PlainSource:
     @classmethod
     def from_data(cls, config: SourceConfig, tokenizer: Any) -> PlainSource:
         data = DataConfig(path=config.data, duplicate_ids="number", max_samples=config.max_samples)
-        folder = Path(tempfile.mkdtemp(prefix="teacher-cache-"))
-        samples = spool(data, folder)
-        if samples.skips.skipped:
-            samples.close()
-            raise DataError(
-                f"{config.data}: {samples.skips.skipped:,} of {len(samples):,} samples cannot be used "
-                f"({samples.skips}). Take them out of the file"
-            )
-        source = cls(
-            (s for s in samples if isinstance(s, Conversation)), config.template, tokenizer, config.image_folder
-        )
+        samples = spool(data, Path(tempfile.mkdtemp(prefix="teacher-cache-")))
+        skipped: list[Skipped] = []
+        source = cls(usable(samples, config.image_folder, skipped), config.template, tokenizer, config.image_folder)
         source._embedded = samples  # its images' bytes lie in that folder, which goes with it
+        check_share(config, len(samples), skipped)
+        source.skipped, source.total = skipped, len(samples)
         return source
 
     @classmethod

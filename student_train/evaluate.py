@@ -15,16 +15,16 @@ from transformers import LlavaForConditionalGeneration
 from student_train.batch import Weights, collate
 from student_train.config import LossSpec, SourceConfig
 from student_train.dataset import CacheSource
-from student_train.evaluation.scores import vqa_accuracy, yes_no_scores
+from student_train.evaluation.questions import read_questions, template_name
+from student_train.evaluation.scores import YES_NO, plain_answer, vqa_accuracy, yes_no_scores
 from student_train.loader import Preprocessor
 from student_train.objective import needed_arrays, teacher_side
 from student_train.processor import own_image_mode
 from student_train.shared_ids import shared_count, shared_topk
 from student_train.targets import row_loss, row_targets
-from teacher_cache.config import ConfigError, DataConfig
-from teacher_cache.conversations import IMAGE_TAG, Conversation, Skipped, read_conversations
+from teacher_cache.config import ConfigError
+from teacher_cache.conversations import IMAGE_TAG, Conversation
 from teacher_cache.data.rows import expand
-from teacher_cache.errors import EvaluationError
 from teacher_cache.images import image_tokens_of
 from teacher_cache.manifest import read_manifest
 from teacher_cache.model_config import position_limit
@@ -79,17 +79,14 @@ def answer_questions(
     student: Student,
     data: str | Path,
     image_folder: str | Path,
-    template: str,
+    template: str = "",
     *,
     max_new_tokens: int = 64,
     batch: int = 64,
 ) -> list[str]:
-    """Greedy answers to the first question of every sample of a LLaVA JSON, in order."""
-    samples = read_conversations(DataConfig(path=str(data), duplicate_ids="number"))
-    skipped = [s for s in samples if isinstance(s, Skipped)]
-    if skipped:
-        raise EvaluationError(f"{data}: {len(skipped)} samples cannot be asked (first: {skipped[0]}). Take them out")
-    conversations = [s for s in samples if isinstance(s, Conversation)]
+    """Greedy answers to the first question of every sample of a LLaVA file, in order. ``template``: to be compared with
+    the student's own, in which it is asked."""
+    conversations, template = read_questions(data), template_name(student.processor, template)
     answers: list[str] = [""] * len(conversations)
     order = sorted(range(len(conversations)), key=lambda i: (conversations[i].image is None, i))
     for has_image in (True, False):
@@ -199,18 +196,18 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """What ``student-train evaluate`` prints: accuracy by ``question_type``, POPE's figures on yes/no questions, and
     with a held-out ``cache`` the agreement with its teacher. ``data``: one question a sample, with its true answer."""
-    samples = json.loads(Path(data).read_text(encoding="utf-8"))
-    student = Student.load(model)
+    questions, student = read_questions(data), Student.load(model)
     answers = answer_questions(student, data, image_folder, template, max_new_tokens=max_new_tokens)
     if output is not None:
-        write_predictions(output, samples, answers, teacher_answers(cache) if cache else None)
-    references = [s["conversations"][1]["value"] for s in samples]
-    found = vqa_accuracy(answers, references, [s.get("question_type", "all") for s in samples])
-    facts: dict[str, Any] = {"questions": len(samples), "accuracy": found.overall}
+        write_predictions(output, questions, answers, teacher_answers(cache) if cache else None)
+    references = [question.answers[0] for question in questions]
+    found = vqa_accuracy(answers, references, [question.kind or "all" for question in questions])
+    facts: dict[str, Any] = {"questions": len(questions), "accuracy": found.overall}
     facts |= {f"accuracy of {name}": value for name, value in found.per_type.items()}
-    closed = [(a, r) for a, r in zip(answers, references, strict=True) if r.lower() in ("yes", "no")]
+    closed = [(a, plain_answer(r)) for a, r in zip(answers, references, strict=True) if plain_answer(r) in YES_NO]
     if closed:
-        facts |= yes_no_scores([a for a, _ in closed], [r.lower() for _, r in closed]).as_dict()
+        facts |= {"yes/no questions": len(closed)}
+        facts |= yes_no_scores([a for a, _ in closed], [r for _, r in closed]).as_dict()
     if cache:
         facts |= as_facts(agreement(student, SourceConfig(cache=cache, image_folder=str(image_folder))))
     return facts
@@ -227,21 +224,21 @@ def teacher_answers(cache: str) -> TeacherAnswers:
 
 
 def write_predictions(
-    path: Path, samples: Sequence[dict[str, Any]], answers: Sequence[str], teacher: TeacherAnswers | None = None
+    path: Path, questions: Sequence[Conversation], answers: Sequence[str], teacher: TeacherAnswers | None = None
 ) -> None:
     """One JSON line per sample: id, question, reference, answer, and the teacher's answer where it is known."""
     lines = []
-    for s, a in zip(samples, answers, strict=True):
-        question = s["conversations"][0]["value"]
+    for question, answer in zip(questions, answers, strict=True):
+        asked, image = question.questions[0], question.image
         line = {
-            "id": s["id"],
-            "question": question,
-            "reference": s["conversations"][1]["value"],
-            "answer": a,
-            "question_type": s.get("question_type", ""),
-            "image": s.get("image", ""),
+            "id": question.sample_id,
+            "question": asked if image is None else f"{IMAGE_TAG}\n{asked}",
+            "reference": question.answers[0],
+            "answer": answer,
+            "question_type": question.kind,
+            "image": "" if image is None else image.image_id,
         }
-        said = (teacher or {}).get((str(s["id"]), _bare(question)))
+        said = (teacher or {}).get((question.sample_id, asked))
         lines.append(json.dumps(line if said is None else line | {"teacher": said}))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

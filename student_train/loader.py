@@ -11,13 +11,14 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image as PillowImage
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from student_train.batch import StudentBatch, Weights, collate
@@ -26,9 +27,9 @@ from student_train.dataset import CacheSource, Source
 from student_train.features import ImageFeatures, image_key
 from student_train.order import BLOCK_SHARDS, epoch_batches, rank_part, shards_of
 from teacher_cache.config import ConfigError
-from teacher_cache.conversations import Image
+from teacher_cache.conversations import Image, Skipped
 from teacher_cache.data.rows import expanded_length
-from teacher_cache.images import load_image, square
+from teacher_cache.images import ImageError, load_image, square
 from teacher_cache.stopping import left_to_parent
 
 Ints = npt.NDArray[np.int64]
@@ -45,6 +46,8 @@ class MicroBatch:
     weights: tuple[Weights, ...]
     last: bool
     """The last micro-batch of its step on this rank: gradients are exchanged here."""
+    skipped: tuple[Skipped, ...] = ()
+    """Samples whose image turned out damaged when it was read: their weights are zero."""
     coming: tuple[tuple[int, int], ...] = ()
     """(source, shard) that this step and those after it need, in the order of need: what to copy of remote caches."""
 
@@ -56,6 +59,7 @@ class StepPlan:
         self, sources: Sequence[Source], shares: Sequence[float], config: TrainConfig, image_tokens: int
     ) -> None:
         self._config, self._shares, self._image_tokens = config, list(shares), image_tokens
+        self._sources = list(sources)
         self._sizes = [len(s) for s in sources]
         self._offsets = np.concatenate([[0], np.cumsum(self._sizes)])
         self._rows = np.concatenate([s.rows for s in sources])
@@ -80,13 +84,17 @@ class StepPlan:
         """
         over: Ints = np.flatnonzero(self._lengths > limit) if limit is not None else np.zeros(0, np.int64)
         if len(over):
-            first, longest = int(over[0]), int(self._lengths.max())
+            first, longest = int(over[0]), int(self._lengths.argmax())
             source = self._source_of(first)
+            name, worst = (
+                self._sources[self._source_of(n)].name_of(int(n - self._offsets[self._source_of(n)]))
+                for n in (first, longest)
+            )
             raise ConfigError(
                 f"student: it has {limit} positions, but {len(over)} of {len(self._lengths)} samples are longer with "
-                f"its {self._image_tokens} image tokens (first: sample {first - self._offsets[source]} of "
-                f"sources[{source}]; longest: {longest}). Take a student with more positions, or make the cache with a "
-                "smaller teacher.max_length, which skips longer samples"
+                f"its {self._image_tokens} image tokens (first: {name} of sources[{source}]; longest: {worst} with "
+                f"{self._lengths[longest]}). Take a student with more positions, or make the cache with a smaller "
+                "teacher.max_length, which skips longer samples"
             )
 
     @property
@@ -145,7 +153,7 @@ class StepPlan:
             tuple(int(n - self._offsets[source]) for n in chunk),
             tuple(weights.get(int(n), _ZERO) for n in chunk),
             last,
-            coming,
+            coming=coming,
         )
 
     def _split(self, numbers: Ints) -> list[Ints]:
@@ -206,10 +214,18 @@ class Preprocessor:
     image_tokens: int
     pad: int
 
+    def blank(self) -> torch.Tensor:
+        """What stands in for an image that cannot be read."""
+        return self._pixels(PillowImage.new("RGB", (8, 8)))
+
     def pixels(self, image: Image, folder: str) -> torch.Tensor:
         """(3, H, W) float32."""
-        loaded = square(load_image(image, folder), tuple(self.image_processor.image_mean), self.image_mode)
-        return self.image_processor([loaded], return_tensors="pt")["pixel_values"][0]
+        return self._pixels(load_image(image, folder))
+
+    def _pixels(self, image: PillowImage.Image) -> torch.Tensor:
+        shown = square(image, tuple(self.image_processor.image_mean), self.image_mode)
+        pixels: torch.Tensor = self.image_processor([shown], return_tensors="pt")["pixel_values"][0]
+        return pixels
 
 
 class MicroBatches(Dataset[StudentBatch]):
@@ -223,7 +239,8 @@ class MicroBatches(Dataset[StudentBatch]):
         pixel_cache: int,
         pack: bool = False,
     ) -> None:
-        self._sources, self._preprocessor, self._features = list(sources), preprocessor, features
+        self.sources = self._sources = list(sources)
+        self._preprocessor, self._features = preprocessor, features
         self._pack = pack
         self._limit = pixel_cache
         self._pixels: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -237,7 +254,7 @@ class MicroBatches(Dataset[StudentBatch]):
         if images and self._features is not None:
             image_features = self._features.read([image_key(image, source.image_folder) for image in images])
         elif images:
-            pixel_values = torch.stack([self._pixel_values(image, source.image_folder) for image in images])
+            micro, pixel_values = self._shown(micro, source, raw.images)
         batch = collate(
             raw,
             micro.weights,
@@ -258,6 +275,32 @@ class MicroBatches(Dataset[StudentBatch]):
         """In the process that reads, because it is the one that waits."""
         for number, source in enumerate(self._sources if coming else ()):
             source.prefetch([shard for of, shard in coming if of == number])
+
+    def _shown(
+        self, micro: MicroBatch, source: Source, images: Sequence[Image | None]
+    ) -> tuple[MicroBatch, torch.Tensor]:
+        """(I, 3, H, W), a damaged image blank and its sample's weights zero, wherever and whenever it is read.
+
+        A cache's image is not among the damaged ones: its teacher has seen it.
+        """
+        pixels: list[torch.Tensor | None] = []
+        weights, skipped = list(micro.weights), []
+        for place, image in enumerate(images):
+            if image is None:
+                continue
+            try:
+                pixels.append(self._pixel_values(image, source.image_folder))
+            except ImageError as error:
+                if isinstance(source, CacheSource):
+                    raise
+                pixels.append(None)
+                weights[place] = _ZERO
+                skipped.append(Skipped(source.name_of(micro.indices[place]), str(error)))
+        blank = next((p for p in pixels if p is not None), None)
+        if blank is None:
+            blank = self._preprocessor.blank()
+        stacked = torch.stack([torch.zeros_like(blank) if p is None else p for p in pixels])
+        return replace(micro, weights=tuple(weights), skipped=tuple(skipped)), stacked
 
     def _pixel_values(self, image: Image, folder: str) -> torch.Tensor:
         key = image_key(image, folder)
@@ -342,8 +385,8 @@ def _threaded(
         micro = next(waiting, None)
         if micro is None:
             return None
-        _, batch = dataset[micro]
-        return micro, batch.pin_memory() if pin else batch
+        made, batch = dataset[micro]
+        return made, batch.pin_memory() if pin else batch
 
     with ThreadPoolExecutor(1, thread_name_prefix="batch-loader") as thread:
         pending = deque(thread.submit(make) for _ in range(_AHEAD))

@@ -20,10 +20,11 @@ from torch import nn
 
 from student_train.checkpoint import load_checkpoint, newest_sound, save_checkpoint, whole_weights
 from student_train.config import LOGIT_LOSSES, FitConfig, TrainConfig, check_fit_config
-from student_train.dataset import CacheSource, Source, check_images, open_source
+from student_train.dataset import CacheSource, PlainSource, Source, check_images, open_source
 from student_train.evaluate import preprocessor_of
 from student_train.export import save_student
 from student_train.features import ImageFeatures, compute_features
+from student_train.feed.usable import SkippedFile, check_share
 from student_train.loader import MicroBatch, MicroBatches, Preprocessor, StepPlan, make_loader, on_device
 from student_train.objective import (
     DistilledStudent,
@@ -111,6 +112,7 @@ class Run:
     settings: dict[str, Any]
     caches: list[dict[str, Any]]
     stop: Stop
+    skipped: SkippedFile
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
@@ -158,6 +160,7 @@ class Run:
             settings=run_settings(config, sources),
             caches=[_cache_facts(s.cache) for s in sources if isinstance(s, CacheSource)],
             stop=stop or Stop(),
+            skipped=_skipped_file(folder, sources, accelerator.is_main_process),
         )
 
     def restore(self, style: Style = "auto") -> None:
@@ -188,6 +191,7 @@ class Run:
             shown = opened.enter_context(stage("training", len(steps), "steps", shown_style))
             for micro, batch in on_device(loader, accelerator.device):
                 self.waiting += time.monotonic() - mark
+                self._note_skipped(micro)
                 if not made:  # what a model draws (dropout) is a function of the step, so that resuming is exact
                     torch.manual_seed(step_seed(train.seed, accelerator.process_index, micro.step))
                 made.append((micro, self._backward(batch, micro.source, micro.last)))
@@ -251,6 +255,15 @@ class Run:
         if self.config.student.load_in_4bit:
             model = model.dequantize()
         save_student(model.to(getattr(torch, self.config.student.dtype)), self.processor, folder, self.template)
+
+    def _note_skipped(self, micro: MicroBatch) -> None:
+        """Name samples whose image turned out damaged, each once; too many of them end the run."""
+        for sample in self.skipped.add(micro.skipped):
+            note(f"{sample.sample_id}: {sample.reason}. It is left out: its weight is zero")
+            config, source = self.config.sources[micro.source], self.dataset.sources[micro.source]
+            if isinstance(source, PlainSource):
+                source.skipped.append(sample)
+                check_share(config, source.total, source.skipped)
 
     def _backward(self, batch: Any, source: int, last: bool) -> dict[str, torch.Tensor]:
         """This micro-batch's part of the loss and of each term, detached."""
@@ -391,6 +404,15 @@ def learning_rate_factor(step: int, steps: int, train: TrainConfig) -> float:
         return 1.0
     done = (step - warmup) / max(steps - warmup, 1)
     return 1 - done if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _skipped_file(folder: Path, sources: list[Source], main: bool) -> SkippedFile:
+    """With what was left out before the first step."""
+    found = SkippedFile(folder)
+    before = [s for source in sources if isinstance(source, PlainSource) for s in source.skipped]
+    if main and (new := found.add(before)):
+        note(f"{len(new):,} samples are left out, see {found.path} (the first: {new[0].sample_id}, {new[0].reason})")
+    return found
 
 
 def _cache_facts(cache: TeacherCache) -> dict[str, Any]:

@@ -63,6 +63,8 @@ class Conversation:
     answers: tuple[str, ...]
     image: Image | None = None
     regenerate: bool = True
+    kind: str = ""
+    """``question_type`` of a line, by which an evaluation is split up."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,8 @@ def parse_sample(line: Any, number: int) -> Conversation | Skipped:
         for text in (sample_id, *(text for _, text in messages), image.image_id if image is not None else ""):
             if not _is_unicode(text):  # half of a surrogate pair, which JSON can spell and no tokenizer can read
                 raise _UnfitError(f"not Unicode text: {ascii(text)[:80]}")
-        return _conversation(sample_id, messages, image)
+        kind = str(line.get("question_type") or "")
+        return replace(_conversation(sample_id, messages, image), kind=kind)
     except _UnfitError as error:
         return Skipped(*(text.encode("utf-8", "replace").decode() for text in (sample_id, str(error))))
 

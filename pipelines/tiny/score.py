@@ -15,6 +15,7 @@ from student_train.evaluate import (
     teacher_answers,
     write_predictions,
 )
+from student_train.evaluation.questions import read_questions
 from student_train.evaluation.scores import yes_no_scores
 
 
@@ -29,7 +30,8 @@ def score_student(model: str, world: str, split: str, cache: str = "") -> dict[s
     student = Student.load(model)
     answers = answer_questions(student, Path(world) / f"{split}.json", images, "tiny", max_new_tokens=LONGEST_ANSWER)
     known = teacher_answers(cache) if cache else None
-    write_predictions(Path(model).parent / "predictions.jsonl", samples, answers, known)
+    questions = read_questions(Path(world) / f"{split}.json")
+    write_predictions(Path(model).parent / "predictions.jsonl", questions, answers, known)
     found = score(samples, answers)
     exist = [(a, s["conversations"][1]["value"]) for s, a in zip(samples, answers, strict=True) if _is_exist(s)]
     pope = yes_no_scores([a for a, _ in exist], [truth for _, truth in exist])

@@ -32,7 +32,8 @@ def vqa_accuracy(predictions: Sequence[str], references: Sequence[str], question
     """
     _check_lengths(predictions=predictions, references=references, question_types=question_types)
     hits = [
-        _plain(prediction) == _plain(reference) for prediction, reference in zip(predictions, references, strict=True)
+        plain_answer(prediction) == plain_answer(reference)
+        for prediction, reference in zip(predictions, references, strict=True)
     ]
     asked = Counter(question_types)
     right = Counter(kind for kind, hit in zip(question_types, hits, strict=True) if hit)
@@ -151,7 +152,11 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _plain(text: str) -> str:
+YES_NO = ("yes", "no")
+
+
+def plain_answer(text: str) -> str:
+    """As answers are compared: without case, ASCII punctuation and spaces around ("Yes. " is "yes")."""
     return text.strip().lower().translate(_NO_PUNCTUATION)
 
 

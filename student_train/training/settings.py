@@ -20,7 +20,7 @@ _SPEED = (
     "tracker",
     "threads",
 )
-_PLACE = ("image_folder", "cache", "prefetch_folder", "prefetch_gigabytes", "made_with", "expected")
+_PLACE = ("image_folder", "cache", "prefetch_folder", "prefetch_gigabytes", "made_with", "expected", "max_skipped")
 
 
 def deciding_settings(config: FitConfig) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""Plain data as people have it: samples that cannot be trained on are left out with phase one's reasons."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from student_train.config import SourceConfig
+from teacher_cache.conversations import Conversation, DataError, Image, Skipped
+from teacher_cache.images import ImageError, load_image
+
+ALWAYS_ALLOWED = 16
+"""Samples left out that stop no run, however small its data is; as in phase one."""
+SKIPPED = "skipped.jsonl"
+"""Beside the run: one line (sample_id, reason) for each sample that it does not learn from."""
+
+
+def usable(samples: Iterable[Conversation | Skipped], folder: str, skipped: list[Skipped]) -> Iterator[Conversation]:
+    """The samples to train on; the others go to ``skipped``. Of an image only its file is looked for here: reading
+    each of them would take as long as an epoch."""
+    for sample in samples:
+        reason = sample.reason if isinstance(sample, Skipped) else image_fault(sample.image, folder)
+        if reason:
+            skipped.append(Skipped(sample.sample_id, reason))
+        elif isinstance(sample, Conversation):
+            yield sample
+
+
+def image_fault(image: Image | None, folder: str) -> str:
+    """Why the file of ``image`` cannot be found, in phase one's words; empty where it is there.
+
+    Raises
+    ------
+    DataError
+        The folder itself does not answer.
+    """
+    if image is None or image.embedded or (folder and (Path(folder) / image.path).is_file()):
+        return ""
+    try:
+        load_image(image, folder)
+    except ImageError as error:
+        return str(error)
+    return ""
+
+
+def check_share(config: SourceConfig, total: int, skipped: Sequence[Skipped]) -> None:
+    """
+    Raises
+    ------
+    DataError
+        more than ``max_skipped`` of the samples are left out, with the counted reasons.
+    """
+    if not 0 <= config.max_skipped <= 1:
+        raise DataError(f"sources[…].max_skipped: expected a share between 0 and 1, found {config.max_skipped:g}")
+    if len(skipped) <= max(ALWAYS_ALLOWED, int(config.max_skipped * total)) and len(skipped) < total:
+        return
+    reasons = Counter(s.reason.rpartition(": ")[2] for s in skipped).most_common(3)
+    shown = ", ".join(f"{count:,} × {reason}" for reason, count in reasons)
+    raise DataError(
+        f"{config.data}: {len(skipped):,} of {total:,} samples cannot be used, more than "
+        f"sources[…].max_skipped={config.max_skipped:g} allows ({shown}; the first: {skipped[0].sample_id}, "
+        f"{skipped[0].reason}). Mend the data or image_folder, or set a larger share"
+    )
+
+
+class SkippedFile:
+    """``skipped.jsonl`` of a run: what was left out before and while it trained; a resumed run goes on with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / SKIPPED
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        self.known = {json.loads(line)["sample_id"] for line in lines}
+
+    def add(self, skipped: Iterable[Skipped]) -> list[Skipped]:
+        """Write down those that are new, and return them."""
+        new = {s.sample_id: s for s in skipped if s.sample_id not in self.known}
+        if new:
+            self.known |= new.keys()
+            with self.path.open("a", encoding="utf-8") as file:  # one write, so that ranks do not mix their lines
+                file.write(
+                    "".join(json.dumps({"sample_id": s.sample_id, "reason": s.reason}) + "\n" for s in new.values())
+                )
+        return list(new.values())
