@@ -26,8 +26,8 @@ from pipelines.tiny.models import build_llava, load_llava, save_llava
 from pipelines.tiny.prepare import TEACHER
 from student_train.config import StudentConfig
 from student_train.evaluate import Student
-from student_train.plan import student_architecture
 from student_train.student import load_student
+from student_train.students.on_meta import student_architecture
 from teacher_cache.config import CacheConfig, ConfigError, DataConfig, GenerationConfig, SpeedConfig, TeacherConfig
 from teacher_cache.fidelity import cache_fidelity
 from teacher_cache.manifest import CacheError, read_manifest, write_manifest
