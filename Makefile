@@ -129,7 +129,7 @@ chaos: .venv/ready ## 200 runs killed at random moments
 	$(V)/python -m benchmarks.chaos --runs 200
 
 fuzz: .venv/ready ## 5,000 mutations of every kind of input; SEED=n for others
-	FUZZ_EXAMPLES=5000 FUZZ_SEED=$(or $(SEED),0) $(V)/python -m pytest -q tests/test_fuzz.py
+	FUZZ_EXAMPLES=5000 FUZZ_SEED=$(or $(SEED),0) $(V)/python -m pytest -q tests/promises/test_fuzz.py
 
 clean:           ## remove environments, caches and runs
 	rm -rf .venv .venv-vllm .venv-lmms .venv-lock runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

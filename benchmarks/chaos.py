@@ -30,14 +30,14 @@ import torch
 
 from pipelines.tiny.prepare import TEACHER
 from pipelines.tiny.world import write_world
-from teacher_cache import storage as storage_module
+from teacher_cache.build.build import build_cache
 from teacher_cache.config import CacheConfig, DataConfig, GenerationConfig, LayoutConfig, SignalsConfig, TeacherConfig
-from teacher_cache.manifest import CacheError
-from teacher_cache.reader import TeacherCache
-from teacher_cache.score import build_cache
-from teacher_cache.storage import Storage, StorageError
-from teacher_cache.teacher_torch import TorchTeacher
-from teacher_cache.verify import verify_cache
+from teacher_cache.store import storage as storage_module
+from teacher_cache.store.manifest import CacheError
+from teacher_cache.store.reader import TeacherCache
+from teacher_cache.store.storage import Storage, StorageError
+from teacher_cache.teachers.torch_teacher import TorchTeacher
+from teacher_cache.trust.verify import verify_cache
 
 Files = dict[str, bytes]
 NOT_CONTENT = "cost.json"

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.real_states import real_states
-from teacher_cache.codecs import ChannelScales, decode, encode, fit_channel_scales, with_exact_head
-from teacher_cache.signals import sample_ids_and_counts
+from teacher_cache.build.signals import sample_ids_and_counts
+from teacher_cache.store.codecs import ChannelScales, decode, encode, fit_channel_scales, with_exact_head
 
 CHUNK = 160
 SAMPLINGS = 8

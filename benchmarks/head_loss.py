@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 from student_train.config import LossSpec
-from student_train.head_loss import dense_row_losses, head_losses, losses_of
-from student_train.losses import HiddenProjector, hidden_mse
-from student_train.targets import RowTargets, StoredStates, scales_on
-from teacher_cache.codecs import encode, fit_channel_scales
-from teacher_cache.signals import row_signals
+from student_train.losses.head_loss import dense_row_losses, head_losses, losses_of
+from student_train.losses.row_losses import HiddenProjector, hidden_mse
+from student_train.losses.targets import RowTargets, StoredStates, scales_on
+from teacher_cache.build.signals import row_signals
+from teacher_cache.store.codecs import encode, fit_channel_scales
 
 CE = LossSpec("cross_entropy")
 LOSSES: dict[str, list[LossSpec]] = {

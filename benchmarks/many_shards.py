@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from teacher_cache.reader import TeacherCache
-from teacher_cache.storage import Storage
 from teacher_cache.store.maps import MAPS
-from teacher_cache.writer import ImagePlace, finish, write_shard
-from tests.store_fixtures import SHAPE, signals, synthetic_cache
+from teacher_cache.store.reader import TeacherCache
+from teacher_cache.store.storage import Storage
+from teacher_cache.store.writer import ImagePlace, finish, write_shard
+from tests.fixtures.store import SHAPE, signals, synthetic_cache
 
 SAMPLES = 4
 WIDTH = 1024

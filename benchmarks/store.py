@@ -25,13 +25,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from teacher_cache.checksums import sha256
 from teacher_cache.config import CacheConfig, DataConfig, LayoutConfig, SignalsConfig, TeacherConfig
-from teacher_cache.manifest import Manifest, new_manifest, write_manifest
-from teacher_cache.reader import TeacherCache
-from teacher_cache.records import TeacherRecord
-from teacher_cache.storage import Storage
-from teacher_cache.writer import LEDGER, SAMPLES, ImagePlace, finish, write_shard
+from teacher_cache.store.checksums import sha256
+from teacher_cache.store.manifest import Manifest, new_manifest, write_manifest
+from teacher_cache.store.reader import TeacherCache
+from teacher_cache.store.records import TeacherRecord
+from teacher_cache.store.storage import Storage
+from teacher_cache.store.writer import LEDGER, SAMPLES, ImagePlace, finish, write_shard
 
 ROWS, BATCH, ROUNDS = 200, 32, 5
 SHARD = 128
@@ -362,7 +362,7 @@ def opening() -> dict[str, Any]:
 _OPEN = """
 import json, sys, time
 import numpy as np, pyarrow.parquet, zarr
-from teacher_cache.reader import TeacherCache
+from teacher_cache.store.reader import TeacherCache
 def resident():
     return int(open('/proc/self/statm').read().split()[1]) * 4096 / 1e6
 before, begin = resident(), time.perf_counter()

@@ -42,12 +42,15 @@ from benchmarks.synthetic import Llm, Tower, WorldSize, write_data, write_model
 from pipelines.tiny.prepare import TEACHER
 from pipelines.tiny.student import write_student
 from pipelines.tiny.world import write_world
-from student_train.batch import StudentBatch
 from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfig, TrainConfig
-from student_train.loader import MicroBatches, StepPlan
-from student_train.objective import DistilledStudent, TeacherSide
-from student_train.targets import RowTargets, decoded
-from student_train.trainer import Run, _open_sources, _teacher_side
+from student_train.feed.batch import StudentBatch
+from student_train.feed.loader import MicroBatches, StepPlan
+from student_train.losses.targets import RowTargets, decoded
+from student_train.training.objective import DistilledStudent, TeacherSide
+from student_train.training.trainer import Run, _open_sources, _teacher_side
+from teacher_cache.build.build import build_cache, open_teacher
+from teacher_cache.build.shards import make_extractor
+from teacher_cache.build.signals import Extractor, wanted_states
 from teacher_cache.config import (
     CacheConfig,
     DataConfig,
@@ -59,18 +62,15 @@ from teacher_cache.config import (
     as_plain,
     build_config,
 )
-from teacher_cache.conversations import Skipped, read_conversations
-from teacher_cache.images import load_image
-from teacher_cache.manifest import Manifest, read_manifest
-from teacher_cache.records import TeacherRecord
-from teacher_cache.score import build_cache, open_teacher
-from teacher_cache.shards import make_extractor
-from teacher_cache.signals import Extractor, wanted_states
-from teacher_cache.storage import Storage
-from teacher_cache.teacher import AnswerRequest, ScoreRequest, Wanted
-from teacher_cache.teacher_torch import TorchTeacher
-from teacher_cache.tokenization import assemble, template_by_name, tokenize_answer, tokenize_prompt
-from teacher_cache.writer import ImagePlace, write_shard
+from teacher_cache.data.conversations import Skipped, read_conversations
+from teacher_cache.data.images import load_image
+from teacher_cache.data.tokenization import assemble, template_by_name, tokenize_answer, tokenize_prompt
+from teacher_cache.store.manifest import Manifest, read_manifest
+from teacher_cache.store.records import TeacherRecord
+from teacher_cache.store.storage import Storage
+from teacher_cache.store.writer import ImagePlace, write_shard
+from teacher_cache.teachers.teacher import AnswerRequest, ScoreRequest, Wanted
+from teacher_cache.teachers.torch_teacher import TorchTeacher
 
 CE, TOPK, EXACT, MSE = (
     LossSpec("cross_entropy"),
@@ -332,7 +332,7 @@ class PhaseOne:
     def _batches(self) -> Iterator[tuple[list[int], object]]:
         """The batches that scoring makes, without running it."""
         from teacher_cache.data.rows import positions_of
-        from teacher_cache.teacher_torch import _token_batches
+        from teacher_cache.teachers.torch_teacher import _token_batches
 
         shape, token = self.manifest.shape, self.manifest.image_token
         positions = [

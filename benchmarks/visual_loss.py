@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.head_loss import peak, reset_peak
-from student_train import relations
 from student_train.config import LossSpec
-from student_train.head_loss import head_losses
-from student_train.losses import forward_kl
-from student_train.targets import ImageTargets, StoredStates, scales_on
-from teacher_cache.codecs import encode, fit_channel_scales
+from student_train.losses import image_losses as relations
+from student_train.losses.head_loss import head_losses
+from student_train.losses.row_losses import forward_kl
+from student_train.losses.targets import ImageTargets, StoredStates, scales_on
+from teacher_cache.store.codecs import encode, fit_channel_scales
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,14 @@ from pipelines.tiny.models import build_llava, llava_config
 from pipelines.tiny.tokenizer import build_tokenizer
 from pipelines.tiny.world import write_world
 from teacher_cache.config import CacheConfig, build_config
-from teacher_cache.conversations import Conversation, read_conversations
-from teacher_cache.images import load_image
-from teacher_cache.teacher import Answer, AnswerRequest, ScoreRequest, Teacher, Wanted
-from teacher_cache.teacher_torch import TorchTeacher
-from teacher_cache.teacher_vllm import VllmTeacher
-from teacher_cache.tokenization import Prompt, assemble, template_by_name, tokenize_prompt
-from teacher_cache.vllm_session import VllmOptions
-from teacher_cache.weights import rename_vision_weights
+from teacher_cache.data.conversations import Conversation, read_conversations
+from teacher_cache.data.images import load_image
+from teacher_cache.data.tokenization import Prompt, assemble, template_by_name, tokenize_prompt
+from teacher_cache.models.weights import rename_vision_weights
+from teacher_cache.teachers.teacher import Answer, AnswerRequest, ScoreRequest, Teacher, Wanted
+from teacher_cache.teachers.torch_teacher import TorchTeacher
+from teacher_cache.teachers.vllm.session import VllmOptions
+from teacher_cache.teachers.vllm.vllm_teacher import VllmTeacher
 
 Seconds = tuple[float, float]
 """By the clock, and of CPU."""

@@ -11,9 +11,9 @@ import typer
 from playwright.sync_api import Page
 
 from pipelines.chromium import open_browser
-from student_train.report import write_report
-from teacher_cache.reader import TeacherCache
-from teacher_cache.view import write_view
+from student_train.studies.report import write_report
+from teacher_cache.pages.view import write_view
+from teacher_cache.store.reader import TeacherCache
 
 MOST_KILOBYTES = 300
 SIZE = {"width": 1180, "height": 880}

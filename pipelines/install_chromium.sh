@@ -14,7 +14,7 @@ if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
     exit 0
 fi
 
-echo "No Chromium here, so tests/test_pages.py is skipped. To run it, install one:" >&2
+echo "No Chromium here, so tests/teacher_cache/pages/test_pages.py is skipped. To run it, install one:" >&2
 echo "  Debian:         sudo apt-get install chromium-headless-shell fonts-dejavu-core" >&2
 echo "  other systems:  any Chromium or Google Chrome on the PATH" >&2
 [ "${CI:-}" != true ]

@@ -17,9 +17,9 @@ from typing import Annotated
 import typer
 
 from student_train.config import FitConfig
-from student_train.trainer import FitSummary, fit
+from student_train.training.trainer import FitSummary, fit
+from teacher_cache.build.build import BuildSummary, build_cache
 from teacher_cache.config import CacheConfig, load_config
-from teacher_cache.score import BuildSummary, build_cache
 
 
 def student_cache(

@@ -28,7 +28,7 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
 @app.command()
 def fit(config: Path, sets: Sets = None, as_json: Json = False) -> None:
     """Train one student (one stage, or all stages of a file that has ``stages``) and export it."""
-    from student_train.stages import fit_file
+    from student_train.training.stages import fit_file
 
     with _errors() as stop:
         if _LAUNCHERS & os.environ.keys():
@@ -41,7 +41,7 @@ def fit(config: Path, sets: Sets = None, as_json: Json = False) -> None:
 @app.command()
 def plan(config: Path, sets: Sets = None, as_json: Json = False) -> None:
     """Steps, memory and time of a run or an ablation, from configurations alone: no weights are needed."""
-    from student_train.plan import plan_file
+    from student_train.studies.run_plan import plan_file
 
     with _errors():
         rows = plan_file(config, sets or [])
@@ -51,9 +51,9 @@ def plan(config: Path, sets: Sets = None, as_json: Json = False) -> None:
 @app.command()
 def ablate(config: Path, sets: Sets = None, as_json: Json = False) -> None:
     """Train every arm and seed of an ablation file that is not done yet, and write its table."""
-    from student_train.ablate import ablate as run
+    from student_train.studies.ablate import ablate as run
     from student_train.studies.runs import AblationConfig
-    from student_train.table import as_text
+    from student_train.studies.table import as_text
 
     with _errors():
         table = run(load_config(AblationConfig, config, sets or []), "json" if as_json else "auto")
@@ -72,7 +72,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """A student's accuracy by question type, yes/no scores, and its agreement with the teacher."""
-    from student_train.evaluate import evaluate_model
+    from student_train.evaluation.evaluate import evaluate_model
 
     with _errors():
         facts = evaluate_model(model, data, image_folder, template, output, cache, max_new_tokens)
@@ -93,7 +93,7 @@ def lmms_eval(
     as_json: Json = False,
 ) -> None:
     """Run lmms-eval on an exported student: the one road to GQA, ScienceQA, TextVQA, POPE, MME, MMBench."""
-    from student_train.lmms import run_lmms_eval
+    from student_train.evaluation.lmms import run_lmms_eval
 
     with _errors():
         results = run_lmms_eval(
@@ -105,7 +105,7 @@ def lmms_eval(
 @app.command()
 def export(run: Path, output: Path) -> None:
     """A finished run as a Hugging Face folder with a model card."""
-    from student_train.export import export_run
+    from student_train.students.export import export_run
 
     with _errors():
         folder = export_run(run, output)
@@ -120,7 +120,7 @@ def report(
     cache: Annotated[str, typer.Option(help="the cache that the runs read, for the bytes of one pass")] = "",
 ) -> None:
     """A page to look at: loss curves, table, quality against cost, where students disagree with the teacher."""
-    from student_train.report import write_report
+    from student_train.studies.report import write_report
 
     with _errors():
         written = write_report(runs, output, image_folder, cache)
@@ -137,8 +137,8 @@ class ConfigFile(enum.StrEnum):
 def print_schema(file: ConfigFile = ConfigFile.FIT) -> None:
     """The JSON schema of configuration files, with which editors complete and check them."""
     from student_train.config import FitConfig
-    from student_train.stages import StagesConfig
     from student_train.studies.runs import AblationConfig
+    from student_train.training.stages import StagesConfig
 
     of = {ConfigFile.FIT: FitConfig, ConfigFile.STAGES: StagesConfig, ConfigFile.ABLATION: AblationConfig}
     typer.echo(json.dumps(schema(of[file]), indent=1))

@@ -19,7 +19,7 @@ from teacher_cache.config import CacheConfig, load_config, schema
 from teacher_cache.errors import ConfigError
 from teacher_cache.progress import Style
 from teacher_cache.stopping import Stop
-from teacher_cache.storage import Storage
+from teacher_cache.store.storage import Storage
 from teacher_cache.terminal import printable, say
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -44,8 +44,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """What the cache will hold and cost, before anything runs; needs no weights."""
-    from teacher_cache.plan import plan_cache
-    from teacher_cache.plan_cost import Throughput, measured_throughput
+    from teacher_cache.plan.cache_plan import plan_cache
+    from teacher_cache.plan.cost import Throughput, measured_throughput
 
     with _errors():
         if bool(read_rate) != bool(write_rate) or (like and read_rate):
@@ -69,12 +69,12 @@ def build(
     ] = False,
 ) -> None:
     """Answer, score and write the whole cache; goes on where an earlier run stopped."""
-    from teacher_cache.score import build_cache
+    from teacher_cache.build.build import build_cache
 
     with _errors():
         settings = load_config(CacheConfig, config, sets or [])
         if workers > 1:
-            from teacher_cache.cluster import build_on_ray
+            from teacher_cache.build.cluster import build_on_ray
 
             summary = build_on_ray(
                 settings, workers=workers, style=_style(as_json), break_lock=break_lock, redo_skipped=redo_skipped
@@ -88,7 +88,7 @@ def build(
 @app.command()
 def answer(config: Config, sets: Sets = None, as_json: Json = False, break_lock: BreakLock = False) -> None:
     """Only write the answers (answers/part-*.parquet); ``score`` or ``build`` goes on from them."""
-    from teacher_cache.score import answer_only
+    from teacher_cache.build.build import answer_only
 
     with _errors():
         settings = load_config(CacheConfig, config, sets or [])
@@ -99,7 +99,7 @@ def answer(config: Config, sets: Sets = None, as_json: Json = False, break_lock:
 @app.command()
 def score(config: Config, sets: Sets = None, as_json: Json = False, break_lock: BreakLock = False) -> None:
     """Score the answers that are there and write the shards; refuses when answers are missing."""
-    from teacher_cache.score import build_cache, check_answered
+    from teacher_cache.build.build import build_cache, check_answered
 
     with _errors():
         settings = load_config(CacheConfig, config, sets or [])
@@ -112,7 +112,7 @@ def score(config: Config, sets: Sets = None, as_json: Json = False, break_lock: 
 @app.command()
 def info(cache: str, as_json: Json = False) -> None:
     """What is in a cache."""
-    from teacher_cache.info import cache_info
+    from teacher_cache.pages.info import cache_info
 
     with _errors():
         rows = cache_info(Storage(cache))
@@ -130,7 +130,7 @@ def verify(
 ) -> None:
     """Check a cache; exits with 1 and names the shard, sample and file at fault when something is wrong."""
     from teacher_cache.store.locks import locked
-    from teacher_cache.verify import repair_cache, rescore_cache, verify_cache
+    from teacher_cache.trust.verify import repair_cache, rescore_cache, verify_cache
 
     with _errors():
         report = verify_cache(Storage(cache), deep=deep or repair)
@@ -165,7 +165,7 @@ def fidelity(
 
     Without --config the stored states stand for the teacher: then their own error is not seen, only the top-k's.
     """
-    from teacher_cache.fidelity import cache_fidelity
+    from teacher_cache.trust.fidelity import cache_fidelity
 
     with _errors():
         settings = load_config(CacheConfig, config, sets or []) if config is not None else None
@@ -186,7 +186,7 @@ def view(
     seed: int = 0,
 ) -> None:
     """A self-contained page to look into a cache: no server, no network."""
-    from teacher_cache.view import write_view
+    from teacher_cache.pages.view import write_view
 
     with _errors():
         written = write_view(cache, output, samples, image_folder or [], ids or [], tokenizer, seed)
@@ -196,7 +196,7 @@ def view(
 @app.command("export-answers")
 def export_answers(cache: str, output: Annotated[Path, typer.Option(help="the JSON file to write")]) -> None:
     """The regenerated instruction set as LLaVA JSON, for people who do not use this package."""
-    from teacher_cache.info import export_answers as export
+    from teacher_cache.pages.info import export_answers as export
 
     with _errors():
         samples = export(Storage(cache), output)

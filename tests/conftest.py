@@ -11,6 +11,7 @@ from hypothesis import settings
 
 from pipelines.tiny.prepare import TEACHER
 from pipelines.tiny.world import write_world
+from teacher_cache.build.build import build_cache
 from teacher_cache.config import (
     CacheConfig,
     DataConfig,
@@ -20,9 +21,8 @@ from teacher_cache.config import (
     SpeedConfig,
     TeacherConfig,
 )
-from teacher_cache.score import build_cache
-from teacher_cache.teacher_torch import TorchTeacher
-from tests.threads import THREADS
+from teacher_cache.teachers.torch_teacher import TorchTeacher
+from tests.fixtures.threads import THREADS
 
 torch.set_num_threads(THREADS)
 settings.register_profile("same", derandomize=True)  # examples that do not change from day to day

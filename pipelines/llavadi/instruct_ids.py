@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from teacher_cache.config import DataConfig
-from teacher_cache.conversations import Conversation, read_conversations
+from teacher_cache.data.conversations import Conversation, read_conversations
 
 Key = tuple[str, tuple[str, ...]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from student_train.lmms import run_lmms_eval
+from student_train.evaluation.lmms import run_lmms_eval
 
 
 def score_student(model: str, tasks: Sequence[str], device: str = "cuda", offline: bool = False) -> dict[str, float]:

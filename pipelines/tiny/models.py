@@ -19,7 +19,7 @@ from transformers import (
 from pipelines.tiny.scenes import CELL, IMAGE_SIDE
 from pipelines.tiny.tokenizer import BOS, EOS, IMAGE, IMAGE_TOKENS, PAD, build_processor, vocabulary
 from teacher_cache.models.pretrained import load_llava as load_llava_folder
-from teacher_cache.weights import rename_vision_weights
+from teacher_cache.models.weights import rename_vision_weights
 
 HEAD_WIDTH = 32  # the narrowest head that vLLM's CPU attention knows
 EMBEDDING_STD = 0.5

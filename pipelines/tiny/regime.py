@@ -10,11 +10,11 @@ import typer
 import yaml
 
 from pipelines.tiny.prepare import prepare
-from student_train.ablate import ablate
+from student_train.studies.ablate import ablate
 from student_train.studies.runs import AblationConfig
+from teacher_cache.build.build import build_cache
 from teacher_cache.config import CacheConfig, build_config, load_config
 from teacher_cache.progress import note, silence_libraries
-from teacher_cache.score import build_cache
 
 HERE = Path(__file__).parent
 METRICS = ("vqa", "pope_f1", "hallucination")

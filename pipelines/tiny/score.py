@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipelines.tiny.evaluate import LONGEST_ANSWER, score
 from student_train.config import SourceConfig
-from student_train.evaluate import (
+from student_train.evaluation.evaluate import (
     Student,
     agreement,
     answer_questions,

@@ -6,10 +6,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from student_train.processor import chat_template
+from student_train.students.processor import chat_template
 from teacher_cache.config import ConfigError, DataConfig
-from teacher_cache.conversations import Conversation, DataError, Skipped, read_conversations
-from teacher_cache.tokenization import TEMPLATES
+from teacher_cache.data.conversations import Conversation, DataError, Skipped, read_conversations
+from teacher_cache.data.tokenization import TEMPLATES
 
 
 def read_questions(data: str | Path) -> list[Conversation]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from teacher_cache.data.tokenization import template_by_name, tokenizer_fingerprint
 from teacher_cache.data.vocabulary import Comparison, compare, describe_vocabulary
 from teacher_cache.errors import CacheError
-from teacher_cache.reader import TeacherCache
-from teacher_cache.tokenization import template_by_name, tokenizer_fingerprint
+from teacher_cache.store.reader import TeacherCache
 
 SCANNED = 1024
 """Samples whose ids are looked at in one go."""

@@ -10,8 +10,8 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from student_train.config import StudentConfig
-from student_train.student import choose_trainable, composed_config, composed_vocabulary
-from teacher_cache.model_config import load_model_config
+from student_train.students.student import choose_trainable, composed_config, composed_vocabulary
+from teacher_cache.models.model_config import load_model_config
 from teacher_cache.models.pretrained import check_llava, check_tower
 
 

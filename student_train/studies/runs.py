@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from student_train.config import FitConfig, FitTree
-from student_train.origin import Origin, cache_fingerprint, changed, sources_origin
-from student_train.stages import merge
+from student_train.training.origin import Origin, cache_fingerprint, changed, sources_origin
 from student_train.training.setup import check_tracker
+from student_train.training.stages import merge
 from teacher_cache.config import CHECKED, ConfigError, as_plain, build_config
-from teacher_cache.manifest import digest
+from teacher_cache.store.manifest import digest
 
 CPU_MARGIN = 1.25
 """Over the CPU seconds to match: the same run takes 10 to 20 % more or less from one time to the next."""

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from teacher_cache.storage import Storage
 from teacher_cache.store.locks import locked
+from teacher_cache.store.storage import Storage
 
 
 @contextlib.contextmanager

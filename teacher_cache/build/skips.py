@@ -9,15 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from teacher_cache.checksums import read_file_sums
 from teacher_cache.config import CacheConfig
-from teacher_cache.conversations import Conversation, DataError, SkipCount, Skipped
+from teacher_cache.data.conversations import Conversation, DataError, SkipCount, Skipped
 from teacher_cache.data.image_files import ImageError, check_folder, read_image
 from teacher_cache.data.spool import SampleFile
-from teacher_cache.manifest import Manifest, write_manifest
-from teacher_cache.storage import Storage
+from teacher_cache.store.checksums import read_file_sums
+from teacher_cache.store.manifest import Manifest, write_manifest
 from teacher_cache.store.names import INDEX
-from teacher_cache.writer import committed_shards, images_name, shard_name
+from teacher_cache.store.storage import Storage
+from teacher_cache.store.writer import committed_shards, images_name, shard_name
 
 ALWAYS_ALLOWED = 16
 """Skipped samples that stop no build, however small it is."""

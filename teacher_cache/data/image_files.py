@@ -9,7 +9,7 @@ import stat
 import time
 from pathlib import Path
 
-from teacher_cache.conversations import DataError, Image
+from teacher_cache.data.conversations import DataError, Image
 from teacher_cache.errors import ImageError as ImageError
 
 MAX_BYTES = 256 << 20

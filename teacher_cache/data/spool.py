@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, overload
 import pyarrow as pa
 
 from teacher_cache.config import DataConfig
-from teacher_cache.conversations import Conversation, Image, SampleReader, SkipCount, Skipped, StoredBytes
+from teacher_cache.data.conversations import Conversation, Image, SampleReader, SkipCount, Skipped, StoredBytes
 
 Sample = Conversation | Skipped
 ROWS = 256

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from teacher_cache.weights import checkpoint_folder
+from teacher_cache.models.weights import checkpoint_folder
 
 WHOLE = "whole:"
 """What a digest of every byte begins with. Those of 0.1 do not: of files over 64 MiB they hold the ends only."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from teacher_cache.config import ConfigError
-from teacher_cache.teacher import TeacherError
+from teacher_cache.teachers.teacher import TeacherError
 
 
 class ModelError(TeacherError, ConfigError):

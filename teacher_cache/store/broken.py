@@ -10,15 +10,15 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from teacher_cache.checksums import INDEX, FileSum, read_file_sums
 from teacher_cache.errors import CacheError
-from teacher_cache.folder import ShardFolder, folder_files
-from teacher_cache.manifest import Manifest, write_manifest
 from teacher_cache.progress import Style, note
-from teacher_cache.storage import Storage
 from teacher_cache.store import parquet
+from teacher_cache.store.checksums import INDEX, FileSum, read_file_sums
+from teacher_cache.store.folder import ShardFolder, folder_files
+from teacher_cache.store.manifest import Manifest, write_manifest
+from teacher_cache.store.storage import Storage
 from teacher_cache.store.tables import INDEX_BYTES, answer_ids
-from teacher_cache.writer import answers_name, committed_shards, images_name, shard_name
+from teacher_cache.store.writer import answers_name, committed_shards, images_name, shard_name
 
 
 def redo_broken(storage: Storage, manifest: Manifest, style: Style = "auto") -> list[int]:

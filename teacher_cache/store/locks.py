@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from teacher_cache.storage import Storage, StorageError, _explained
+from teacher_cache.store.storage import Storage, StorageError, _explained
 
 LOCK = ".lock"
 _NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from teacher_cache.arrays import load_safetensors_array
-from teacher_cache.codecs import ChannelScales, scales_from_bytes
 from teacher_cache.errors import CacheError
-from teacher_cache.manifest import Manifest
-from teacher_cache.records import Array
-from teacher_cache.storage import Storage
+from teacher_cache.store.arrays import load_safetensors_array
+from teacher_cache.store.codecs import ChannelScales, scales_from_bytes
+from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.names import HEAD, LEDGER, SAMPLES, SCALES
+from teacher_cache.store.records import Array
+from teacher_cache.store.storage import Storage
 from teacher_cache.store.tables import HEAD_BYTES, INDEX_BYTES, read_table
 
 _DIGESTS = ("index_sha256", "images_sha256", "answers_sha256")

@@ -16,8 +16,8 @@ from pipelines.tiny.evaluate import answer
 from pipelines.tiny.models import load_llava, save_llava
 from pipelines.tiny.tokenizer import build_processor
 from pipelines.tiny.world import write_world
+from student_train.evaluation.lmms import run_lmms_eval
 from student_train.evaluation.scores import vqa_accuracy
-from student_train.lmms import run_lmms_eval
 from teacher_cache.errors import EvaluationError
 
 PROJECT = Path(__file__).parents[2]

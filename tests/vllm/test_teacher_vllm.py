@@ -22,18 +22,20 @@ from PIL import Image as PillowImage
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from vllm import LLM, SamplingParams
 
-from student_train.evaluate import Student, answer_questions
-from student_train.export import export_run
-from student_train.trainer import fit
-from teacher_cache.answer import AnsweredSample, answer_conversations
+from student_train.evaluation.evaluate import Student, answer_questions
+from student_train.students.export import export_run
+from student_train.training.trainer import fit
+from teacher_cache.build.answers import AnsweredSample, answer_conversations
+from teacher_cache.build.build import build_cache
+from teacher_cache.build.signals import row_signals, stable_topk
 from teacher_cache.config import CacheConfig, as_plain
-from teacher_cache.conversations import Conversation
+from teacher_cache.data.conversations import Conversation
+from teacher_cache.data.images import load_image
 from teacher_cache.data.rows import positions_of
-from teacher_cache.images import load_image
-from teacher_cache.reader import TeacherCache
-from teacher_cache.score import build_cache
-from teacher_cache.signals import row_signals, stable_topk
-from teacher_cache.teacher import (
+from teacher_cache.data.tokenization import Prompt, TokenizedSample, assemble, template_by_name, tokenize_prompt
+from teacher_cache.models.weights import rename_vision_weights, tensor_files
+from teacher_cache.store.reader import TeacherCache
+from teacher_cache.teachers.teacher import (
     Answer,
     AnswerRequest,
     SampleStates,
@@ -44,17 +46,15 @@ from teacher_cache.teacher import (
     Wanted,
     pick,
 )
-from teacher_cache.teacher_torch import TorchTeacher
-from teacher_cache.teacher_vllm import VllmTeacher
-from teacher_cache.tokenization import Prompt, TokenizedSample, assemble, template_by_name, tokenize_prompt
-from teacher_cache.vllm_choice import check_context, choose
-from teacher_cache.vllm_processes import environment
-from teacher_cache.vllm_session import Mode, VllmOptions, VllmSession
-from teacher_cache.weights import rename_vision_weights, tensor_files
-from tests.rounding import MODEL, within
-from tests.training_fixtures import tiny_fit, weights
+from teacher_cache.teachers.torch_teacher import TorchTeacher
+from teacher_cache.teachers.vllm.choice import check_context, choose
+from teacher_cache.teachers.vllm.processes import environment
+from teacher_cache.teachers.vllm.session import Mode, VllmOptions, VllmSession
+from teacher_cache.teachers.vllm.vllm_teacher import VllmTeacher
+from tests.fixtures.rounding import MODEL, within
+from tests.fixtures.training import tiny_fit, weights
+from tests.fixtures.waiting import PATIENCE, until
 from tests.vllm.conftest import TEACHER, make_config
-from tests.waiting import PATIENCE, until
 
 CLOSE = within(operations=MODEL)
 """Of states and logits of about 1 and above: two engines sum in another order."""
@@ -396,8 +396,8 @@ def test_a_model_class_without_inner_states_answers_then_scores(
             started.append(mode)
             super().__init__(mode, *rest)
 
-    monkeypatch.setattr("teacher_cache.vllm_session.can_capture", lambda architecture: False)
-    monkeypatch.setattr("teacher_cache.teacher_vllm.VllmSession", Counted)
+    monkeypatch.setattr("teacher_cache.teachers.vllm.session.can_capture", lambda architecture: False)
+    monkeypatch.setattr("teacher_cache.teachers.vllm.vllm_teacher.VllmSession", Counted)
     assert not choose(config).one_pass
     halves = replace(small, output=str(tmp_path / "two-passes"))
     with VllmTeacher(halves, conversations, VllmOptions(cache_bytes=256 << 20)) as teacher:

@@ -1,0 +1,179 @@
+"""A frozen vision tower's features, computed once per image and read from a mapped file ever after.
+
+A run that is killed leaves ``.vision-features-….part`` with what it had; the next one checks that (a CRC-32C for each
+image, kept in order in ``features.crc``) and goes on from there. One run computes at a time, others wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import torch
+
+from teacher_cache.data.conversations import DataError, Image
+from teacher_cache.store.locks import waiting_for
+
+_FACTS, _FEATURES, _SUMS = "features.json", "features.npy", "features.crc"
+
+
+def image_key(image: Image, folder: str) -> str:
+    """What tells two images of a run apart: the digest of embedded bytes, else where the file lies. A relative path
+    alone does not: two image folders may each hold a ``000.png``."""
+    return image.image_id if image.embedded else str(Path(folder) / image.path)
+
+
+class ImageFeatures:
+    """(images, N, d_vision) float16 in ``folder``, by :func:`image_key`; picklable, so that loader processes share the
+    map. An image's features are compared with their checksum when they are first read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            facts = json.loads((folder / _FACTS).read_bytes())
+            if facts["sha256"] != _facts_digest(facts):
+                raise ValueError(f"{_FACTS} was changed after it was written")
+            self._line = {key: line for line, key in enumerate(facts["images"])}
+            self._array = np.load(folder / _FEATURES, mmap_mode="r", allow_pickle=False)
+            self._sums = np.fromfile(folder / _SUMS, "<u4")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(self._damaged(f"damaged ({error})")) from error
+        self._checked = bytearray(len(self._sums))
+        if not len(self._line) == len(self._array) == len(self._sums):
+            raise DataError(self._damaged("its files list other numbers of images"))
+
+    def __getstate__(self) -> dict[str, Path]:
+        return {"folder": self._folder}
+
+    def __setstate__(self, state: dict[str, Path]) -> None:
+        self.__init__(state["folder"])  # type: ignore[misc]
+
+    def read(self, keys: Sequence[str]) -> torch.Tensor:
+        """(I, N, d_vision) float16.
+
+        Raises ``DataError`` where they were changed after they were written.
+        """
+        lines = [self._line[key] for key in keys]
+        found = self._array[lines]
+        for key, line, values in zip(keys, lines, found, strict=True):
+            if not self._checked[line] and google_crc32c.value(values.tobytes()) != self._sums[line]:
+                raise DataError(self._damaged(f"the features of {key} were changed after they were written"))
+            self._checked[line] = 1
+        return torch.from_numpy(found)
+
+    def _damaged(self, what: str) -> str:
+        return f"{self._folder}: {what}. Delete that folder: the next run computes it anew"
+
+
+def compute_features(
+    folder: Path,
+    images: Iterable[tuple[Image, str]],
+    tower: Callable[[torch.Tensor], torch.Tensor],
+    pixels: Callable[[Image, str], torch.Tensor],
+    digest: str,
+    batch: int = 32,
+) -> Path:
+    """The folder of the features of all distinct ``images`` (with their folders): its name is made of the tower's
+    ``digest`` and of each image's key, bytes, time of change and (from a cache) checksum, so an image that was written
+    again is looked at again.
+
+    A folder that is there is complete (it is renamed into place) and is used as it is.
+
+    Raises
+    ------
+    DataError
+        An image file is missing.
+    """
+    distinct = {image_key(image, where): (image, where) for image, where in images}
+    keys = sorted(distinct)
+    versions = [(key, *_version(key, distinct[key][0]), distinct[key][0].checksum) for key in keys]
+    listed = hashlib.sha256(json.dumps([digest, versions]).encode()).hexdigest()[:16]
+    target = folder / f"vision-features-{listed}"
+    with waiting_for(folder / f".{target.name}.lock"):
+        if not target.is_dir():
+            part = folder / f".{target.name}.part"
+            part.mkdir(exist_ok=True)
+            _compute(part, keys, lambda key: pixels(*distinct[key]), tower, batch)
+            facts = {"images": keys, "digest": digest}
+            _write(part / _FACTS, json.dumps({**facts, "sha256": _facts_digest(facts)}).encode())
+            part.rename(target)
+            for left in folder.glob(f".{target.name}.tmp-*"):  # of a version that began anew each time
+                shutil.rmtree(left, ignore_errors=True)
+    return target
+
+
+def _compute(
+    part: Path,
+    keys: Sequence[str],
+    pixels: Callable[[str], torch.Tensor],
+    tower: Callable[[torch.Tensor], torch.Tensor],
+    batch: int,
+) -> None:
+    """Fill ``part`` from where an earlier run stopped."""
+    out, done = _begun(part, len(keys))
+    with (part / _SUMS).open("r+b" if done else "wb") as sums:
+        sums.truncate(4 * done)
+        sums.seek(4 * done)
+        for start in range(done, len(keys), batch):
+            chunk = keys[start : start + batch]
+            with torch.inference_mode():
+                values = tower(torch.stack([pixels(key) for key in chunk])).to(torch.float16).cpu().numpy()
+            if out is None:
+                shape = (len(keys), *values.shape[1:])
+                out = np.lib.format.open_memmap(part / _FEATURES, "w+", np.float16, shape)
+            out[start : start + len(chunk)] = values
+            sums.write(np.array([google_crc32c.value(v.tobytes()) for v in values], "<u4").tobytes())
+            sums.flush()
+        os.fsync(sums.fileno())
+    if out is None:
+        np.save(part / _FEATURES, np.zeros((0, 0, 0), np.float16))
+    else:
+        out.flush()
+
+
+def _begun(part: Path, images: int) -> tuple[np.memmap[Any, np.dtype[np.float16]] | None, int]:
+    """What an earlier run left: its array, and how many images of it, from the first on, are as it wrote them."""
+    try:
+        out = np.lib.format.open_memmap(part / _FEATURES, "r+")
+        sums = np.fromfile(part / _SUMS, "<u4")
+    except (OSError, ValueError):  # none, or no more than its beginning
+        return None, 0
+    if out.dtype != np.float16 or len(out) != images:
+        return None, 0
+    for line, expected in enumerate(sums[:images]):
+        if google_crc32c.value(out[line].tobytes()) != expected:
+            return out, line
+    return out, min(len(sums), images)
+
+
+def _facts_digest(facts: dict[str, Any]) -> str:
+    plain = json.dumps([facts["images"], facts["digest"]])
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _version(path: str, image: Image) -> tuple[int, int]:
+    """(bytes, nanoseconds of the last change) of an image file; embedded bytes are named by their digest already."""
+    if image.embedded:
+        return 0, 0
+    try:
+        found = Path(path).stat()
+    except OSError as error:
+        raise DataError(
+            f"{path}: an image of the training data cannot be found ({error.strerror}). Set "
+            "sources[…].image_folder to the folder the cache was made from"
+        ) from error
+    return found.st_size, found.st_mtime_ns

@@ -1,0 +1,1 @@
+"""Every loss, what it reads, and its memory."""

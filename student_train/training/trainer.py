@@ -1,0 +1,483 @@
+"""The training loop: ours, short, on Accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from torch import nn
+
+from student_train.config import LOGIT_LOSSES, FitConfig, TrainConfig, check_fit_config
+from student_train.evaluation.evaluate import preprocessor_of
+from student_train.feed.features import ImageFeatures, compute_features
+from student_train.feed.loader import MicroBatch, MicroBatches, Preprocessor, StepPlan, make_loader, on_device
+from student_train.feed.sources import CacheSource, PlainSource, Source, check_images, open_source
+from student_train.feed.usable import SkippedFile, check_share
+from student_train.losses.image_losses import head_square
+from student_train.losses.shared_ids import check_shared, shared_count
+from student_train.students.export import save_student
+from student_train.students.processor import prepare_processor
+from student_train.students.student import load_student, merge_adapters
+from student_train.training.checkpoint import load_checkpoint, newest_sound, save_checkpoint, whole_weights
+from student_train.training.exchange import Agreed, TrainingError, exchange
+from student_train.training.objective import (
+    DistilledStudent,
+    TeacherSide,
+    check_losses,
+    needed_arrays,
+    teacher_side,
+    vision_features,
+)
+from student_train.training.output import output_lock
+from student_train.training.settings import run_settings
+from student_train.training.setup import check_tracker, make_accelerator, make_optimizer
+from teacher_cache.config import ConfigError, as_plain
+from teacher_cache.data.tokenization import Template
+from teacher_cache.models.model_config import position_limit
+from teacher_cache.progress import Style, note, stage
+from teacher_cache.stopping import Stop, Stopped, stopping
+from teacher_cache.store.manifest import digest, read_manifest
+from teacher_cache.store.reader import TeacherCache
+from teacher_cache.store.storage import Storage
+from teacher_cache.store.writer import HEAD
+
+_SHOWN = 16
+"""Samples that an error names."""
+
+
+@dataclass(frozen=True)
+class FitSummary:
+    """What a run cost and where it ended. ``waiting_share``: part of the time in which the loop had no batch yet."""
+
+    steps: int
+    samples: int
+    seconds: float
+    cpu_seconds: float
+    waiting_share: float
+    peak_megabytes: float
+    loss: float
+    parts: dict[str, float]
+    model: str
+
+
+def fit(config: FitConfig, style: Style = "auto", stop: Stop | None = None) -> FitSummary:
+    """Train one student and export it to ``output/model``; goes on from the last checkpoint of the same settings.
+
+    A signal ends it after the step in progress, with a checkpoint; ``stop``: the caller's handling of signals, if it
+    has one.
+
+    Raises
+    ------
+    ConfigError, CacheError, DataError
+        before the first step, saying what to change.
+    TrainingError
+        at a step whose numbers are not finite; the last checkpoint stands and nothing is exported.
+    Stopped
+        a signal came.
+    """
+    check_fit_config(config)
+    check_tracker(config.train.tracker)
+    handled = contextlib.nullcontext(stop) if stop is not None else stopping()
+    with output_lock(config.output), handled as asked:
+        run = Run.prepare(config, asked)
+        run.restore(style)
+        run.train(style)
+        return run.finish()
+
+
+@dataclass
+class Run:
+    """A prepared run: everything that is open while training."""
+
+    config: FitConfig
+    accelerator: Accelerator
+    student: nn.Module
+    processor: Any
+    template: Template
+    optimizer: torch.optim.Optimizer
+    plan: StepPlan
+    dataset: MicroBatches
+    folder: Path
+    settings: dict[str, Any]
+    caches: list[dict[str, Any]]
+    stop: Stop
+    skipped: SkippedFile
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    waiting: float = 0.0
+    last: dict[str, float] | None = None
+    ended: bool = False
+    """By ``max_seconds``, before the last step of the plan."""
+
+    @classmethod
+    def prepare(cls, config: FitConfig, stop: Stop | None = None) -> Run:
+        train = config.train
+        if train.threads:
+            torch.set_num_threads(train.threads)
+        accelerator = make_accelerator(config)
+        model, processor = load_student(config.student, train.seed)
+        template = prepare_processor(processor, config)
+        sources = _open_sources(config, processor.tokenizer)
+        folder = Path(config.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        preprocessor = preprocessor_of(model, processor)
+        plan = StepPlan(sources, [s.share for s in config.sources], train, preprocessor.image_tokens)
+        plan.check_positions(position_limit(model.config))
+        features = _features(config, model, sources, preprocessor, accelerator)
+        teachers = [_teacher_side(config, source, model, accelerator.device) for source in sources]
+        student = DistilledStudent(
+            model, config.losses, teachers, head_rows=train.head_rows, image_tokens=preprocessor.image_tokens
+        )
+        optimizer = make_optimizer(student, train)
+        student, optimizer = accelerator.prepare(student, optimizer)
+        if train.tracker:
+            settings = as_plain(config)
+            flat = {f"{part}.{name}": v for part in ("student", "train") for name, v in settings[part].items()}
+            accelerator.init_trackers(folder.name, {name: v for name, v in flat.items() if not isinstance(v, list)})
+        return cls(
+            config=config,
+            accelerator=accelerator,
+            student=student,
+            processor=processor,
+            template=template,
+            optimizer=optimizer,
+            plan=plan,
+            dataset=MicroBatches(sources, preprocessor, features, train.pixel_cache, train.pack),
+            folder=folder,
+            settings=run_settings(config, sources),
+            caches=[_cache_facts(s.cache) for s in sources if isinstance(s, CacheSource)],
+            stop=stop or Stop(),
+            skipped=_skipped_file(folder, sources, accelerator.is_main_process),
+        )
+
+    def restore(self, style: Style = "auto") -> None:
+        """Weights, optimiser and step of the last sound checkpoint, if there is one."""
+        main = self.accelerator.is_main_process
+        path = newest_sound(self.folder / "checkpoints", main, lambda text: note(text, style))
+        if path is None:
+            return
+        facts = load_checkpoint(path, self.student, self.optimizer, self.settings)
+        self.step, self.samples = facts["step"], facts["samples"]
+        self.seconds, self.cpu_seconds, self.waiting = facts["seconds"], facts["cpu_seconds"], facts["waiting"]
+        self.last, self.ended = facts["last"], facts.get("ended", False)
+
+    def train(self, style: Style = "auto") -> None:
+        accelerator, train, plan = self.accelerator, self.config.train, self.plan
+        steps = range(self.step, self.step if self.ended else plan.steps)
+        place = accelerator.process_index, accelerator.num_processes
+        pin = accelerator.device.type == "cuda"
+        loader = make_loader(self.dataset, plan, steps, *place, train.workers, pin)
+        self.student.train()
+        self._accelerated_eval()
+        begin, cpu_begin, mark = time.monotonic(), time.process_time(), time.monotonic()
+        made: list[tuple[MicroBatch, dict[str, torch.Tensor]]] = []
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(self.stop.between_steps())
+            log = opened.enter_context((self.folder / "log.jsonl").open("a", encoding="utf-8"))
+            shown_style: Style = style if accelerator.is_main_process else "quiet"
+            shown = opened.enter_context(stage("training", len(steps), "steps", shown_style))
+            for micro, batch in on_device(loader, accelerator.device):
+                self.waiting += time.monotonic() - mark
+                self._note_skipped(micro)
+                if not made:  # what a model draws (dropout) is a function of the step, so that resuming is exact
+                    torch.manual_seed(step_seed(train.seed, accelerator.process_index, micro.step))
+                made.append((micro, self._backward(batch, micro.source, micro.last)))
+                if micro.last:
+                    agreed = self._update(made, self.cpu_seconds + time.process_time() - cpu_begin)
+                    made = []
+                    self.samples += len(plan.global_batch(micro.step))
+                    self.step = micro.step + 1
+                    self.seconds += time.monotonic() - begin
+                    self.cpu_seconds += time.process_time() - cpu_begin
+                    begin, cpu_begin = time.monotonic(), time.process_time()
+                    self._log(agreed, log)
+                    shown.advance(1, loss=agreed.parts["loss"], waiting=self._waiting())
+                    self.ended = self._out_of_time(agreed)
+                    if self._after_step(agreed):
+                        break
+                del batch  # its memory is given back here, not while the next one is waited for
+                mark = time.monotonic()
+
+    def finish(self) -> FitSummary:
+        """Checkpoint, export and summary."""
+        self._checkpoint()
+        model = self.folder / "model"
+        self.export(model)
+        self.accelerator.wait_for_everyone()
+        if self.config.train.tracker:
+            self.accelerator.end_training()
+        last = dict(self.last or {})
+        summary = FitSummary(
+            steps=self.step,
+            samples=self.samples,
+            seconds=self.seconds,
+            cpu_seconds=self.cpu_seconds,
+            waiting_share=self.waiting / max(self.seconds, 1e-9),
+            peak_megabytes=peak_megabytes(self.accelerator.device),
+            loss=last.pop("loss", float("nan")),
+            parts=last,
+            model=str(model),
+        )
+        if self.accelerator.is_main_process:
+            facts = {"config": as_plain(self.config), "caches": self.caches, "steps": self.step}
+            _write_json(self.folder / "run.json", facts)
+            _write_json(self.folder / "summary.json", as_plain(summary))
+        return summary
+
+    def export(self, folder: Path) -> None:
+        """The plain student as a Hugging Face folder: no projectors, no optimiser, adapters merged.
+
+        Every rank must call it; the main process writes.
+        """
+        model = self.accelerator.unwrap_model(self.student).model
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            weights = whole_weights(self.student)  # collected from all ranks, on the main process only
+            if self.accelerator.is_main_process:
+                model, _ = load_student(self.config.student, self.config.train.seed)
+                model.load_state_dict({n.removeprefix("model."): w for n, w in weights.items() if n[:6] == "model."})
+        if not self.accelerator.is_main_process:
+            return
+        if self.config.student.train == "lora":
+            merge_adapters(model)
+        if self.config.student.load_in_4bit:
+            model = model.dequantize()
+        save_student(model.to(getattr(torch, self.config.student.dtype)), self.processor, folder, self.template)
+
+    def _note_skipped(self, micro: MicroBatch) -> None:
+        """Name samples whose image turned out damaged, each once; too many of them end the run."""
+        for sample in self.skipped.add(micro.skipped):
+            note(f"{sample.sample_id}: {sample.reason}. It is left out: its weight is zero")
+            config, source = self.config.sources[micro.source], self.dataset.sources[micro.source]
+            if isinstance(source, PlainSource):
+                source.skipped.append(sample)
+                check_share(config, source.total, source.skipped)
+
+    def _backward(self, batch: Any, source: int, last: bool) -> dict[str, torch.Tensor]:
+        """This micro-batch's part of the loss and of each term, detached."""
+        accelerator = self.accelerator
+        context = contextlib.nullcontext() if last else accelerator.no_sync(self.student)
+        with context:
+            loss, parts = self.student(batch, source)
+            # DDP and FSDP average gradients over ranks; the loss is already divided by the global batch.
+            accelerator.backward(loss * accelerator.num_processes)
+        return {"loss": loss.detach(), **{name: value.detach() for name, value in parts.items()}}
+
+    def _update(self, made: list[tuple[MicroBatch, dict[str, torch.Tensor]]], cpu_seconds: float) -> Agreed:
+        """One step of the optimiser, if every number of the step is finite.
+
+        Raises
+        ------
+        TrainingError
+            on every rank, before any weight is changed.
+        """
+        train = self.config.train
+        factor = learning_rate_factor(self.step, self.plan.steps, train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), train.clip_norm or math.inf)
+        sums: dict[str, torch.Tensor] = {}
+        for _, parts in made:
+            for name, value in parts.items():
+                sums[name] = sums[name] + value if name in sums else value
+        agreed = exchange(self.accelerator, sums, norm, cpu_seconds, self.stop.asked)
+        if fault := agreed.fault():
+            self._refuse(fault, agreed, made)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return agreed
+
+    def _refuse(self, fault: str, agreed: Agreed, made: list[tuple[MicroBatch, dict[str, torch.Tensor]]]) -> None:
+        """Say where the numbers went wrong: in the micro-batches whose own loss did, else anywhere in the step."""
+        scaler = self.accelerator.scaler
+        if scaler is not None and math.isfinite(agreed.parts["loss"]) and scaler.get_scale() > 1:
+            return  # float16's gradients overflowed: the scaler leaves the step out by itself and halves its scale
+        own = [micro for micro, parts in made if not bool(parts["loss"].isfinite())]
+        names: list[str] = gather_object([name for micro in own for name in self.dataset.names_of(micro)])
+        names = sorted(set(names or gather_object([n for micro, _ in made for n in self.dataset.names_of(micro)])))
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        raise TrainingError(
+            f"step {self.step + 1:,}: {fault}. It was not taken, nothing is exported, and the last checkpoint in "
+            f"{self.folder / 'checkpoints'} stands. The samples: {shown}. Lower train.learning_rate, set "
+            "train.clip_norm, or look at their signals (teacher-cache verify --deep)"
+        )
+
+    def _after_step(self, agreed: Agreed) -> bool:
+        """Checkpoint where one is due; whether the loop is to end (its time is over).
+
+        Raises
+        ------
+        Stopped
+            a rank was sent a signal; the checkpoint is written.
+        """
+        every = self.config.train.checkpoint_every
+        if agreed.signal:
+            path = self._checkpoint()
+            done = f"Step {self.step:,} of {self.plan.steps:,} is kept in {path}; the same command goes on from there."
+            raise Stopped(agreed.signal, done)
+        if not self.ended and every and self.step % every == 0:
+            self._checkpoint()
+        return self.ended
+
+    def _log(self, agreed: Agreed, log: Any) -> None:
+        self.last = agreed.parts
+        wanted = self.step % self.config.train.log_every == 0 or self.step == self.plan.steps
+        if not wanted or not self.accelerator.is_main_process:
+            return
+        line = {"step": self.step, "seconds": round(self.seconds, 3), "cpu_seconds": round(self.cpu_seconds, 3)}
+        rate = self.optimizer.param_groups[0]["lr"]
+        log.write(json.dumps({**line, "learning_rate": rate, "gradient_norm": agreed.norm, **agreed.parts}) + "\n")
+        log.flush()
+        if self.config.train.tracker:
+            self.accelerator.log({**agreed.parts, "learning_rate": rate}, step=self.step)
+
+    def _checkpoint(self) -> Path:
+        self._check_weights()
+        facts = {
+            "step": self.step,
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "waiting": self.waiting,
+            "last": self.last,
+            "ended": self.ended,
+            "settings": self.settings,
+        }
+        main = self.accelerator.is_main_process
+        return save_checkpoint(self.folder / "checkpoints", self.student, self.optimizer, facts, main)
+
+    def _check_weights(self) -> None:
+        """A finite gradient can still make a weight that is none (a learning rate of 1e38): keep no such checkpoint."""
+        own = [p.to_local() if hasattr(p, "to_local") else p for p in self.student.parameters() if p.requires_grad]
+        wrong = torch.stack([(~p.detach().isfinite()).any() for p in own]).sum().float()
+        if bool(self.accelerator.reduce(wrong, "sum") > 0):
+            raise TrainingError(
+                f"step {self.step:,}: weights that are not finite after it. Nothing is exported, and the last "
+                f"checkpoint in {self.folder / 'checkpoints'} stands. Lower train.learning_rate"
+            )
+
+    def _out_of_time(self, agreed: Agreed) -> bool:
+        """The same answer on every rank: one that went on alone would wait for the others for ever."""
+        limit = self.config.train.max_seconds
+        return bool(limit) and agreed.cpu_seconds >= limit
+
+    def _waiting(self) -> str:
+        return f"{100 * self.waiting / max(self.seconds, 1e-9):.1f} %"
+
+    def _accelerated_eval(self) -> None:
+        """A frozen tower stays in evaluation mode."""
+        student = self.accelerator.unwrap_model(self.student)
+        if not self.config.student.train_vision:
+            student.model.model.vision_tower.eval()
+
+
+def _write_json(path: Path, facts: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(facts, indent=1, allow_nan=False), encoding="utf-8")
+    temporary.replace(path)
+
+
+def step_seed(seed: int, rank: int, step: int) -> int:
+    """63 bits that no two (seed, rank, step) share but by chance, however large they are."""
+    return int(np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def learning_rate_factor(step: int, steps: int, train: TrainConfig) -> float:
+    """Share of the base rate at ``step`` (from 0): linear warm-up, then the schedule down to zero."""
+    warmup = math.ceil(train.warmup_share * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if train.schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(steps - warmup, 1)
+    return 1 - done if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _skipped_file(folder: Path, sources: list[Source], main: bool) -> SkippedFile:
+    """With what was left out before the first step."""
+    found = SkippedFile(folder)
+    before = [s for source in sources if isinstance(source, PlainSource) for s in source.skipped]
+    if main and (new := found.add(before)):
+        note(f"{len(new):,} samples are left out, see {found.path} (the first: {new[0].sample_id}, {new[0].reason})")
+    return found
+
+
+def _cache_facts(cache: TeacherCache) -> dict[str, Any]:
+    """What a model card says of a cache."""
+    manifest = cache.manifest
+    return {"teacher": manifest.teacher["model"], "fingerprint": manifest.fingerprint, "samples": len(cache)}
+
+
+def peak_megabytes(device: torch.device) -> float:
+    """Peak memory of the run: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _open_sources(config: FitConfig, tokenizer: Any) -> list[Source]:
+    sources = []
+    for source in config.sources:
+        names: list[str] = []
+        visual: list[str] = []
+        if source.cache and source.answers == "cached":
+            manifest = read_manifest(Storage(source.cache))
+            check_losses(config.losses, manifest, source.cache)
+            names, visual = needed_arrays(config.losses, manifest)
+        opened = open_source(source, tokenizer, names, visual)
+        check_images(opened)
+        sources.append(opened)
+    return sources
+
+
+def _features(
+    config: FitConfig, model: Any, sources: list[Source], preprocessor: Preprocessor, accelerator: Accelerator
+) -> ImageFeatures | None:
+    """Features of a frozen tower, once per image; listed and computed by the main process, read by all."""
+    if config.student.vision_features == "compute":
+        return None
+    if config.student.train_vision:
+        raise ConfigError("student.vision_features=cache needs a frozen tower; set student.train_vision=false")
+    llava = model.model.to(accelerator.device)
+
+    def tower(pixels: torch.Tensor) -> torch.Tensor:
+        return vision_features(llava, pixels.to(accelerator.device, llava.vision_tower.dtype))
+
+    folder = [""]
+    if accelerator.is_main_process:
+        images = ((image, source.image_folder) for source in sources for image in source.images())
+        weights = digest([[n, float(p.float().sum())] for n, p in llava.vision_tower.named_parameters()])
+        seen_as = digest([weights, preprocessor.image_mode])
+        folder = [str(compute_features(Path(config.output).parent, images, tower, preprocessor.pixels, seen_as))]
+    return ImageFeatures(Path(broadcast_object_list(folder)[0]))
+
+
+def _teacher_side(config: FitConfig, source: Source, model: Any, device: torch.device) -> TeacherSide | None:
+    if not isinstance(source, CacheSource):
+        return None
+    names = {loss.name for loss in config.losses}
+    head = any(s.name in LOGIT_LOSSES and s.source == "exact" for s in config.losses) or bool(
+        names & {"visual_kl", "relation"}
+    )
+    manifest, vocabulary = source.cache.manifest, model.get_output_embeddings().weight.shape[0]
+    shared = shared_count(manifest.shape.vocabulary, vocabulary)
+    visual, url = manifest.signals["visual"], source.cache.storage.url
+    check_shared(config.losses, manifest.shape.vocabulary, vocabulary, visual, url)
+    dtype = getattr(torch, config.student.dtype)  # in which the student's products are formed
+    side = teacher_side(source.cache, vocabulary, device, dtype, head and HEAD in manifest.files)
+    if side.head is None or side.signals.visual != "states" or "relation" not in names:
+        return side
+    return dataclasses.replace(side, head_square=head_square(side.head[:shared]))

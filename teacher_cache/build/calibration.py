@@ -1,0 +1,97 @@
+"""Channel scales and principal components, fitted on the first samples before any shard is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import torch
+from safetensors.torch import save as save_safetensors
+
+from teacher_cache.build.inputs import Samples, ShardInput, unfit_sample
+from teacher_cache.build.signals import finite_logits, finite_states, wanted_states
+from teacher_cache.config import CacheConfig
+from teacher_cache.data.conversations import Conversation, DataError, SkipCount, Skipped
+from teacher_cache.data.tokenization import assemble, template_by_name, tokenize_answer
+from teacher_cache.store.codecs import ChannelScales, fit_channel_scales
+from teacher_cache.teachers.teacher import SampleStates, ScoreRequest, Teacher, TeacherError
+
+
+def calibrate(config: CacheConfig, samples: Samples, teacher: Teacher) -> dict[str, ChannelScales]:
+    """Channel scales and principal components from the first samples' original answers, teacher-forced."""
+    signals = config.signals
+    if signals.codec in ("float32", "float16", "bfloat16") and not signals.pca:
+        return {}
+    requests = _usable(config, samples, teacher)
+    states: list[SampleStates] = []
+    head = teacher.head()
+    for _, batch in teacher.score(requests, wanted_states(signals)):
+        states += [s for s in batch if finite_states(s) and finite_logits(s.rows, head, config.speed.head_rows)]
+    if not states:
+        raise TeacherError(
+            f"teacher.model={config.teacher.model}: none of the first {len(requests)} samples has finite logits and "
+            f"states in teacher.dtype={config.teacher.dtype}. Set teacher.dtype=bfloat16 or float32, and another output"
+        )
+    kinds: dict[str, list[torch.Tensor | None]] = {}
+    if signals.hidden != "none":
+        kinds["hidden"] = [s.text if signals.hidden == "text" else s.rows for s in states]
+    if signals.second_last:
+        kinds["hidden_second_last"] = [
+            s.text_second_last if signals.hidden == "text" else s.rows_second_last for s in states
+        ]
+    if signals.visual == "states":
+        kinds["visual"] = [s.visual for s in states]
+    fitted = {}
+    for name, tensors in kinds.items():
+        rows = [t.float().cpu().numpy() for t in tensors if t is not None]
+        if rows:
+            fitted[name] = fit_channel_scales(np.concatenate(rows), signals.codec, signals.pca)
+    return fitted
+
+
+def _usable(config: CacheConfig, samples: Samples, teacher: Teacher) -> list[ScoreRequest]:
+    """The first ``calibration_samples`` usable samples with their original answers, wherever they begin; where visual
+    states are fitted, also the first as many with an image.
+
+    Raises
+    ------
+    DataError
+        Not one sample can be used; says why, with counts.
+    """
+    count, template = config.signals.calibration_samples, template_by_name(config.teacher.template)
+    visual, skips = config.signals.visual == "states", SkipCount()
+    found: list[ScoreRequest] = []
+    shown = 0
+    waiting = iter(samples)
+    while len(found) < count or (visual and shown < count):
+        chosen = list(itertools.islice(waiting, 2 * count))
+        if not chosen:
+            break
+        if len(found) >= count:  # only images are missing: a part without any is passed over unread
+            chosen = [s for s in chosen if isinstance(s, Conversation) and s.image is not None]
+        shard = ShardInput.load(config, teacher, chosen)
+        for sample in shard.skipped:
+            skips.add(sample)
+        for conversation, prompt, picture in zip(shard.conversations, shard.prompts, shard.images, strict=True):
+            answers = [tokenize_answer(a, template, teacher.tokenizer) for a in conversation.answers]
+            tokenized = assemble(prompt, answers)
+            if reason := unfit_sample(config, teacher, tokenized):
+                skips.add(Skipped(conversation.sample_id, reason))
+            elif len(found) < count or (visual and shown < count and picture is not None):
+                found.append(ScoreRequest(tokenized, picture))
+                shown += picture is not None
+    if not found:
+        raise DataError(f"none of {len(samples):,} samples can be used, so there is nothing to cache: {skips}")
+    return found
+
+
+def scales_to_bytes(scales: dict[str, ChannelScales], fingerprint: str = "") -> bytes:
+    """The counterpart of ``reader.scales_from_bytes``; ``fingerprint`` says which cache they were fitted for."""
+    tensors = {}
+    for name, fitted in scales.items():
+        for part in dataclasses.fields(fitted):
+            value = getattr(fitted, part.name)
+            if value is not None:
+                tensors[f"{name}.{part.name}"] = torch.from_numpy(value)
+    return bytes(save_safetensors(tensors, {"fingerprint": fingerprint} if fingerprint else None))

@@ -1,0 +1,1 @@
+"""Prices before anything runs: bytes, memory, hours."""

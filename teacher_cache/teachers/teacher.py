@@ -1,0 +1,183 @@
+"""What a teacher can do: a Protocol, its requests and what it hands out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from teacher_cache.data.images import AnyImage
+from teacher_cache.data.rows import Positions
+from teacher_cache.data.tokenization import Ids, TokenizedSample
+from teacher_cache.errors import TeacherCrashed as TeacherCrashed
+from teacher_cache.errors import TeacherError as TeacherError
+from teacher_cache.store.records import TeacherShape
+
+
+@dataclass(frozen=True)
+class TeacherDescription:
+    """Who the teacher is; all of it stands in the manifest and enters the fingerprint."""
+
+    model: str
+    weights: str
+    """A digest of the checkpoint's configuration and weight files."""
+    tokenizer: str
+    shape: TeacherShape
+    layers: int
+    dtype: str
+    image_token: int
+    end_token: int
+    image_processing: str
+    """A digest of the image preprocessing: size, crop, mean, std, pad or crop."""
+    vocabulary: dict[str, Any] = field(default_factory=dict)
+    """What its ids mean: ``data.vocabulary.describe_vocabulary``."""
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """One turn to answer. ``input_ids`` with one placeholder for ``image``; ``seed`` only where it is sampled.
+
+    With ``capture`` a one-pass teacher returns the states of the whole sequence beside the answer.
+    """
+
+    sample_id: str
+    turn: int
+    input_ids: Ids
+    image: AnyImage | None
+    seed: int
+    capture: bool = False
+
+
+OVERFLOW = "overflow"
+"""Why an answer ended whose logits were not finite: it has no ids, and its sample is skipped."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the teacher said: the ids it produced, the end token included when ``finish_reason`` is ``stop``.
+
+    ``hidden``: (S, d) final-layer states after the final norm of all positions of the expanded sequence but the
+    last token's, for requests with ``capture``; on the CPU, as a shard's states would fill a GPU.
+    """
+
+    token_ids: Ids
+    finish_reason: str
+    hidden: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    sample: TokenizedSample
+    image: AnyImage | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which states a scoring pass must hand out beside the rows'."""
+
+    text: bool = False
+    visual: bool = False
+    second_last: bool = False
+    attention: bool = False
+
+
+@dataclass(frozen=True)
+class SampleStates:
+    """The teacher's states for one sample, after the final norm, on the teacher's device in its dtype.
+
+    rows (R, d) · text (P, d) · visual (N, d) · *_second_last likewise, before the last layer and not normed ·
+    attention (R, N), last layer, mean over heads. What was not wanted, or does not exist (no image), is None.
+    """
+
+    rows: torch.Tensor
+    text: torch.Tensor | None = None
+    visual: torch.Tensor | None = None
+    rows_second_last: torch.Tensor | None = None
+    text_second_last: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
+
+
+Then = Callable[[AnswerRequest, Answer], AnswerRequest | None]
+"""The request that follows an answer in its conversation, None where that was the last turn."""
+
+
+class Teacher(Protocol):
+    """A model that answers and scores. Implementations: ``teacher_torch``, ``teacher_vllm``."""
+
+    @property
+    def description(self) -> TeacherDescription: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest sequence that the model was made for (image expanded); None where nothing limits it."""
+        ...
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether :meth:`answers` honours ``capture``."""
+        ...
+
+    @property
+    def two_engines(self) -> bool:
+        """Whether answering and scoring take turns on the device, each with a start of its own."""
+        ...
+
+    def answers(self, requests: Sequence[AnswerRequest], then: Then | None = None) -> Iterator[tuple[int, Answer]]:
+        """Each answer as soon as it is there, with the place of its request.
+
+        ``then``, asked once the answer has been taken, may give the next turn of that conversation: it comes under
+        the same place.
+        """
+        ...
+
+    def score(self, requests: Sequence[ScoreRequest], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
+        """Teacher-forced states, batch by batch: (indices into ``requests``, their states), each index once."""
+        ...
+
+    def head(self) -> torch.Tensor:
+        """(V, d) the output projection: logits = hidden @ head.T."""
+        ...
+
+    def close(self) -> None:
+        """Free the device."""
+        ...
+
+
+def answers_in_rounds(
+    answer: Callable[[list[AnswerRequest]], list[Answer]], requests: Sequence[AnswerRequest], then: Then | None
+) -> Iterator[tuple[int, Answer]]:
+    """:meth:`Teacher.answers` for a teacher that answers lists: turn t of all conversations is one list."""
+    asked = dict(enumerate(requests))
+    while asked:
+        following: dict[int, AnswerRequest] = {}
+        for (place, request), given in zip(asked.items(), answer(list(asked.values())), strict=True):
+            yield place, given
+            if then is not None and (after := then(request, given)) is not None:
+                following[place] = after
+        asked = following
+
+
+def pick(
+    positions: Positions,
+    wanted: Wanted,
+    hidden: torch.Tensor,
+    second_last: torch.Tensor | None = None,
+    attention: torch.Tensor | None = None,
+) -> SampleStates:
+    """The states at ``positions`` out of ``hidden`` (S, d), ``second_last`` (S, d), ``attention`` (S, S)."""
+    rows = torch.as_tensor(positions.rows, device=hidden.device)
+    text = torch.as_tensor(positions.text, device=hidden.device)
+    visual = torch.as_tensor(positions.visual, device=hidden.device)
+    return SampleStates(
+        rows=hidden[rows],
+        text=hidden[text] if wanted.text else None,
+        visual=hidden[visual] if wanted.visual and len(visual) else None,
+        rows_second_last=second_last[rows] if second_last is not None else None,
+        text_second_last=second_last[text] if second_last is not None and wanted.text else None,
+        attention=attention[rows][:, visual] if attention is not None and len(visual) else None,
+    )

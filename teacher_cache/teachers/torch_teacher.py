@@ -1,0 +1,365 @@
+"""The reference teacher: a Transformers LLaVA run by torch, on a GPU or a CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessorList
+
+from teacher_cache.config import GenerationConfig, SpeedConfig, TeacherConfig
+from teacher_cache.data.images import AnyImage, image_tokens_of, square
+from teacher_cache.data.rows import expand, positions_of
+from teacher_cache.data.tokenization import end_token_id, image_token_id, template_by_name, tokenizer_fingerprint
+from teacher_cache.data.vocabulary import describe_vocabulary
+from teacher_cache.models.checkpoint import checkpoint_digest
+from teacher_cache.models.model_config import position_limit
+from teacher_cache.models.pretrained import check_llava, load_llava, read_config, read_processor
+from teacher_cache.store.records import TeacherShape
+from teacher_cache.teachers.decoding import FiniteLogits
+from teacher_cache.teachers.teacher import (
+    OVERFLOW,
+    Answer,
+    AnswerRequest,
+    SampleStates,
+    ScoreRequest,
+    TeacherDescription,
+    TeacherError,
+    Then,
+    Wanted,
+    answers_in_rounds,
+    pick,
+)
+
+
+class TorchTeacher:
+    """A ``LlavaForConditionalGeneration`` as :class:`~teacher_cache.teachers.teacher.Teacher`.
+
+    Raises
+    ------
+    TeacherError
+        The folder or name holds no LLaVA checkpoint, or its processor is missing.
+    """
+
+    one_pass = False
+    two_engines = False
+
+    def __init__(
+        self, config: TeacherConfig, generation: GenerationConfig, speed: SpeedConfig, attention: bool = False
+    ) -> None:
+        """``attention``: the attention maps will be wanted, which only the eager implementation hands out."""
+        if config.quantization:
+            raise TeacherError(
+                f"teacher.quantization={config.quantization}: only vLLM applies it. Set teacher.backend=vllm, or leave "
+                "it empty: a checkpoint that was saved quantised says so in its own config.json"
+            )
+        self._generation, self._speed = generation, speed
+        self._device = device_of(speed)
+        self._processor, self._tokenizer = load_processor(config)
+        model = load_llava(
+            "teacher.model",
+            config.model,
+            config.revision,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation="eager" if attention else "sdpa",
+        )
+        self._model = model.to(self._device).eval()
+        self._mode = config.image_mode
+        self._description = describe_teacher(config, self._tokenizer, self._processor)
+
+    @property
+    def description(self) -> TeacherDescription:
+        return self._description
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    @property
+    def positions(self) -> int | None:
+        return position_limit(self._model.config)
+
+    def head(self) -> torch.Tensor:
+        weight: torch.Tensor = self._model.get_output_embeddings().weight.detach()
+        return weight
+
+    def close(self) -> None:
+        del self._model
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def answers(self, requests: Sequence[AnswerRequest], then: Then | None = None) -> Iterator[tuple[int, Answer]]:
+        return answers_in_rounds(self.answer, requests, then)
+
+    @torch.inference_mode()
+    def answer(self, requests: Sequence[AnswerRequest]) -> list[Answer]:
+        """Batches of similar length, padded on the left. A prompt without an image never shares a batch with one
+        that has one: the vision tower then runs on full batches only. One whose answer may reach the model's last
+        position is alone: it stops there, and the answers of others do not depend on it."""
+        answers: list[Answer | None] = [None] * len(requests)
+        order = sorted(range(len(requests)), key=lambda i: (requests[i].image is None, len(requests[i].input_ids), i))
+        rooms = [self._room(request) for request in requests]
+        whole = self._generation.max_new_tokens
+        batches = [[i] for i in order if rooms[i] < whole]
+        for has_image in (True, False):
+            group = [i for i in order if (requests[i].image is not None) == has_image and rooms[i] == whole]
+            size = self._speed.answer_batch
+            batches += [group[start : start + size] for start in range(0, len(group), size)]
+        for places in batches:
+            given = self._generate([requests[i] for i in places], rooms[places[0]])
+            for place, answer in zip(places, given, strict=True):
+                answers[place] = answer
+        assert all(answer is not None for answer in answers)
+        return [answer for answer in answers if answer is not None]
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[ScoreRequest], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
+        shape, token = self._description.shape, self._description.image_token
+        positions = [positions_of(r.sample.input_ids, r.sample.loss_mask, token, shape.image_tokens) for r in requests]
+        order = sorted(range(len(requests)), key=lambda i: (requests[i].image is None, positions[i].length, i))
+        for places in _token_batches(order, requests, positions, self._speed.score_batch_tokens):
+            hidden, second_last, attention = self._forward([requests[i] for i in places], wanted)
+            yield (
+                places,
+                [
+                    pick(
+                        positions[i],
+                        wanted,
+                        hidden[b],
+                        second_last[b] if second_last is not None else None,
+                        attention[b] if attention is not None else None,
+                    )
+                    for b, i in enumerate(places)
+                ],
+            )
+
+    def _room(self, request: AnswerRequest) -> int:
+        """Tokens that may be generated: one beyond the last position tells that the answer did not fit."""
+        limit, most = self.positions, self._generation.max_new_tokens
+        if limit is None:
+            return most
+        description = self._description
+        ids = np.asarray(request.input_ids, np.int64)
+        read = len(expand(ids, description.image_token, description.shape.image_tokens))
+        return max(min(most, limit + 1 - read), 1)
+
+    def _generate(self, requests: list[AnswerRequest], room: int) -> list[Answer]:
+        inputs = self._inputs([np.asarray(r.input_ids) for r in requests], [r.image for r in requests], "left")
+        watch = FiniteLogits(inputs["input_ids"].shape[1], self._description.end_token, self._description.image_token)
+        if self._generation.temperature > 0:
+            produced = self._sample(inputs, [r.seed for r in requests], room, watch)
+        else:
+            produced = self._model.generate(
+                **inputs,
+                max_new_tokens=room,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=self._description.end_token,
+                pad_token_id=self._pad,
+                suppress_tokens=[self._description.image_token],
+                logits_processor=LogitsProcessorList([watch]),
+            )[:, inputs["input_ids"].shape[1] :]
+        return [self._cut(row.tolist(), watch.failed(place)) for place, row in enumerate(produced)]
+
+    def _sample(
+        self, inputs: dict[str, torch.Tensor], seeds: list[int], room: int, watch: FiniteLogits
+    ) -> torch.Tensor:
+        """Nucleus sampling with one generator per request, so that an answer does not depend on its batch."""
+        generators = [np.random.default_rng(seed) for seed in seeds]
+        end, temperature = self._description.end_token, self._generation.temperature
+        mask, pixel_values = inputs["attention_mask"], inputs.get("pixel_values")
+        step, cache, produced = inputs["input_ids"], None, []
+        done = torch.zeros(len(seeds), dtype=torch.bool)
+        for _ in range(room):
+            out = self._model(
+                input_ids=step,
+                attention_mask=mask,
+                pixel_values=pixel_values if cache is None else None,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -step.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = out.past_key_values
+            logits = out.logits[:, -1].float().cpu()
+            watch.look(logits, done)
+            logits[:, self._description.image_token] = -torch.inf
+            done |= torch.tensor([watch.failed(place) for place in range(len(seeds))])
+            drawn = [
+                end if over else nucleus_draw(row / temperature, self._generation.top_p, generator.random())
+                for row, generator, over in zip(logits, generators, done.tolist(), strict=True)
+            ]
+            token = torch.tensor([self._pad if d else t for d, t in zip(done.tolist(), drawn, strict=True)])
+            done |= token == end
+            produced.append(token)
+            if done.all():
+                break
+            step = token[:, None].to(mask.device)
+            mask = torch.cat([mask, torch.ones_like(step)], 1)
+        return torch.stack(produced, 1)
+
+    def _cut(self, ids: list[int], failed: bool) -> Answer:
+        """Up to and including the end token; what was cut off by ``max_new_tokens`` has none."""
+        if failed:
+            return Answer((), OVERFLOW)
+        end = self._description.end_token
+        if end in ids:
+            return Answer(tuple(ids[: ids.index(end) + 1]), "stop")
+        return Answer(tuple(ids[: self._generation.max_new_tokens]), "length")
+
+    def _forward(
+        self, requests: list[ScoreRequest], wanted: Wanted
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        inputs = self._inputs([r.sample.input_ids for r in requests], [r.image for r in requests], "right")
+        deep = wanted.second_last or wanted.attention
+        out = self._model.model(
+            **inputs, output_hidden_states=deep, output_attentions=wanted.attention, use_cache=False
+        )
+        hidden = out.last_hidden_state
+        second_last = out.hidden_states[-2] if wanted.second_last else None
+        if not wanted.attention:
+            return hidden, second_last, None
+        if not out.attentions or out.attentions[-1] is None:
+            raise TeacherError("signals.attention needs the attention maps: the model must run with eager attention")
+        return hidden, second_last, out.attentions[-1].float().mean(1)
+
+    @property
+    def _pad(self) -> int:
+        pad = self._tokenizer.pad_token_id
+        return int(pad if pad is not None else self._description.end_token)
+
+    def _inputs(
+        self, sequences: Sequence[Any], images: Sequence[AnyImage | None], side: str
+    ) -> dict[str, torch.Tensor]:
+        token, count = self._description.image_token, self._description.shape.image_tokens
+        expanded = [torch.from_numpy(expand(np.asarray(s, np.int64), token, count)) for s in sequences]
+        length = max(len(s) for s in expanded)
+        ids = torch.full((len(expanded), length), self._pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(expanded):
+            where = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
+            ids[row, where], mask[row, where] = sequence, 1
+        inputs = {"input_ids": ids.to(self._device), "attention_mask": mask.to(self._device)}
+        shown = [square(i, tuple(self._image_processor.image_mean), self._mode) for i in images if i is not None]
+        if shown:
+            pixels = self._image_processor(shown, return_tensors="pt")["pixel_values"]
+            inputs["pixel_values"] = pixels.to(self._device, self._model.dtype)
+        return inputs
+
+    @property
+    def _image_processor(self) -> Any:
+        return self._processor.image_processor
+
+
+def nucleus_draw(logits: torch.Tensor, top_p: float, uniform: float) -> int:
+    """One id from softmax(logits) cut to the smallest set of mass ``top_p``, by inverse transform of ``uniform``."""
+    probabilities, ids = torch.softmax(logits.double(), -1).sort(descending=True, stable=True)
+    cumulative = probabilities.cumsum(-1)
+    kept = int((cumulative - probabilities < top_p).sum())
+    place = int(torch.searchsorted(cumulative[:kept], torch.tensor(uniform) * cumulative[kept - 1], right=True))
+    return int(ids[min(place, kept - 1)])
+
+
+def device_of(speed: SpeedConfig) -> torch.device:
+    if speed.device == "cuda" and not torch.cuda.is_available():
+        raise TeacherError("speed.device is cuda, but torch sees no CUDA device; set speed.device=cpu or auto")
+    if speed.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(speed.device)
+
+
+def load_processor(config: TeacherConfig) -> tuple[Any, Any]:
+    """The processor and the tokenizer of the teacher's folder or repository, whose model type fits.
+
+    Raises
+    ------
+    TeacherError
+    """
+    read_teacher_config(config)
+    processor = read_processor("teacher.model", config.model, config.revision, config.trust_remote_code)
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None or getattr(processor, "image_processor", None) is None:
+        raise TeacherError(
+            f"teacher.model={config.model}: found a {type(processor).__name__}, expected a LLaVA processor with "
+            "an image processor and a tokenizer"
+        )
+    return processor, tokenizer
+
+
+def read_teacher_config(config: TeacherConfig) -> Any:
+    """The Transformers configuration of the teacher, of a type that can be run here.
+
+    Raises
+    ------
+    TeacherError
+    """
+    model = read_config("teacher.model", config.model, config.revision, config.trust_remote_code)
+    check_llava("teacher.model", config.model, model)
+    return model
+
+
+def describe_teacher(config: TeacherConfig, tokenizer: Any, processor: Any) -> TeacherDescription:
+    """Everything the manifest says of the teacher; needs its configuration files, not its weights in memory."""
+    model = read_teacher_config(config)
+    text = model.get_text_config()
+    template = template_by_name(config.template)
+    return TeacherDescription(
+        model=Path(config.model).name if Path(config.model).is_dir() else config.model,
+        weights=checkpoint_digest(config.model, config.revision),
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        shape=TeacherShape(text.hidden_size, text.vocab_size, image_tokens_of(model)),
+        layers=text.num_hidden_layers,
+        dtype=config.dtype,
+        image_token=image_token_id(tokenizer),
+        end_token=end_token_id(tokenizer, template),
+        image_processing=_digest({"mode": config.image_mode, **_processing(processor.image_processor)}),
+        vocabulary=describe_vocabulary(tokenizer),
+    )
+
+
+_PROCESSING = [
+    "size",
+    "crop_size",
+    "do_resize",
+    "do_center_crop",
+    "do_pad",
+    "do_rescale",
+    "do_normalize",
+    "do_convert_rgb",
+    "rescale_factor",
+    "image_mean",
+    "image_std",
+    "resample",
+]
+
+
+def _processing(image_processor: Any) -> dict[str, Any]:
+    plain = image_processor.to_dict()
+    return {name: plain.get(name) for name in _PROCESSING}
+
+
+def _digest(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _token_batches(
+    order: list[int], requests: Sequence[ScoreRequest], positions: Sequence[Any], budget: int
+) -> Iterator[list[int]]:
+    """Consecutive runs of ``order`` whose padded size stays under ``budget`` tokens, images and text-only apart."""
+    batch: list[int] = []
+    longest = 0
+    for i in order:
+        length = max(longest, positions[i].length)
+        other_kind = bool(batch) and (requests[batch[0]].image is None) != (requests[i].image is None)
+        if batch and (length * (len(batch) + 1) > budget or other_kind):
+            yield batch
+            batch, length = [], positions[i].length
+        batch.append(i)
+        longest = length
+    if batch:
+        yield batch

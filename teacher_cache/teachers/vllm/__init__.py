@@ -1,0 +1,1 @@
+"""One pass under vLLM: answers and captured states together."""

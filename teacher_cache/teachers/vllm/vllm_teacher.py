@@ -1,0 +1,376 @@
+"""The teacher under vLLM: answers, and the final-layer states of the whole sequence, out of one pass.
+
+The engine hands out the residual stream before the final norm (``vllm_session.py`` says how); the norm is applied here,
+in float32, with the checkpoint's weight. Top-k and statistics are formed from these states and the output head like
+those of every other teacher; the engine's own logits serve to check them. Each captured answer must satisfy
+``head(norm(h)) = the engine's logits`` and ``the ids the engine read = ours with the image expanded``: that catches a
+wrong layer, a shifted row, another norm or a stale cache block before anything is stored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image as PillowImage
+
+from teacher_cache.config import CacheConfig
+from teacher_cache.data.conversations import IMAGE_TAG, Conversation, Skipped
+from teacher_cache.data.images import AnyImage, square
+from teacher_cache.data.rows import expand, positions_of
+from teacher_cache.models.weights import checkpoint_folder, final_norm, output_head
+from teacher_cache.teachers.teacher import (
+    Answer,
+    AnswerRequest,
+    SampleStates,
+    ScoreRequest,
+    TeacherDescription,
+    TeacherError,
+    Then,
+    Wanted,
+    pick,
+)
+from teacher_cache.teachers.torch_teacher import describe_teacher, load_processor
+from teacher_cache.teachers.vllm import session as vllm_session
+from teacher_cache.teachers.vllm.choice import (
+    architecture_of,
+    check_context,
+    check_weight_names,
+    context_length,
+    model_config_of,
+    samples_rightly,
+    why_not_vllm,
+)
+from teacher_cache.teachers.vllm.session import LENGTH_MARGIN, Job, Mode, Outcome, VllmOptions, VllmSession
+
+LOGIT_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
+"""How far head(norm(h)) may lie from the engine's logit, as a share of the largest logit (at least 1)."""
+
+
+class VllmTeacher:
+    """A LLaVA under vLLM as :class:`~teacher_cache.teachers.teacher.Teacher`; ``with`` (or ``close``) frees its device.
+
+    The engine starts with the first request, and again after :class:`TeacherCrashed`. Model classes that cannot hand
+    out inner states answer first; then that engine is stopped and another, a ``token_embed`` pooler, scores.
+
+    Raises
+    ------
+    TeacherError
+        vLLM is missing, does not know the architecture or the weight names; the processor is missing; the context is
+        too short; there is no memory for the KV cache. Each says what to set.
+    """
+
+    def __init__(
+        self, config: CacheConfig, samples: Sequence[Conversation | Skipped], options: VllmOptions | None = None
+    ) -> None:
+        """``samples``: the data that will come; they decide how much context the engine is given."""
+        teacher = config.teacher
+        self._config, self._options = config, options or VllmOptions()
+        self._processor, self._tokenizer = load_processor(teacher)
+        if problem := why_not_vllm(config):
+            raise TeacherError(f"teacher.backend=vllm: {problem}. Set teacher.backend=torch.")
+        self._description = describe_teacher(teacher, self._tokenizer, self._processor)
+        self._folder = checkpoint_folder(teacher.model, teacher.revision)
+        self._text = model_config_of(teacher).get_text_config()
+        self._extracts = self._options.capture and vllm_session.can_capture(architecture_of(teacher))
+        self._captures = self._extracts and samples_rightly(config)
+        self._limit = context_length(config, samples, self._tokenizer, self._description, self._positions)
+        check_weight_names(teacher, self._folder)
+        self._device = torch.device("cpu" if vllm_session.on_cpu() else "cuda")
+        self._norm = final_norm(self._folder).to(self._device, torch.float32)
+        self._head = output_head(self._folder).to(self._device, self._dtype)
+        self._session: VllmSession | None = None
+        self.last_cached_tokens = 0
+        """Of the last prompt that was answered, how many tokens came out of the prefix cache."""
+
+    def __enter__(self) -> VllmTeacher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def description(self) -> TeacherDescription:
+        return self._description
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    @property
+    def positions(self) -> int | None:
+        return self._positions
+
+    @property
+    def one_pass(self) -> bool:
+        return self._captures
+
+    @property
+    def two_engines(self) -> bool:
+        return self._answering_mode != self._scoring_mode
+
+    def head(self) -> torch.Tensor:
+        return self._head
+
+    def close(self) -> None:
+        """Stop the engine; its processes are gone and their memory is free when this returns."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def engine_pids(self) -> list[int]:
+        """Process ids of the running engine, none while there is none."""
+        return [p.pid for p in self._session.processes()] if self._session is not None else []
+
+    def events(self) -> dict[str, int]:
+        """See :meth:`VllmSession.events`."""
+        return self._session.events() if self._session is not None else {}
+
+    def scratch_files(self) -> list[Path]:
+        """The connector's files that nobody has read yet."""
+        return self._session.scratch_files() if self._session is not None else []
+
+    def answer(self, requests: Sequence[AnswerRequest]) -> list[Answer]:
+        answers: list[Answer | None] = [None] * len(requests)
+        for place, answer in self.answers(requests):
+            answers[place] = answer
+        assert all(answer is not None for answer in answers)
+        return [answer for answer in answers if answer is not None]
+
+    def answers(self, requests: Sequence[AnswerRequest], then: Then | None = None) -> Iterator[tuple[int, Answer]]:
+        """See :meth:`Teacher.answers`. The next turn runs at once: its earlier turns are still in the prefix cache, and
+        no conversation waits for another."""
+        if any(r.capture for r in requests) and not self._captures:
+            raise TeacherError("this engine cannot hand out states as it answers (see one_pass): answer, then score")
+        asked = dict(enumerate(requests))
+
+        def follow(job: Job, outcome: Outcome) -> Job | None:
+            assert then is not None
+            following = then(asked[job.place], given.pop(job.place))
+            if following is None:
+                return None
+            asked[job.place] = following
+            return self._answer_job(job.place, following)
+
+        given: dict[int, Answer] = {}
+        jobs = [self._answer_job(place, request) for place, request in asked.items()]
+        for job, outcome in self._run(self._answering_mode, jobs, follow if then is not None else None):
+            hidden = self._checked(job, outcome)[0].cpu() if job.capture else None
+            self.last_cached_tokens = outcome.cached_tokens
+            given[job.place] = Answer(outcome.token_ids, outcome.finish_reason, hidden)
+            yield job.place, given[job.place]
+
+    def score(self, requests: Sequence[ScoreRequest], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
+        """One request at a time, in the order in which they end.
+
+        The prompt is the sequence without its last token, which predicts nothing. The one token that the engine then
+        generates is thrown away, but its logits are those of the last row and check the states.
+        """
+        if wanted.attention or (wanted.second_last and not self._second_last):
+            raise TeacherError("vLLM was not set up for signals.attention or signals.second_last: score with torch")
+        shape, token = self._description.shape, self._description.image_token
+        jobs = [self._score_job(place, request) for place, request in enumerate(requests)]
+        for job, outcome in self._run(self._scoring_mode, jobs):
+            hidden, second_last = self._checked(job, outcome)
+            sample = requests[job.place].sample
+            positions = positions_of(sample.input_ids, sample.loss_mask, token, shape.image_tokens)
+            yield [job.place], [pick(positions, wanted, hidden, second_last if wanted.second_last else None)]
+
+    def _answer_job(self, place: int, request: AnswerRequest) -> Job:
+        """One token beyond ``teacher.max_length`` is enough: the sample will be skipped as too long."""
+        expanded = self._expanded(request.input_ids)
+        room = min(self._config.generation.max_new_tokens, self._limit - len(expanded))
+        job = Job(
+            place,
+            f"{request.sample_id}, turn {request.turn}",
+            request.input_ids,
+            expanded,
+            request.image,
+            room,
+            request.seed if self._config.generation.temperature > 0 else None,
+            request.capture,
+        )
+        return self._fitting(job)
+
+    def _score_job(self, place: int, request: ScoreRequest) -> Job:
+        ids = tuple(int(i) for i in request.sample.input_ids[:-1])
+        job = Job(place, request.sample.sample_id, ids, self._expanded(ids), request.image, 1, None, True)
+        return self._fitting(job)
+
+    def _fitting(self, job: Job) -> Job:
+        check_context({job.sample_id: len(job.expanded) + max(job.max_tokens, 1)}, self._limit)
+        return job
+
+    def _run(
+        self, mode: Mode, jobs: Sequence[Job], then: Callable[[Job, Outcome], Job | None] | None = None
+    ) -> Iterator[tuple[Job, Outcome]]:
+        if not jobs:
+            return
+        session = self._session_for(mode)
+        try:
+            yield from session.embed(jobs) if mode == "states" else session.generate(jobs, then)
+        finally:
+            if not session.idle:  # dead, or with requests in it that nobody will read: the next call starts a fresh one
+                self.close()
+
+    def _session_for(self, mode: Mode) -> VllmSession:
+        if self._session is None or self._session.mode != mode:
+            self.close()
+            layers = int(self._text.num_hidden_layers)
+            captured = [layers - 1, layers] if self._second_last else [layers]
+            arguments = self._arguments()
+            self._session = VllmSession(mode, arguments, self._sampling(), self._options, captured, self._show)
+        return self._session
+
+    def _arguments(self) -> dict[str, Any]:
+        """Arguments of ``vllm.LLM`` that do not depend on the mode; None keeps vLLM's default."""
+        teacher, speed, options = self._config.teacher, self._config.speed, self._options
+        arguments = {
+            "model": str(self._folder),
+            "dtype": teacher.dtype,
+            "quantization": teacher.quantization or None,
+            "trust_remote_code": teacher.trust_remote_code,
+            "tensor_parallel_size": speed.tensor_parallel,
+            "gpu_memory_utilization": speed.gpu_memory_share,
+            "max_model_len": self._limit + LENGTH_MARGIN,
+            "max_num_seqs": options.max_sequences,
+            "max_num_batched_tokens": options.prefill_tokens or None,
+            "limit_mm_per_prompt": {"image": 1},
+            "generation_config": "vllm",  # the folder's own sampling defaults are not ours
+            "num_gpu_blocks_override": options.cache_blocks or None,
+            "block_size": options.block_tokens or None,
+            "kv_cache_memory_bytes": options.cache_bytes or None,
+        }
+        if vllm_session.on_cpu():
+            arguments |= self._cpu_arguments()
+        return {name: value for name, value in arguments.items() if value is not None}
+
+    def _cpu_arguments(self) -> dict[str, Any]:
+        options = self._options
+        arguments: dict[str, Any] = {
+            "enforce_eager": True,
+            "block_size": options.block_tokens or 32,
+            "kv_cache_memory_bytes": options.cache_bytes or self._cpu_cache_bytes(),
+        }
+        if self._config.generation.temperature > 0:
+            # vLLM rewinds a request's random generator after a chunk of its prompt, which a CPU generator cannot do
+            # ("CPU Generator does not use offset"): then prompts go in whole.
+            arguments["enable_chunked_prefill"] = False
+            arguments["max_num_batched_tokens"] = max(self._limit + LENGTH_MARGIN, options.prefill_tokens, 4096)
+        return arguments
+
+    def _sampling(self) -> dict[str, Any]:
+        """What all requests share. Only the template's end token ends an answer."""
+        generation = self._config.generation
+        return {
+            "temperature": generation.temperature,
+            "top_p": generation.top_p if generation.temperature > 0 else 1.0,
+            "ignore_eos": True,
+            "stop_token_ids": [self._description.end_token],
+            "bad_words": [IMAGE_TAG],  # an answer with a placeholder in it could never be read again
+            "detokenize": False,
+        }
+
+    def _cpu_cache_bytes(self) -> int:
+        """Room for ``max_sequences`` sequences of full length, between 256 MiB and a quarter of the free memory."""
+        text = self._text
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        values = 2 * text.num_hidden_layers * kv_heads * head_size + 2 * text.hidden_size
+        needed = values * torch.finfo(self._dtype).bits // 8 * self._options.max_sequences * (self._limit + 32)
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        return int(max(256 << 20, min(needed, free // 4)))
+
+    def _show(self, image: AnyImage) -> PillowImage.Image:
+        """The image as the engine gets it: padded, resized and cropped by Pillow, as for the torch teacher.
+
+        vLLM's processor resizes with torchvision wherever that is installed, whose pixels differ by a level or two;
+        an image that has the right size already goes through it unchanged.
+        """
+        processor = self._processor.image_processor
+        shown = square(image, tuple(processor.image_mean), self._config.teacher.image_mode)
+        pixels = processor([shown], do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+        return PillowImage.fromarray(np.asarray(pixels).round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+    def _checked(self, job: Job, outcome: Outcome) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """States after the final norm (S, d) and those before the last layer, once they have been checked."""
+        assert outcome.states is not None
+        read = np.concatenate([job.expanded, np.asarray(outcome.token_ids[:-1], np.int64)])
+        _check_ids(job.sample_id, read, outcome.read_ids)
+        raw = outcome.states.to(self._device)
+        if not self._extracts:  # token_embed rows have gone through the norm already
+            return raw[:, 0].to(self._dtype), None
+        hidden = self._normed(raw[:, -1])
+        self._check_logits(job.sample_id, hidden[len(job.expanded) - 1 :], outcome)
+        return hidden, raw[:, 0] if self._second_last else None
+
+    def _normed(self, raw: torch.Tensor) -> torch.Tensor:
+        """RMSNorm in float32, then the teacher's dtype."""
+        wide = raw.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + float(self._text.rms_norm_eps))
+        return (wide * scale * self._norm).to(self._dtype)
+
+    def _check_logits(self, name: str, rows: torch.Tensor, outcome: Outcome) -> None:
+        """The invariant head(norm(h)) = the engine's logits, on the engine's most likely ids of every row."""
+        if outcome.top_ids is None or outcome.top_logits is None:
+            return
+        ids = torch.from_numpy(outcome.top_ids).to(self._device)
+        theirs = torch.from_numpy(outcome.top_logits).to(self._device)
+        if not bool(torch.isfinite(rows).all()) or bool(torch.isinf(theirs).any()):
+            return  # too large for the dtype, here or there: what becomes of it is looked at before it is stored
+        ours = torch.einsum("rd,rkd->rk", rows.float(), self._head[ids].float())
+        off = (ours - theirs).abs().amax(-1)
+        allowed = LOGIT_TOLERANCE[self._config.teacher.dtype] * max(1.0, float(theirs.abs().max()))
+        if bool((off <= allowed).all()):  # also false where the engine alone has NaN
+            return
+        row = int((~(off <= allowed)).nonzero()[0])
+        raise TeacherError(
+            f"{name}: answer row {row} of {len(off)}: the captured state does not give the engine's logits: id "
+            f"{int(ids[row, 0])} has {float(theirs[row, 0]):.5g} in the engine and {float(ours[row, 0]):.5g} from "
+            f"head(norm(h)), allowed difference {allowed:.2g}. So these are not this model's final states (a vLLM "
+            "version or a model class that was never tried?). Set teacher.backend=torch."
+        )
+
+    def _expanded(self, ids: Iterable[int]) -> npt.NDArray[np.int64]:
+        return expand(np.asarray(ids, np.int64), self._description.image_token, self._description.shape.image_tokens)
+
+    @property
+    def _answering_mode(self) -> Mode:
+        return "capture" if self._captures else "plain"
+
+    @property
+    def _scoring_mode(self) -> Mode:
+        return "capture" if self._extracts else "states"
+
+    @property
+    def _second_last(self) -> bool:
+        return self._config.signals.second_last
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self._config.teacher.dtype)
+        return dtype
+
+    @property
+    def _positions(self) -> int:
+        return int(self._text.max_position_embeddings)
+
+
+def _check_ids(name: str, expected: npt.NDArray[np.int64], read: npt.NDArray[np.int64] | None) -> None:
+    """The ids that the engine read must be ours, with the image's placeholder expanded."""
+    assert read is not None
+    if np.array_equal(expected, read):
+        return
+    shared = min(len(expected), len(read))
+    first = int(np.argmax(np.append(expected[:shared] != read[:shared], True)))
+    ours, theirs = (int(ids[first]) if first < len(ids) else None for ids in (expected, read))
+    raise TeacherError(
+        f"{name}: the engine read {len(read)} tokens, expected {len(expected)}; first difference at position {first}: "
+        f"it read {theirs}, ours is {ours}. Does the checkpoint's processor expand <image> to another number of "
+        "tokens than its configuration says? Set teacher.backend=torch."
+    )

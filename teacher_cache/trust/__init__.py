@@ -1,0 +1,1 @@
+"""Whether a cache is whole, and how good it is."""

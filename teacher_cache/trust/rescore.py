@@ -1,0 +1,124 @@
+"""Samples of a cache scored again by the teacher: does it still say what is stored?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from teacher_cache.config import CacheConfig, SignalsConfig
+from teacher_cache.data.conversations import Conversation, read_conversations
+from teacher_cache.data.images import load_image
+from teacher_cache.data.tokenization import TokenizedSample
+from teacher_cache.store.manifest import CacheError, check_weights
+from teacher_cache.store.reader import TeacherCache
+from teacher_cache.store.records import TeacherRecord
+from teacher_cache.store.storage import Storage
+from teacher_cache.teachers.teacher import SampleStates, ScoreRequest, Teacher, Wanted
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One sample: mean |Δ log-probability| over ids kept both times (nats), and rows whose first id differs."""
+
+    sample_id: str
+    rows: int
+    logprob: float
+    first_id: int
+
+
+@dataclass(frozen=True)
+class RescoreReport:
+    """How far the teacher of today is from the stored one; samples in order of their difference, largest first."""
+
+    differences: tuple[Difference, ...]
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return all(d.logprob <= self.tolerance for d in self.differences)
+
+    def __str__(self) -> str:
+        rows = max(sum(d.rows for d in self.differences), 1)
+        mean = sum(d.logprob * d.rows for d in self.differences) / rows
+        first = sum(d.first_id for d in self.differences)
+        lines = [
+            f"{len(self.differences)} samples scored again: log-probabilities {mean:.4f} nats apart on average, "
+            f"{first} of {rows} rows with another most likely id"
+        ]
+        apart = [d for d in self.differences if d.logprob > self.tolerance]
+        lines += [f"sample {d.sample_id}: {d.logprob:.3f} nats apart (allowed {self.tolerance})" for d in apart[:10]]
+        return "\n".join(lines)
+
+
+def rescore_cache(
+    config: CacheConfig, samples: int, *, teacher: Teacher | None = None, tolerance: float = 0.1, seed: int = 0
+) -> RescoreReport:
+    """Let the teacher of ``config`` score ``samples`` samples of its cache again.
+
+    Raises ``CacheError`` when a sample of the cache is not in the data any more, or the cache has no top-k, or 0.1
+    made it.
+    """
+    from teacher_cache.build.build import open_teacher
+
+    data = read_conversations(config.data)
+    own = teacher is None
+    teacher = teacher if teacher is not None else open_teacher(config, data)
+    by_id = {s.sample_id: s for s in data if isinstance(s, Conversation)}
+    try:
+        with TeacherCache(Storage(config.output)) as cache:
+            check_weights(cache.manifest, teacher.description.weights, config.output)
+            if not cache.manifest.signals_config.top_k:
+                raise CacheError(
+                    f"{config.output}: no top-k to compare with (signals.top_k is 0). Compare the states in its place: "
+                    "teacher-cache fidelity CACHE --config FILE"
+                )
+            chosen = np.random.default_rng(seed).permutation(len(cache))[:samples]
+            records = [cache[int(i)] for i in np.sort(chosen)]
+            scored = score_again(config, teacher, records, by_id)
+            signals = cache.manifest.signals_config
+            found = [_difference(r, s, teacher, signals) for r, s in zip(records, scored, strict=True)]
+    finally:
+        if own:
+            teacher.close()
+    return RescoreReport(tuple(sorted(found, key=lambda d: -d.logprob)), tolerance)
+
+
+def score_again(
+    config: CacheConfig, teacher: Teacher, records: list[TeacherRecord], by_id: dict[str, Conversation]
+) -> Iterator[SampleStates]:
+    """The teacher's states for the stored token ids of ``records``, in order."""
+    requests = []
+    for record in records:
+        conversation = by_id.get(record.sample_id)
+        if conversation is None:
+            raise CacheError(
+                f"{config.output}: sample {record.sample_id} is not in data.path; give the data it came from"
+            )
+        ids, mask = record.arrays["input_ids"].astype(np.int64), record.arrays["loss_mask"]
+        image = load_image(conversation.image, config.data.image_folder) if conversation.image is not None else None
+        requests.append(ScoreRequest(TokenizedSample(record.sample_id, ids, mask), image))
+    states: dict[int, SampleStates] = {}
+    for places, batch in teacher.score(requests, Wanted()):
+        states.update(zip(places, batch, strict=True))
+    return (states[i] for i in range(len(requests)))
+
+
+def _difference(record: TeacherRecord, states: SampleStates, teacher: Teacher, signals: SignalsConfig) -> Difference:
+    from teacher_cache.build.signals import row_signals
+
+    ids = record.arrays["topk_ids"].astype(np.int64)
+    stored = record.arrays["topk_logprobs"].astype(np.float64)
+    logits = (states.rows @ teacher.head().T).float()
+    anew = row_signals(logits, ids.shape[1], (1.0,))
+    given = _at(logits.double().log_softmax(-1).cpu().numpy(), ids)
+    first = int((anew["topk_ids"][:, :1].cpu().numpy() != ids[:, :1]).sum())
+    weights = np.exp(stored)
+    apart = float(np.average(np.abs(given - stored), weights=weights)) if len(ids) else 0.0
+    return Difference(record.sample_id, len(ids), apart, first)
+
+
+def _at(logprobs: npt.NDArray[np.float64], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    return np.take_along_axis(logprobs, ids, -1)

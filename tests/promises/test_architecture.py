@@ -1,0 +1,125 @@
+"""Rooms may use the rooms before them, heavy libraries stay in their one file, and the data side needs no torch."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("teacher_cache", "student_train", "pipelines")
+ORDER = {
+    "teacher_cache": (
+        *("errors", "terminal", "stopping", "progress", "config", "data", "store", "models", "teachers", "build"),
+        *("trust", "plan", "pages", "command_line", "cli"),
+    ),
+    "student_train": (*("losses", "config", "students", "feed", "training", "evaluation", "studies", "cli"),),
+}
+"""The rooms and modules at the top of each package: one may import itself and what stands before it."""
+STAND_ON_MODELS = {"plan", "pages"}
+"""Rooms of ``teacher_cache`` that know nothing of how a cache is made or checked: not teachers, build or trust."""
+SHARED = {
+    *("errors", "terminal", "stopping", "progress", "config", "command_line", "data", "store", "models", "pages"),
+}
+"""What phase two may know of phase one: how a cache is read, not how it is made."""
+AGAINST_THE_ORDER = {
+    ("student_train.losses.shared_ids", "student_train.config"),
+    ("student_train.training.trainer", "student_train.evaluation.evaluate"),
+    ("teacher_cache.models.pretrained", "teacher_cache.teachers.teacher"),
+    ("teacher_cache.models.weights", "teacher_cache.teachers.teacher"),
+}
+"""Imports that are still to be turned round; the list may only shrink."""
+ONE_FILE = {
+    "vllm": {f"teacher_cache/teachers/vllm/{n}.py" for n in ("vllm_teacher", "session", "connector", "processes")},
+    "ray": {"teacher_cache/build/cluster.py"},
+}
+REFUSED_NAMES = {"utils", "helpers", "common", "manager", "handler", "engine", "base", "core", "misc"}
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for package in PACKAGES for path in files(package)}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Names that ``path`` imports anywhere, inside functions too; of ours, the modules."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES else node.module for name in inner}
+    return names
+
+
+def test_rooms_import_what_stands_before_them() -> None:
+    found = set()
+    for module, path in MODULES.items():
+        top, _, rest = module.partition(".")
+        if top not in ORDER or not rest:
+            continue
+        order, room = ORDER[top], rest.split(".")[0]
+        for name in imports_of(path):
+            there, _, inner = name.partition(".")
+            other = inner.split(".")[0]
+            if there == top and inner:
+                after = order.index(other) > order.index(room)
+                forbidden = after or (room in STAND_ON_MODELS and other in {"teachers", "build", "trust"})
+            elif there == "teacher_cache" and top == "student_train" and inner:
+                forbidden = other not in SHARED
+            else:
+                forbidden = there == "pipelines" or (there == "student_train" and top == "teacher_cache")
+            if forbidden:
+                found.add((module, name))
+    assert found == AGAINST_THE_ORDER
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    graph = {m: {n for n in imports_of(p) if n in MODULES and n != m} for m, p in MODULES.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError and names the circle
+
+
+@pytest.mark.parametrize("package", sorted(ORDER))
+def test_the_top_of_a_package_shows_only_its_rooms(package: str) -> None:
+    found = {p.stem for p in (ROOT / package).iterdir() if (p.suffix == ".py" or (p / "__init__.py").exists())}
+    assert found == {"__init__", *ORDER[package]}
+
+
+@pytest.mark.parametrize("library", sorted(ONE_FILE))
+def test_heavy_libraries_stay_in_their_files(library: str) -> None:
+    found = {
+        str(path.relative_to(ROOT))
+        for path in MODULES.values()
+        if any(name.split(".")[0] == library for name in imports_of(path))
+    }
+    assert found <= ONE_FILE[library]
+
+
+def test_data_and_store_need_no_torch() -> None:
+    names = [m for m in MODULES if m.startswith(("teacher_cache.data.", "teacher_cache.store."))]
+    code = "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n" + "\n".join(
+        f"import {name}" for name in names
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_no_file_has_a_name_that_says_nothing() -> None:
+    assert not [path for path in MODULES.values() if path.stem in REFUSED_NAMES]
+
+
+def test_nothing_unpickles() -> None:
+    for path in MODULES.values():
+        text = path.read_text(encoding="utf-8")
+        assert "pickle.load" not in text, path
+        assert "torch.load(" not in text, path

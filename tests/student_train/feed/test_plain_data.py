@@ -1,0 +1,104 @@
+"""Plain data with images that are missing or damaged: left out with phase one's reasons, counted, never a crash."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from student_train.config import FitConfig, LossSpec, SourceConfig
+from student_train.training.trainer import Run, fit
+from teacher_cache.data.conversations import DataError
+from tests.fixtures.training import largest_difference, tiny_fit
+
+SETTINGS: dict[str, Any] = {"max_steps": 4, "global_batch": 16, "micro_batch": 4, "checkpoint_every": 2}
+
+
+def plain(folder: Path, world: Path, cache: Path, name: str, lines: list[dict[str, Any]], **source: Any) -> FitConfig:
+    data = folder / f"{name}.json"
+    data.write_text(json.dumps(lines))
+    config = tiny_fit(folder, cache, world, name, **SETTINGS)
+    settings = {"data": str(data), "template": "tiny", "image_folder": str(world / "images"), **source}
+    return replace(config, sources=(SourceConfig(**settings),), losses=(LossSpec("cross_entropy"),))
+
+
+def left_out(config: FitConfig) -> dict[str, str]:
+    lines = (Path(config.output) / "skipped.jsonl").read_text().splitlines()
+    found = {line["sample_id"]: line["reason"] for line in map(json.loads, lines)}
+    assert len(found) == len(lines)
+    return found
+
+
+@pytest.fixture
+def lines(world: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((world / "train.json").read_text())
+    return [{**line, "id": f"s{number}"} for number, line in enumerate(found)]
+
+
+def test_missing_images_and_lines_that_are_none_are_left_out_before_the_first_step(
+    tmp_path: Path, cache_folder: Path, world: Path, lines: list[dict[str, Any]]
+) -> None:
+    pictures = [n for n, line in enumerate(lines) if "image" in line]
+    missing, open_end = pictures[5], next(n for n in range(len(lines)) if n != pictures[5])
+    good = [line for n, line in enumerate(lines) if n not in (missing, open_end)]
+    lines[missing] = {**lines[missing], "image": "ocr_vqa/1.jpg"}
+    lines[open_end] = {**lines[open_end], "conversations": lines[open_end]["conversations"][:-1]}
+    config = plain(tmp_path, world, cache_folder, "all", lines)
+    assert fit(config, "quiet").steps == 4
+    reasons = left_out(config)
+    assert reasons[f"s{missing}"] == "image ocr_vqa/1.jpg: no such file in the image folder"
+    assert reasons.keys() == {f"s{missing}", f"s{open_end}"}
+    without = plain(tmp_path, world, cache_folder, "good", good)
+    fit(without, "quiet")
+    assert largest_difference(config, without) == 0
+
+
+def test_too_many_of_them_stop_the_run_with_their_reasons(
+    tmp_path: Path, cache_folder: Path, world: Path, lines: list[dict[str, Any]]
+) -> None:
+    lines = [{**line, "image": "gone.png"} if "image" in line else line for line in lines]
+    config = plain(tmp_path, world, cache_folder, "gone", lines)
+    with pytest.raises(DataError, match=r"max_skipped=0\.1 allows \(\d+ × no such file in the image folder; the first"):
+        fit(config, "quiet")
+    assert fit(plain(tmp_path, world, cache_folder, "meant", lines, max_skipped=1.0), "quiet").steps == 4
+
+
+def test_an_image_that_turns_out_damaged_has_no_weight_and_a_line(
+    tmp_path: Path, cache_folder: Path, world: Path, lines: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for file in (world / "images").iterdir():
+        (images / file.name).write_bytes(file.read_bytes())
+    (images / "damaged.png").write_bytes((world / "images" / lines_image(lines)).read_bytes()[:60])
+    chosen = lines[:16]
+    place = next(n for n, line in enumerate(chosen) if "image" in line)
+    chosen[place] = {**chosen[place], "image": "damaged.png"}
+    config = plain(tmp_path, world, cache_folder, "damaged", chosen, image_folder=str(images))
+    run = Run.prepare(config)
+    for micro in run.plan.micro_batches(0, 0, 1):
+        made, batch = run.dataset[micro]
+        if place not in micro.indices:
+            assert not made.skipped
+            continue
+        assert [s.sample_id for s in made.skipped] == [f"s{place}"]
+        line = micro.indices.index(place)
+        assert not batch.row_weight[batch.row_sample == line].any()
+        assert batch.row_weight[batch.row_sample != line].all()
+        loss, _ = run.student(batch, 0)
+        loss.backward()
+        assert bool(torch.isfinite(loss))
+    fit(config, "quiet")
+    fit(replace(config, output=config.output), "quiet")  # a finished one: nothing is written twice
+    reasons = left_out(config)
+    assert reasons.keys() == {f"s{place}"}
+    assert reasons[f"s{place}"].startswith("image damaged.png: cannot be decoded")
+    assert capsys.readouterr().err.count(f"s{place}: image damaged.png") == 1
+
+
+def lines_image(lines: list[dict[str, Any]]) -> str:
+    return str(next(line["image"] for line in lines if "image" in line))

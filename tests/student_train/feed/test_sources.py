@@ -1,0 +1,122 @@
+"""Where a student's samples come from: several Parquet files, plain data on disk, texts without the arrays."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+
+from pipelines.tiny.prepare import TEACHER
+from student_train.config import SourceConfig
+from student_train.feed.sources import CacheSource, PlainSource, check_images, open_source
+from teacher_cache.build.build import build_cache
+from teacher_cache.config import CacheConfig, DataConfig
+from teacher_cache.data.conversations import Conversation, DataError, read_conversations
+from teacher_cache.data.images import load_image
+from teacher_cache.data.tokenization import assemble, template_by_name, tokenize_answer, tokenize_prompt
+from teacher_cache.store.reader import TeacherCache
+from teacher_cache.teachers.torch_teacher import TorchTeacher
+
+TOKENIZER = AutoTokenizer.from_pretrained(TEACHER)
+
+
+@pytest.fixture(scope="module")
+def parquet_cache(
+    cache_config: CacheConfig, teacher: TorchTeacher, world: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A folder of two Parquet files with embedded images, and the cache that was made from it."""
+    folder = tmp_path_factory.mktemp("parquet")
+    lines = json.loads((world / "train.json").read_text())[:24]
+    for part in range(2):
+        rows = [
+            {**s, "image": {"bytes": (world / "images" / s["image"]).read_bytes(), "path": s["image"]}}
+            if "image" in s
+            else {**s, "image": None}
+            for s in lines[12 * part : 12 * part + 12]
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"train-{part}.parquet", row_group_size=5)
+    data = replace(cache_config.data, path=str(folder), image_folder="")
+    config = replace(cache_config, output=str(folder / "cache"), data=data)
+    assert build_cache(config, teacher=teacher, style="quiet").skipped == 0
+    return folder, folder / "cache"
+
+
+@pytest.mark.parametrize("named", ["files", "folder", "pattern"])
+def test_images_in_several_parquet_files_are_found(parquet_cache: tuple[Path, Path], world: Path, named: str) -> None:
+    folder, cache = parquet_cache
+    path: str | tuple[str, ...] = {
+        "files": tuple(str(folder / f"train-{i}.parquet") for i in range(2)),
+        "folder": str(folder),
+        "pattern": str(folder / "*.parquet"),
+    }[named]
+    source = open_source(SourceConfig(cache=str(cache), image_data=path), TOKENIZER, [], [])
+    check_images(source)
+    other = pickle.loads(pickle.dumps(source)) if named == "pattern" else source  # as a loader process gets it
+    lines = json.loads((world / "train.json").read_text())[:24]
+    for line, image in zip(lines, other.read(range(24)).images, strict=True):
+        assert (image is None) == ("image" not in line)
+        if image is not None:
+            assert not image.data  # its bytes lie on disk
+            expected = (world / "images" / line["image"]).read_bytes()
+            assert (
+                load_image(image, "").tobytes() == load_image(replace(image, stored=None, data=expected), "").tobytes()
+            )
+
+
+def test_an_image_that_is_in_none_of_the_files_is_an_error_before_the_first_step(
+    parquet_cache: tuple[Path, Path],
+) -> None:
+    folder, cache = parquet_cache
+    for part in (SourceConfig(image_data=str(folder / "train-0.parquet")), SourceConfig()):
+        source = CacheSource(replace(part, cache=str(cache)), TOKENIZER, [], [])
+        with pytest.raises(DataError, match=r"Set sources\[…\]\.image_data to all of the Parquet files"):
+            check_images(source)
+
+
+def test_original_answers_read_texts_only(cache_folder: Path, world: Path, tmp_path: Path) -> None:
+    """Every array of the cache is damaged, and nobody notices: nobody looks."""
+    shutil.copytree(cache_folder, tmp_path / "cache")
+    for path in (tmp_path / "cache" / "shards").rglob("c/**/*"):
+        if path.is_file():
+            path.write_bytes(bytes(path.stat().st_size))
+    config = SourceConfig(cache=str(tmp_path / "cache"), answers="original", image_folder=str(world / "images"))
+    source = open_source(config, TOKENIZER, [], [])
+    with TeacherCache.open(cache_folder) as cache:
+        assert len(source) == len(cache)
+        assert source.has_image.tolist() == cache.has_image().tolist()
+    assert sum(int(mask.sum()) for mask in source.read(range(len(source))).loss_mask) == source.rows.sum()
+
+
+def test_plain_data_lie_on_disk_and_other_processes_share_them(world: Path) -> None:
+    config = SourceConfig(data=str(world / "train.json"), template="tiny", image_folder=str(world / "images"))
+    source = PlainSource.from_data(config, TOKENIZER)
+    sent = pickle.dumps(source)
+    assert len(sent) < 4096 + 24 * len(source)  # places and counts, no ids and no texts
+    other = pickle.loads(sent)
+    form = template_by_name("tiny")
+    found = [c for c in read_conversations(DataConfig(path=config.data)) if isinstance(c, Conversation)]
+    order = np.random.default_rng(0).permutation(len(found)).tolist()
+    raw = other.read(order)
+    for place, i in enumerate(order):
+        answers = [tokenize_answer(a, form, TOKENIZER) for a in found[i].answers]
+        sample = assemble(tokenize_prompt(found[i], form, TOKENIZER), answers)
+        assert raw.input_ids[place].tolist() == sample.input_ids.tolist()
+        assert raw.loss_mask[place].tolist() == sample.loss_mask.tolist()
+        assert raw.images[place] == found[i].image
+        assert (source.rows[i], source.lengths[i]) == (sample.rows, len(sample.input_ids))
+
+
+def test_plain_parquet_data_keep_their_images(parquet_cache: tuple[Path, Path]) -> None:
+    folder, _ = parquet_cache
+    source = PlainSource.from_data(SourceConfig(data=str(folder / "train-0.parquet"), template="tiny"), TOKENIZER)
+    images = list(source.images())
+    assert images
+    assert all(load_image(image, "").size[0] > 1 for image in images)
