@@ -51,7 +51,7 @@ demo: world      ## both phases on the tiny world and one table (under 15 minute
 	$(V)/teacher-cache info runs/tiny/cache
 	$(V)/student-train ablate $(TINY)/demo.yaml $(SET)
 	$(V)/teacher-cache view runs/tiny/cache --image-folder runs/tiny/world/images --tokenizer $(TINY)/teacher --output runs/demo/cache.html
-	$(V)/student-train report runs/demo --output runs/demo/report.html
+	$(V)/student-train report runs/demo --image-folder runs/tiny/world/images --cache runs/tiny/cache --output runs/demo/report.html
 	@echo "table: runs/demo/table.md (.csv, .json, .svg); pages: runs/demo/cache.html, runs/demo/report.html"
 
 ifeq ($(BACKEND),vllm)

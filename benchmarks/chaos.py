@@ -32,10 +32,10 @@ from pipelines.tiny.prepare import TEACHER
 from pipelines.tiny.world import write_world
 from teacher_cache.build.build import build_cache
 from teacher_cache.config import CacheConfig, DataConfig, GenerationConfig, LayoutConfig, SignalsConfig, TeacherConfig
+from teacher_cache.errors import CacheError, StorageError
 from teacher_cache.store import storage as storage_module
-from teacher_cache.store.manifest import CacheError
 from teacher_cache.store.reader import TeacherCache
-from teacher_cache.store.storage import Storage, StorageError
+from teacher_cache.store.storage import Storage
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 from teacher_cache.trust.verify import verify_cache
 

@@ -141,7 +141,7 @@ def print_schema(file: ConfigFile = ConfigFile.FIT) -> None:
     from student_train.training.stages import StagesConfig
 
     of = {ConfigFile.FIT: FitConfig, ConfigFile.STAGES: StagesConfig, ConfigFile.ABLATION: AblationConfig}
-    typer.echo(json.dumps(schema(of[file]), indent=1))
+    say(json.dumps(schema(of[file]), indent=1))
 
 
 def _errors() -> contextlib.AbstractContextManager[Stop]:

@@ -7,17 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import WithJsonSchema
 
-from teacher_cache.config import (
-    CHECKED,
-    AtLeast0,
-    AtLeast1,
-    ConfigError,
-    NotNegative,
-    Positive,
-    Seed,
-    Share,
-    check_settings,
-)
+from teacher_cache.config import CHECKED, AtLeast0, AtLeast1, NotNegative, Positive, Seed, Share, check_settings
+from teacher_cache.errors import ConfigError
 
 RowLoss = Literal["forward_kl", "reverse_kl", "jsd", "logit_mse", "forward_kl_standardised"]
 LossName = Literal[

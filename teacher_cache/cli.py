@@ -206,7 +206,7 @@ def export_answers(cache: str, output: Annotated[Path, typer.Option(help="the JS
 @app.command(name="schema")
 def print_schema() -> None:
     """The JSON schema of configuration files, with which editors complete and check them."""
-    typer.echo(json.dumps(schema(CacheConfig), indent=1))
+    say(json.dumps(schema(CacheConfig), indent=1))
 
 
 def _errors() -> contextlib.AbstractContextManager[Stop]:

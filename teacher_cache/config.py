@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from teacher_cache.errors import ConfigError as ConfigError
+from teacher_cache.errors import ConfigError
 
 CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 """Of every section of a configuration: unknown keys, other types and infinite numbers are refused."""

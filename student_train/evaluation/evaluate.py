@@ -16,17 +16,15 @@ from student_train.config import LossSpec, SourceConfig
 from student_train.evaluation.questions import read_questions, template_name
 from student_train.evaluation.scores import YES_NO, plain_answer, vqa_accuracy, yes_no_scores
 from student_train.feed.batch import Weights, collate
-from student_train.feed.loader import Preprocessor
 from student_train.feed.sources import CacheSource
 from student_train.losses.shared_ids import shared_count, shared_topk
 from student_train.losses.targets import row_loss, row_targets
-from student_train.students.processor import own_image_mode
+from student_train.students.preprocessor import Preprocessor, preprocessor_of
 from student_train.training.objective import needed_arrays, teacher_side
-from teacher_cache.config import ConfigError
 from teacher_cache.data.conversations import IMAGE_TAG, Conversation
-from teacher_cache.data.images import image_tokens_of
 from teacher_cache.data.rows import expand
-from teacher_cache.data.tokenization import end_token_id, image_token_id, template_by_name, tokenize_prompt
+from teacher_cache.data.tokenization import end_token_id, template_by_name, tokenize_prompt
+from teacher_cache.errors import ConfigError
 from teacher_cache.models.model_config import position_limit
 from teacher_cache.models.pretrained import load_llava, read_processor
 from teacher_cache.store.manifest import read_manifest
@@ -61,18 +59,6 @@ class Student:
         model = load_llava("student", str(folder), dtype=getattr(torch, dtype)).to(device).eval()
         processor = read_processor("student", str(folder))
         return cls(model, processor, preprocessor_of(model, processor))
-
-
-def preprocessor_of(model: Any, processor: Any) -> Preprocessor:
-    """The student's own preprocessing, by its processor."""
-    tokenizer, image_processor = processor.tokenizer, processor.image_processor
-    return Preprocessor(
-        image_processor=image_processor,
-        image_mode=own_image_mode(image_processor),
-        image_token=image_token_id(tokenizer),
-        image_tokens=image_tokens_of(model.config),
-        pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
 
 
 def answer_questions(

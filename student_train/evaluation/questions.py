@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from student_train.students.processor import chat_template
-from teacher_cache.config import ConfigError, DataConfig
-from teacher_cache.data.conversations import Conversation, DataError, Skipped, read_conversations
+from teacher_cache.config import DataConfig
+from teacher_cache.data.conversations import Conversation, Skipped, read_conversations
 from teacher_cache.data.tokenization import TEMPLATES
+from teacher_cache.errors import ConfigError, DataError
 
 
 def read_questions(data: str | Path) -> list[Conversation]:

@@ -18,7 +18,8 @@ import google_crc32c
 import numpy as np
 import torch
 
-from teacher_cache.data.conversations import DataError, Image
+from teacher_cache.data.conversations import Image
+from teacher_cache.errors import DataError
 from teacher_cache.store.locks import waiting_for
 
 _FACTS, _FEATURES, _SUMS = "features.json", "features.npy", "features.crc"

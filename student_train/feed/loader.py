@@ -13,12 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image as PillowImage
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from student_train.config import TrainConfig
@@ -26,10 +24,10 @@ from student_train.feed.batch import StudentBatch, Weights, collate
 from student_train.feed.features import ImageFeatures, image_key
 from student_train.feed.order import BLOCK_SHARDS, epoch_batches, rank_part, shards_of
 from student_train.feed.sources import CacheSource, Source
-from teacher_cache.config import ConfigError
+from student_train.students.preprocessor import Preprocessor
 from teacher_cache.data.conversations import Image, Skipped
-from teacher_cache.data.images import ImageError, load_image, square
 from teacher_cache.data.rows import expanded_length
+from teacher_cache.errors import ConfigError, ImageError
 from teacher_cache.stopping import left_to_parent
 
 Ints = npt.NDArray[np.int64]
@@ -202,30 +200,6 @@ class StepPlan:
             copies = [np.arange(size)] * whole + [generator.choice(size, rest, replace=False)]
             parts.append(np.concatenate(copies) + self._offsets[source])
         return np.sort(np.concatenate(parts)).astype(np.int64)
-
-
-@dataclass
-class Preprocessor:
-    """How the student sees text and images: taken from its own processor."""
-
-    image_processor: Any
-    image_mode: str
-    image_token: int
-    image_tokens: int
-    pad: int
-
-    def blank(self) -> torch.Tensor:
-        """What stands in for an image that cannot be read."""
-        return self._pixels(PillowImage.new("RGB", (8, 8)))
-
-    def pixels(self, image: Image, folder: str) -> torch.Tensor:
-        """(3, H, W) float32."""
-        return self._pixels(load_image(image, folder))
-
-    def _pixels(self, image: PillowImage.Image) -> torch.Tensor:
-        shown = square(image, tuple(self.image_processor.image_mean), self.image_mode)
-        pixels: torch.Tensor = self.image_processor([shown], return_tensors="pt")["pixel_values"][0]
-        return pixels
 
 
 class MicroBatches(Dataset[StudentBatch]):

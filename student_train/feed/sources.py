@@ -19,7 +19,7 @@ from student_train.config import SourceConfig
 from student_train.feed.tokenizer import check_tokenizer
 from student_train.feed.usable import check_share, usable
 from teacher_cache.config import DataConfig
-from teacher_cache.data.conversations import Conversation, DataError, Image, Skipped
+from teacher_cache.data.conversations import Conversation, Image, Skipped
 from teacher_cache.data.rows import rows_among_text, text_positions
 from teacher_cache.data.spool import SampleFile, lay_down, spool
 from teacher_cache.data.tokenization import (
@@ -28,7 +28,7 @@ from teacher_cache.data.tokenization import (
     tokenize_answer,
     tokenize_prompt,
 )
-from teacher_cache.store.manifest import CacheError
+from teacher_cache.errors import CacheError, DataError
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import Array
 from teacher_cache.store.storage import Storage

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from student_train.config import SourceConfig
-from teacher_cache.data.conversations import Conversation, DataError, Image, Skipped
-from teacher_cache.data.images import ImageError, load_image
+from teacher_cache.data.conversations import Conversation, Image, Skipped
+from teacher_cache.data.images import load_image
+from teacher_cache.errors import DataError, ImageError
 
 ALWAYS_ALLOWED = 16
 """Samples left out that stop no run, however small its data is; as in phase one."""

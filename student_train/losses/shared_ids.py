@@ -8,13 +8,8 @@ teacher's are cut (exact) or the mass of those that stand among its kept ids is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-
-from student_train.config import LossSpec
-from teacher_cache.config import ConfigError
 
 NO_MASS = -1e4
 """A log-probability whose exponential is 0 in every float, and which multiplied by 0 is 0 (−inf is NaN)."""
@@ -49,24 +44,3 @@ def shared_draws(ids: Tensor, counts: Tensor, teacher: int | None, shared: int) 
         return ids, counts
     inside = ids < shared
     return ids.where(inside, 0), counts * inside
-
-
-def check_shared(specs: Sequence[LossSpec], teacher: int, student: int, visual: str, url: str) -> None:
-    """Refuse what cannot be cut to the shared ids, because only sums over all of the teacher's ids are stored.
-
-    Raises
-    ------
-    ConfigError
-    """
-    if teacher <= student:
-        return
-    for spec in specs:
-        standardised = spec.name == "forward_kl_standardised" and spec.source == "topk"
-        gram = spec.name == "relation" and spec.space == "logits" and visual == "gram"
-        if standardised or gram:
-            stored = "mean and deviation of the logits" if standardised else "Gram of the logits"
-            instead = "source: exact" if standardised else "space: hidden, or a cache with signals.visual=states"
-            raise ConfigError(
-                f"losses: {spec.name}: {url} holds the {stored} over the teacher's {teacher:,} ids, and the student "
-                f"has {student:,}. Take {instead}"
-            )

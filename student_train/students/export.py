@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import GenerationConfig, LlavaForConditionalGeneration
 
-from teacher_cache.config import ConfigError
 from teacher_cache.data.tokenization import Template, end_token_id
+from teacher_cache.errors import ConfigError
 from teacher_cache.models.weights import rename_vision_weights
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfig
-from teacher_cache.config import ConfigError
 from teacher_cache.data.conversations import IMAGE_TAG
 from teacher_cache.data.tokenization import Template, template_by_name
-from teacher_cache.store.manifest import CacheError, Manifest, read_manifest
+from teacher_cache.errors import CacheError, ConfigError
+from teacher_cache.store.manifest import Manifest, read_manifest
 from teacher_cache.store.storage import Storage
 
 _IMAGE_SETTINGS = (

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from student_train.config import StudentConfig
-from teacher_cache.config import ConfigError
 from teacher_cache.data.conversations import IMAGE_TAG
+from teacher_cache.errors import ConfigError
 from teacher_cache.models.pretrained import (
     load_language_model,
     load_llava,

@@ -33,7 +33,8 @@ from student_train.studies.runs import (
 )
 from student_train.studies.table import write_table
 from student_train.training.output import output_lock
-from teacher_cache.config import ConfigError, as_plain, build_config
+from teacher_cache.config import as_plain, build_config
+from teacher_cache.errors import ConfigError
 from teacher_cache.progress import Style, silence_libraries, stage
 from teacher_cache.stopping import Stop, Stopped, stopping
 

@@ -15,9 +15,9 @@ from student_train.studies.runs import AblationConfig, ArmConfig
 from student_train.studies.table import COSTS, make_table
 from student_train.training.objective import needed_arrays
 from teacher_cache.config import build_config
-from teacher_cache.errors import ReportError as ReportError
+from teacher_cache.errors import CacheError, ReportError
 from teacher_cache.pages.charts import Point
-from teacher_cache.store.manifest import CacheError, Manifest, read_manifest
+from teacher_cache.store.manifest import Manifest, read_manifest
 from teacher_cache.store.names import read_inside
 from teacher_cache.store.storage import Storage
 from teacher_cache.store.tables import JSON_BYTES

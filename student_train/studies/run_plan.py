@@ -35,10 +35,11 @@ from student_train.students.student import LORA_TARGETS
 from student_train.studies.runs import AblationConfig, plan_runs
 from student_train.training.objective import check_losses, needed_arrays
 from student_train.training.stages import StagesConfig, stage_configs
-from teacher_cache.config import CacheConfig, ConfigError, build_config, load_config
+from teacher_cache.config import CacheConfig, build_config, load_config
 from teacher_cache.data.images import image_tokens_of
 from teacher_cache.data.rows import expanded_length, text_positions
 from teacher_cache.data.units import bytes_text
+from teacher_cache.errors import ConfigError
 from teacher_cache.models.model_config import load_model_config
 from teacher_cache.models.model_sizes import FLOAT32_FLOPS, HALF_FLOPS, NF4, parameter_bytes, size_of
 from teacher_cache.store.manifest import MANIFEST, Manifest, new_manifest, read_manifest

@@ -16,7 +16,8 @@ from student_train.config import FitConfig, FitTree
 from student_train.training.origin import Origin, cache_fingerprint, changed, sources_origin
 from student_train.training.setup import check_tracker
 from student_train.training.stages import merge
-from teacher_cache.config import CHECKED, ConfigError, as_plain, build_config
+from teacher_cache.config import CHECKED, as_plain, build_config
+from teacher_cache.errors import ConfigError
 from teacher_cache.store.manifest import digest
 
 CPU_MARGIN = 1.25

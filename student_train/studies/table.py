@@ -13,8 +13,9 @@ from typing import Any
 
 from student_train.studies.runs import AblationConfig, ArmConfig
 from student_train.training.stages import merge
+from teacher_cache.errors import CacheError
 from teacher_cache.pages.charts import GREY, Interval, picture
-from teacher_cache.store.manifest import CacheError, read_manifest
+from teacher_cache.store.manifest import read_manifest
 from teacher_cache.store.storage import Storage
 
 Results = Mapping[tuple[str, int], Mapping[str, Any]]

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from student_train.training.settings import differences
-from teacher_cache.store.manifest import CacheError
+from teacher_cache.errors import CacheError
 
 KEPT = 2
 """Checkpoints of a run: the newest, and the one before in case that the newest is damaged."""

@@ -30,9 +30,10 @@ from student_train.losses.targets import (
     row_targets,
     scales_on,
 )
-from teacher_cache.config import ConfigError, SignalsConfig
+from teacher_cache.config import SignalsConfig
+from teacher_cache.errors import CacheError, ConfigError
 from teacher_cache.store.codecs import ChannelScales
-from teacher_cache.store.manifest import CacheError, Manifest
+from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.reader import TeacherCache
 
 
@@ -114,6 +115,27 @@ def check_losses(specs: Sequence[LossSpec], manifest: Manifest, url: str) -> Non
             raise ConfigError(
                 f"losses: {spec.name} at temperature {spec.temperature:g} from top-k is exact only on the cache's grid "
                 f"{manifest.signals['temperatures']}. Take one of these, or source: exact"
+            )
+
+
+def check_shared(specs: Sequence[LossSpec], teacher: int, student: int, visual: str, url: str) -> None:
+    """Refuse what cannot be cut to the shared ids, because only sums over all of the teacher's ids are stored.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if teacher <= student:
+        return
+    for spec in specs:
+        standardised = spec.name == "forward_kl_standardised" and spec.source == "topk"
+        gram = spec.name == "relation" and spec.space == "logits" and visual == "gram"
+        if standardised or gram:
+            stored = "mean and deviation of the logits" if standardised else "Gram of the logits"
+            instead = "source: exact" if standardised else "space: hidden, or a cache with signals.visual=states"
+            raise ConfigError(
+                f"losses: {spec.name}: {url} holds the {stored} over the teacher's {teacher:,} ids, and the student "
+                f"has {student:,}. Take {instead}"
             )
 
 

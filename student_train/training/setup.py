@@ -12,7 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from student_train.config import LOGIT_LOSSES, FitConfig, TrainConfig
-from teacher_cache.config import ConfigError
+from teacher_cache.errors import ConfigError
 
 
 def make_accelerator(config: FitConfig) -> Accelerator:

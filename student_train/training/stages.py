@@ -21,7 +21,8 @@ from student_train.training.origin import Origin, changed, model_digest, sources
 from student_train.training.output import output_lock
 from student_train.training.settings import deciding_settings
 from student_train.training.trainer import FitSummary, fit
-from teacher_cache.config import CHECKED, ConfigError, build_config, load_config
+from teacher_cache.config import CHECKED, build_config, load_config
+from teacher_cache.errors import ConfigError
 from teacher_cache.progress import Style, note
 from teacher_cache.stopping import Stop
 from teacher_cache.store.manifest import digest

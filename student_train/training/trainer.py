@@ -19,14 +19,14 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch import nn
 
 from student_train.config import LOGIT_LOSSES, FitConfig, TrainConfig, check_fit_config
-from student_train.evaluation.evaluate import preprocessor_of
 from student_train.feed.features import ImageFeatures, compute_features
-from student_train.feed.loader import MicroBatch, MicroBatches, Preprocessor, StepPlan, make_loader, on_device
+from student_train.feed.loader import MicroBatch, MicroBatches, StepPlan, make_loader, on_device
 from student_train.feed.sources import CacheSource, PlainSource, Source, check_images, open_source
 from student_train.feed.usable import SkippedFile, check_share
 from student_train.losses.image_losses import head_square
-from student_train.losses.shared_ids import check_shared, shared_count
+from student_train.losses.shared_ids import shared_count
 from student_train.students.export import save_student
+from student_train.students.preprocessor import Preprocessor, preprocessor_of
 from student_train.students.processor import prepare_processor
 from student_train.students.student import load_student, merge_adapters
 from student_train.training.checkpoint import load_checkpoint, newest_sound, save_checkpoint, whole_weights
@@ -35,6 +35,7 @@ from student_train.training.objective import (
     DistilledStudent,
     TeacherSide,
     check_losses,
+    check_shared,
     needed_arrays,
     teacher_side,
     vision_features,
@@ -42,8 +43,9 @@ from student_train.training.objective import (
 from student_train.training.output import output_lock
 from student_train.training.settings import run_settings
 from student_train.training.setup import check_tracker, make_accelerator, make_optimizer
-from teacher_cache.config import ConfigError, as_plain
+from teacher_cache.config import as_plain
 from teacher_cache.data.tokenization import Template
+from teacher_cache.errors import ConfigError
 from teacher_cache.models.model_config import position_limit
 from teacher_cache.progress import Style, note, stage
 from teacher_cache.stopping import Stop, Stopped, stopping

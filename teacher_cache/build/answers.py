@@ -21,12 +21,13 @@ from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.images import AnyImage
 from teacher_cache.data.rows import expanded_length
 from teacher_cache.data.tokenization import Ids, Prompt, Template, tokenize_answer
+from teacher_cache.errors import CacheError, TeacherCrashed
 from teacher_cache.progress import Style, note
-from teacher_cache.store.manifest import CacheError, Manifest, digest
+from teacher_cache.store.manifest import Manifest, digest
 from teacher_cache.store.storage import Storage
 from teacher_cache.store.tables import INDEX_BYTES, json_object, parquet_file, read_table, text
 from teacher_cache.store.writer import answers_name
-from teacher_cache.teachers.teacher import OVERFLOW, AnswerRequest, Teacher, TeacherCrashed
+from teacher_cache.teachers.teacher import OVERFLOW, AnswerRequest, Teacher
 
 _KEY = b"teacher_cache"
 

@@ -21,16 +21,16 @@ from teacher_cache.build.calibration import calibrate, scales_to_bytes
 from teacher_cache.build.inputs import Samples
 from teacher_cache.build.shards import Clock, build_shards
 from teacher_cache.build.skips import check_inputs, forget_skipped, most_skipped
-from teacher_cache.config import CacheConfig, ConfigError, as_plain, check_settings
+from teacher_cache.config import CacheConfig, as_plain, check_settings
 from teacher_cache.data.data_files import data_files
 from teacher_cache.data.spool import SampleFile, spool
+from teacher_cache.errors import CacheError, ConfigError
 from teacher_cache.progress import Style, note, stage
 from teacher_cache.store.arrays import safetensors_facts, tensor_entries
 from teacher_cache.store.broken import redo_broken
 from teacher_cache.store.locks import locked
 from teacher_cache.store.manifest import (
     MANIFEST,
-    CacheError,
     Manifest,
     check_same_content,
     new_manifest,

@@ -12,10 +12,11 @@ from safetensors.torch import save as save_safetensors
 from teacher_cache.build.inputs import Samples, ShardInput, unfit_sample
 from teacher_cache.build.signals import finite_logits, finite_states, wanted_states
 from teacher_cache.config import CacheConfig
-from teacher_cache.data.conversations import Conversation, DataError, SkipCount, Skipped
+from teacher_cache.data.conversations import Conversation, SkipCount, Skipped
 from teacher_cache.data.tokenization import assemble, template_by_name, tokenize_answer
+from teacher_cache.errors import DataError, TeacherError
 from teacher_cache.store.codecs import ChannelScales, fit_channel_scales
-from teacher_cache.teachers.teacher import SampleStates, ScoreRequest, Teacher, TeacherError
+from teacher_cache.teachers.teacher import SampleStates, ScoreRequest, Teacher
 
 
 def calibrate(config: CacheConfig, samples: Samples, teacher: Teacher) -> dict[str, ChannelScales]:

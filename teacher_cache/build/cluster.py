@@ -28,14 +28,15 @@ from teacher_cache.build.build import (
 )
 from teacher_cache.build.shards import Clock, build_shards
 from teacher_cache.build.skips import check_share
-from teacher_cache.config import CacheConfig, ConfigError
+from teacher_cache.config import CacheConfig
 from teacher_cache.data.spool import SampleFile, spool
+from teacher_cache.errors import CacheError, ConfigError, TeacherError
 from teacher_cache.progress import Style, note, stage
 from teacher_cache.stopping import handlers_kept
 from teacher_cache.store.locks import locked
-from teacher_cache.store.manifest import CacheError, Manifest
+from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.storage import Storage
-from teacher_cache.teachers.teacher import Teacher, TeacherError
+from teacher_cache.teachers.teacher import Teacher
 
 try:
     import ray

@@ -12,9 +12,10 @@ import numpy as np
 
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.conversations import Conversation, Skipped
-from teacher_cache.data.images import ImageError, Picture, open_picture
+from teacher_cache.data.images import Picture, open_picture
 from teacher_cache.data.rows import expanded_length
 from teacher_cache.data.tokenization import Prompt, TokenizedSample, template_by_name, tokenize_prompt
+from teacher_cache.errors import ImageError
 from teacher_cache.teachers.teacher import Teacher
 
 Samples = Sequence[Conversation | Skipped]

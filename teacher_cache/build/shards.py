@@ -24,6 +24,7 @@ from teacher_cache.data.image_files import OtherImageError
 from teacher_cache.data.images import Picture
 from teacher_cache.data.rows import positions_of
 from teacher_cache.data.tokenization import TokenizedSample, assemble, template_by_name
+from teacher_cache.errors import TeacherCrashed, TeacherError
 from teacher_cache.progress import Stage, Style, note, stage
 from teacher_cache.store.codecs import ChannelScales
 from teacher_cache.store.manifest import Manifest
@@ -32,7 +33,7 @@ from teacher_cache.store.records import Array, TeacherRecord
 from teacher_cache.store.storage import Storage
 from teacher_cache.store.tables import INDEX_BYTES
 from teacher_cache.store.writer import SCALES, ImagePlace, answers_name, write_images, write_shard
-from teacher_cache.teachers.teacher import SampleStates, ScoreRequest, Teacher, TeacherCrashed, TeacherError, pick
+from teacher_cache.teachers.teacher import SampleStates, ScoreRequest, Teacher, pick
 
 
 @dataclass

@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from teacher_cache.config import CacheConfig
-from teacher_cache.data.conversations import Conversation, DataError, SkipCount, Skipped
-from teacher_cache.data.image_files import ImageError, check_folder, read_image
+from teacher_cache.data.conversations import Conversation, SkipCount, Skipped
+from teacher_cache.data.image_files import check_folder, read_image
 from teacher_cache.data.spool import SampleFile
+from teacher_cache.errors import DataError, ImageError
 from teacher_cache.store.checksums import read_file_sums
 from teacher_cache.store.manifest import Manifest, write_manifest
 from teacher_cache.store.names import INDEX

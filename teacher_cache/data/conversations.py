@@ -13,7 +13,7 @@ from typing import Any
 
 from teacher_cache.config import DataConfig
 from teacher_cache.data.data_files import DataFile, data_files
-from teacher_cache.errors import DataError as DataError
+from teacher_cache.errors import DataError
 
 IMAGE_TAG = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

@@ -9,8 +9,8 @@ import stat
 import time
 from pathlib import Path
 
-from teacher_cache.data.conversations import DataError, Image
-from teacher_cache.errors import ImageError as ImageError
+from teacher_cache.data.conversations import Image
+from teacher_cache.errors import DataError, ImageError
 
 MAX_BYTES = 256 << 20
 """Larger files are refused unread; an 8000 × 8000 picture of 16-bit RGB without compression is 384 MB, as PNG less."""

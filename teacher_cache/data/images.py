@@ -12,9 +12,9 @@ import numpy as np
 from PIL import ExifTags, ImageFile, UnidentifiedImageError
 from PIL import Image as PillowImage
 
-from teacher_cache.data.conversations import DataError, Image
-from teacher_cache.data.image_files import ImageError as ImageError
+from teacher_cache.data.conversations import Image
 from teacher_cache.data.image_files import image_checksum, read_image
+from teacher_cache.errors import DataError, ImageError
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused before they are decoded (decompression bombs); 8000 × 8000 fits."""

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from teacher_cache.data.conversations import IMAGE_TAG, Conversation
-from teacher_cache.errors import TemplateError as TemplateError
+from teacher_cache.errors import TemplateError
 
 Ids = tuple[int, ...]
 

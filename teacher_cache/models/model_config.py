@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from teacher_cache.config import ConfigError
+from teacher_cache.errors import ConfigError
 
 
 def load_model_config(name: str, revision: str = "", setting: str = "model") -> Any:

@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from teacher_cache.config import ConfigError
-from teacher_cache.teachers.teacher import TeacherError
+from teacher_cache.errors import ConfigError, TeacherError
 
 
 class ModelError(TeacherError, ConfigError):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from teacher_cache.teachers.teacher import TeacherError
+from teacher_cache.errors import TeacherError
 
 _HEAD = ("language_model.lm_head.weight", "lm_head.weight")
 _EMBEDDING = (

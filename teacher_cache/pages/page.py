@@ -19,9 +19,10 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from teacher_cache.data.conversations import DataError, Image
-from teacher_cache.data.images import ImageError, load_image
+from teacher_cache.data.conversations import Image
+from teacher_cache.data.images import load_image
 from teacher_cache.data.units import bytes_text, seconds_text
+from teacher_cache.errors import DataError, ImageError
 
 MAX_IMAGE_SIDE = 480
 """Pixels; larger images are scaled down, which keeps a page of 24 photographs near one megabyte."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from teacher_cache.data.tokenization import tokenizer_fingerprint
 from teacher_cache.data.vocabulary import compare, describe_vocabulary
-from teacher_cache.store.manifest import CacheError
+from teacher_cache.errors import CacheError
 from teacher_cache.store.reader import TeacherCache
 
 

@@ -11,12 +11,13 @@ import numpy as np
 
 from teacher_cache.config import DataConfig
 from teacher_cache.data.conversations import Conversation, Image, read_conversations
+from teacher_cache.errors import CacheError
 from teacher_cache.pages.info import cache_info
 from teacher_cache.pages.page import Figure, figure, write_page
 from teacher_cache.pages.token_text import TokenText
 from teacher_cache.pages.view_overview import MAX_SKIPPED_LINES, measure, overview, skipped_samples
 from teacher_cache.pages.view_samples import CLASSES, sample_values
-from teacher_cache.store.manifest import CacheError, data_names
+from teacher_cache.store.manifest import data_names
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.storage import Storage
 

@@ -33,8 +33,10 @@ from teacher_cache.store.storage import Storage
 from teacher_cache.store.tables import INDEX_BYTES, answer_ids
 from teacher_cache.store.writer import answers_name
 
-ARRAY_BYTES, SHARD_BYTES, CACHE_BYTES = 1200, 4000, 9000
+ARRAY_BYTES, SHARD_BYTES, CACHE_BYTES = 1200, 8000, 9000
 """Metadata and checksums: of an array in a shard, of a shard with its index and answers, of a cache."""
+IMAGE_SUM_BYTES = 40
+"""Of a sample's image: its checksum, in the index and beside its answer."""
 TEXTS_MEASURED = 1000
 """Conversations whose texts are compressed to learn what a character takes."""
 
@@ -213,8 +215,9 @@ def _part_bytes(
         (signals.pca + 2) * shape.hidden_size * 4 * states
     )  # channel scales, and the components where there are some
     head = shape.vocabulary * shape.hidden_size * parameter_bytes(config.teacher.dtype)
+    text = texts[0] + IMAGE_SUM_BYTES * lines["image"]
     return parts | {
-        "indexes and texts": shards * (SHARD_BYTES + ARRAY_BYTES * len(specs)) + CACHE_BYTES + fitted + texts[0],
+        "indexes and texts": shards * (SHARD_BYTES + ARRAY_BYTES * len(specs)) + CACHE_BYTES + fitted + text,
         "answers": texts[1] + lines["row"],  # an id takes about a byte there
         "output head": int(head) if signals.hidden != "none" or signals.visual != "none" else 0,
     }

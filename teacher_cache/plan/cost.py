@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from teacher_cache.config import CacheConfig, ConfigError
+from teacher_cache.config import CacheConfig
 from teacher_cache.data.rows import expanded_length
 from teacher_cache.data.units import bytes_text
+from teacher_cache.errors import ConfigError
 from teacher_cache.models.model_sizes import (
     GB,
     GPU_SIZES,

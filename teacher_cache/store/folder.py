@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from teacher_cache.errors import CacheError
 from teacher_cache.store import parquet
 from teacher_cache.store.arrays import (
     ArrayLayout,
@@ -24,7 +25,7 @@ from teacher_cache.store.arrays import (
     view,
 )
 from teacher_cache.store.checksums import BLOCK_BYTES, INDEX, FileSum, read_file_sums, sha256
-from teacher_cache.store.manifest import CacheError, Manifest
+from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.maps import MAPS
 from teacher_cache.store.names import array_files, known_names
 from teacher_cache.store.records import Array, ArraySpec, Axis

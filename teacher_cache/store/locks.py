@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from teacher_cache.store.storage import Storage, StorageError, _explained
+from teacher_cache.errors import StorageError
+from teacher_cache.store.storage import Storage, _explained
 
 LOCK = ".lock"
 _NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from teacher_cache.config import CacheConfig, SignalsConfig, as_plain, build_config
-from teacher_cache.errors import CacheError as CacheError
-from teacher_cache.errors import CacheVersionError as CacheVersionError
+from teacher_cache.errors import CacheError, CacheVersionError
 from teacher_cache.store.manifest_rules import check_manifest
 from teacher_cache.store.names import MANIFEST as MANIFEST
 from teacher_cache.store.records import ArraySpec, TeacherShape, image_arrays, record_arrays, stats_names

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from teacher_cache.config import ConfigError, GenerationConfig, LayoutConfig, SignalsConfig, build_config
-from teacher_cache.errors import CacheError
+from teacher_cache.config import GenerationConfig, LayoutConfig, SignalsConfig, build_config
+from teacher_cache.errors import CacheError, ConfigError
 from teacher_cache.store.names import SIDE_FILES, known_names
 from teacher_cache.store.tables import mapping, text, whole
 

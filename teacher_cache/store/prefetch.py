@@ -15,8 +15,8 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from teacher_cache.errors import CacheError
 from teacher_cache.store.checksums import FileSum, bad_block_of_file
-from teacher_cache.store.manifest import CacheError
 from teacher_cache.store.names import inside
 from teacher_cache.store.storage import Storage
 from teacher_cache.store.tables import INDEX_BYTES

@@ -21,12 +21,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from teacher_cache.errors import CacheError
 from teacher_cache.store.arrays import load_safetensors_array as load_safetensors_array
 from teacher_cache.store.checksums import INDEX, sha256
 from teacher_cache.store.codecs import ChannelScales
 from teacher_cache.store.codecs import scales_from_bytes as scales_from_bytes
 from teacher_cache.store.folder import COUNTS, REPAIR, Files, ShardFolder
-from teacher_cache.store.manifest import CacheError, Manifest, read_manifest
+from teacher_cache.store.manifest import Manifest, read_manifest
 from teacher_cache.store.maps import Kept
 from teacher_cache.store.prefetch import LocalCopy, LocalFiles
 from teacher_cache.store.records import Array, ArraySpec, Axis, TeacherRecord

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from teacher_cache.errors import StorageError as StorageError
+from teacher_cache.errors import StorageError
 from teacher_cache.store import names
 from teacher_cache.terminal import without_secrets
 

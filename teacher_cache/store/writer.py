@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from teacher_cache.data.conversations import SkipCount, Skipped
+from teacher_cache.errors import CacheError
 from teacher_cache.store.arrays import (
     ArrayLayout,
     chunk_rows_for,
@@ -24,7 +25,7 @@ from teacher_cache.store.arrays import (
     zarr_metadata,
 )
 from teacher_cache.store.checksums import INDEX, METADATA_KEY, read_file_sums, sha256, sums_to_plain
-from teacher_cache.store.manifest import FORMAT_VERSION, CacheError, Manifest, write_manifest
+from teacher_cache.store.manifest import FORMAT_VERSION, Manifest, write_manifest
 from teacher_cache.store.names import GROUPS
 from teacher_cache.store.names import HEAD as HEAD
 from teacher_cache.store.names import LEDGER as LEDGER

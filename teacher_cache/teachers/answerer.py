@@ -16,6 +16,7 @@ import torch
 
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.vocabulary import compare
+from teacher_cache.errors import TeacherError
 from teacher_cache.teachers.teacher import (
     Answer,
     AnswerRequest,
@@ -23,7 +24,6 @@ from teacher_cache.teachers.teacher import (
     ScoreRequest,
     Teacher,
     TeacherDescription,
-    TeacherError,
     Then,
     Wanted,
 )

@@ -11,8 +11,6 @@ import torch
 from teacher_cache.data.images import AnyImage
 from teacher_cache.data.rows import Positions
 from teacher_cache.data.tokenization import Ids, TokenizedSample
-from teacher_cache.errors import TeacherCrashed as TeacherCrashed
-from teacher_cache.errors import TeacherError as TeacherError
 from teacher_cache.store.records import TeacherShape
 
 

@@ -17,6 +17,7 @@ from teacher_cache.data.images import AnyImage, image_tokens_of, square
 from teacher_cache.data.rows import expand, positions_of
 from teacher_cache.data.tokenization import end_token_id, image_token_id, template_by_name, tokenizer_fingerprint
 from teacher_cache.data.vocabulary import describe_vocabulary
+from teacher_cache.errors import TeacherError
 from teacher_cache.models.checkpoint import checkpoint_digest
 from teacher_cache.models.model_config import position_limit
 from teacher_cache.models.pretrained import check_llava, load_llava, read_config, read_processor
@@ -29,7 +30,6 @@ from teacher_cache.teachers.teacher import (
     SampleStates,
     ScoreRequest,
     TeacherDescription,
-    TeacherError,
     Then,
     Wanted,
     answers_in_rounds,

@@ -12,7 +12,8 @@ from teacher_cache.config import CacheConfig, SignalsConfig
 from teacher_cache.data.conversations import Conversation, read_conversations
 from teacher_cache.data.images import load_image
 from teacher_cache.data.tokenization import TokenizedSample
-from teacher_cache.store.manifest import CacheError, check_weights
+from teacher_cache.errors import CacheError
+from teacher_cache.store.manifest import check_weights
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import TeacherRecord
 from teacher_cache.store.storage import Storage

@@ -18,16 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from teacher_cache.errors import CacheError, CacheVersionError
 from teacher_cache.store.checksums import INDEX, bad_block_of_file, sha256
 from teacher_cache.store.folder import Files, ShardFolder
-from teacher_cache.store.manifest import (
-    MANIFEST,
-    CacheError,
-    CacheVersionError,
-    Manifest,
-    read_manifest,
-    write_manifest,
-)
+from teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from teacher_cache.store.prefetch import LocalCopy, LocalFiles
 from teacher_cache.store.side_files import read_head, read_ledger, read_samples, read_scales
 from teacher_cache.store.storage import Storage

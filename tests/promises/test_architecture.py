@@ -26,12 +26,7 @@ SHARED = {
     *("errors", "terminal", "stopping", "progress", "config", "command_line", "data", "store", "models", "pages"),
 }
 """What phase two may know of phase one: how a cache is read, not how it is made."""
-AGAINST_THE_ORDER = {
-    ("student_train.losses.shared_ids", "student_train.config"),
-    ("student_train.training.trainer", "student_train.evaluation.evaluate"),
-    ("teacher_cache.models.pretrained", "teacher_cache.teachers.teacher"),
-    ("teacher_cache.models.weights", "teacher_cache.teachers.teacher"),
-}
+AGAINST_THE_ORDER: set[tuple[str, str]] = set()
 """Imports that are still to be turned round; the list may only shrink."""
 ONE_FILE = {
     "vllm": {f"teacher_cache/teachers/vllm/{n}.py" for n in ("vllm_teacher", "session", "connector", "processes")},

@@ -38,10 +38,10 @@ from student_train.studies.runs import AblationConfig, plan_runs
 from student_train.training.stages import StagesConfig, stage_configs
 from teacher_cache.build.build import check_config
 from teacher_cache.cli import app as cache_app
-from teacher_cache.config import CacheConfig, ConfigError, load_config
+from teacher_cache.config import CacheConfig, load_config
+from teacher_cache.errors import CacheError, ConfigError
 from teacher_cache.models.model_config import load_model_config, shipped_models
 from teacher_cache.models.model_sizes import GB
-from teacher_cache.store.manifest import CacheError
 from tests.fixtures.store import synthetic_cache
 
 ROOT = Path(__file__).parents[2]

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from teacher_cache.errors import CacheError, StorageError
 from teacher_cache.store import storage as storage_module
 from teacher_cache.store.checksums import file_sum
-from teacher_cache.store.manifest import CacheError
 from teacher_cache.store.prefetch import LocalCopy
 from teacher_cache.store.reader import TeacherCache
-from teacher_cache.store.storage import Storage, StorageError
+from teacher_cache.store.storage import Storage
 from teacher_cache.store.writer import committed_shards, finish
 from tests.fixtures.s3_server import S3Server
 from tests.fixtures.store import signals, synthetic_cache

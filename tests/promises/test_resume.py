@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from student_train.training.trainer import fit
-from teacher_cache.store.manifest import CacheError
+from teacher_cache.errors import CacheError
 from tests.fixtures.training import kept, launch, tiny_fit, weights
 
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from teacher_cache.cli import app
-from teacher_cache.store.manifest import CacheError
+from teacher_cache.errors import CacheError
 from teacher_cache.store.names import inside, plain_name
 from teacher_cache.store.prefetch import LocalCopy
 from teacher_cache.store.reader import TeacherCache
@@ -185,7 +185,10 @@ def test_a_link_that_lies_where_a_temporary_file_goes_is_not_followed(forged, vi
 def test_names_are_joined_to_a_folder_in_one_place():
     """The text search: nobody else makes a path of a cache's root and a name."""
     joined = re.compile(r"\.local\s*/|_root\s*/|\.local\.joinpath|_root\.joinpath|\{self\._root\}/")
-    allowed = {"teacher_cache/store/storage.py": 1}  # Storage.path, which asks plain_name
+    allowed = {
+        "teacher_cache/store/storage.py": 1,  # Storage.path, which asks plain_name
+        "teacher_cache/build/build.py": 1,  # a constant name, of a file of the build's own
+    }
     found = {}
     for package in ("teacher_cache", "student_train"):
         for path in sorted((ROOT / package).rglob("*.py")):

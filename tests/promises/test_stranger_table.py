@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from numcodecs.zstd import Zstd
 
+from teacher_cache.errors import CacheError
 from teacher_cache.pages.info import cache_info
 from teacher_cache.pages.view import write_view
-from teacher_cache.store.manifest import CacheError
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.storage import Storage
 from teacher_cache.trust.fidelity import cache_fidelity

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.config import CacheConfig, ConfigError, SpeedConfig, check_settings, load_config
+from teacher_cache.config import CacheConfig, SpeedConfig, check_settings, load_config
+from teacher_cache.errors import ConfigError
 
 
 def written(tmp_path: Path, text: str) -> Path:

@@ -33,19 +33,10 @@ from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.images import load_image
 from teacher_cache.data.rows import positions_of
 from teacher_cache.data.tokenization import Prompt, TokenizedSample, assemble, template_by_name, tokenize_prompt
+from teacher_cache.errors import TeacherCrashed, TeacherError
 from teacher_cache.models.weights import rename_vision_weights, tensor_files
 from teacher_cache.store.reader import TeacherCache
-from teacher_cache.teachers.teacher import (
-    Answer,
-    AnswerRequest,
-    SampleStates,
-    ScoreRequest,
-    Teacher,
-    TeacherCrashed,
-    TeacherError,
-    Wanted,
-    pick,
-)
+from teacher_cache.teachers.teacher import Answer, AnswerRequest, SampleStates, ScoreRequest, Teacher, Wanted, pick
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 from teacher_cache.teachers.vllm.choice import check_context, choose
 from teacher_cache.teachers.vllm.processes import environment

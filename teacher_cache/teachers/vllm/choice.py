@@ -12,9 +12,10 @@ from teacher_cache.config import CacheConfig, TeacherConfig
 from teacher_cache.data.conversations import Conversation, Skipped
 from teacher_cache.data.rows import expanded_length
 from teacher_cache.data.tokenization import template_by_name, tokenize_answer, tokenize_prompt
+from teacher_cache.errors import TeacherError
 from teacher_cache.models.pretrained import check_llava, read_config
 from teacher_cache.models.weights import unknown_vision_names
-from teacher_cache.teachers.teacher import TeacherDescription, TeacherError
+from teacher_cache.teachers.teacher import TeacherDescription
 from teacher_cache.teachers.vllm import session as vllm_session
 from teacher_cache.teachers.vllm.session import LENGTH_MARGIN
 

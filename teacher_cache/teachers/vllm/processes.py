@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from teacher_cache.teachers.teacher import TeacherError
+from teacher_cache.errors import TeacherError
 
 _CAUSES = (
     (
@@ -50,6 +50,9 @@ def last_error(said: str) -> str:
 
 _GUARD = """
 import os, sys
+
+from teacher_cache.errors import TeacherError
+
 for pid in () if sys.stdin.read() else sys.argv[1:]:
     try:
         os.kill(int(pid), 9)

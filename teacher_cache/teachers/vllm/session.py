@@ -27,8 +27,8 @@ import torch
 from PIL import Image as PillowImage
 
 from teacher_cache.data.images import AnyImage
+from teacher_cache.errors import TeacherCrashed, TeacherError
 from teacher_cache.models.weights import first_line
-from teacher_cache.teachers.teacher import TeacherCrashed, TeacherError
 from teacher_cache.teachers.vllm.processes import (
     dismiss,
     environment,

@@ -23,6 +23,7 @@ from teacher_cache.config import CacheConfig
 from teacher_cache.data.conversations import IMAGE_TAG, Conversation, Skipped
 from teacher_cache.data.images import AnyImage, square
 from teacher_cache.data.rows import expand, positions_of
+from teacher_cache.errors import TeacherError
 from teacher_cache.models.weights import checkpoint_folder, final_norm, output_head
 from teacher_cache.teachers.teacher import (
     Answer,
@@ -30,7 +31,6 @@ from teacher_cache.teachers.teacher import (
     SampleStates,
     ScoreRequest,
     TeacherDescription,
-    TeacherError,
     Then,
     Wanted,
     pick,

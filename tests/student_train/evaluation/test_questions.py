@@ -15,9 +15,8 @@ from student_train.evaluation.evaluate import Student, evaluate_model
 from student_train.evaluation.questions import own_template, read_questions, template_name
 from student_train.students.processor import chat_template
 from student_train.training.trainer import fit
-from teacher_cache.config import ConfigError
-from teacher_cache.data.conversations import DataError
 from teacher_cache.data.tokenization import TEMPLATES
+from teacher_cache.errors import ConfigError, DataError
 from teacher_cache.models.pretrained import read_processor
 from tests.fixtures.online import TEACHER, fit_config
 

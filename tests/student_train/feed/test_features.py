@@ -22,9 +22,9 @@ from student_train.feed.features import ImageFeatures, compute_features
 from student_train.feed.loader import make_loader
 from student_train.feed.sources import CacheSource
 from student_train.training.trainer import Run
-from teacher_cache.data.conversations import DataError, Image
+from teacher_cache.data.conversations import Image
 from teacher_cache.data.image_files import OtherImageError
-from teacher_cache.store.manifest import CacheError
+from teacher_cache.errors import CacheError, DataError
 from tests.fixtures.training import tiny_fit
 
 

@@ -12,7 +12,7 @@ import torch
 
 from student_train.config import FitConfig, LossSpec, SourceConfig
 from student_train.training.trainer import Run, fit
-from teacher_cache.data.conversations import DataError
+from teacher_cache.errors import DataError
 from tests.fixtures.training import largest_difference, tiny_fit
 
 SETTINGS: dict[str, Any] = {"max_steps": 4, "global_batch": 16, "micro_batch": 4, "checkpoint_every": 2}

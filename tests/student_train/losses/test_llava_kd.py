@@ -30,7 +30,6 @@ from student_train.training.trainer import Run
 from teacher_cache.build.build import build_cache
 from teacher_cache.config import (
     CacheConfig,
-    ConfigError,
     DataConfig,
     LayoutConfig,
     SignalsConfig,
@@ -38,6 +37,7 @@ from teacher_cache.config import (
     as_plain,
     load_config,
 )
+from teacher_cache.errors import ConfigError
 from tests.fixtures.online import Oracle, dense_loss, exact_cache, fit_config, states_of, student_folder, world
 from tests.fixtures.rounding import MODEL, half_the_digits, rounding
 from tests.promises.test_offline_online import gradients, offline_gradients

@@ -16,10 +16,10 @@ from transformers import LlavaForConditionalGeneration
 from student_train.config import LOGIT_LOSSES, LossSpec
 from student_train.evaluation.evaluate import Student, agreement
 from student_train.losses.head_loss import chunked_row_losses, head_losses, losses_of
-from student_train.losses.shared_ids import check_shared
 from student_train.losses.targets import RowTargets, decoded, row_loss
+from student_train.training.objective import check_shared
 from student_train.training.trainer import Run
-from teacher_cache.config import ConfigError
+from teacher_cache.errors import ConfigError
 from tests.fixtures import online
 from tests.fixtures.online import EXACT, TEACHER, Oracle, build, dense_loss, divergence, fit_config
 from tests.promises.test_offline_online import gradients, name_of, offline_gradients

@@ -33,13 +33,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from pipelines.tiny.models import vision_config
 from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfig
-from student_train.evaluation.evaluate import Student, preprocessor_of
+from student_train.evaluation.evaluate import Student
 from student_train.students.export import export_run, save_student
+from student_train.students.preprocessor import preprocessor_of
 from student_train.students.processor import prepare_processor
 from student_train.students.student import load_student
 from student_train.studies.run_plan import plan_fit
 from student_train.training.trainer import Run, fit
-from teacher_cache.config import ConfigError, SignalsConfig
+from teacher_cache.config import SignalsConfig
 from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.conversations import Image as ConversationImage
 from teacher_cache.data.images import image_tokens_of, square
@@ -50,7 +51,7 @@ from teacher_cache.data.tokenization import (
     tokenize_prompt,
     tokenizer_fingerprint,
 )
-from teacher_cache.store.manifest import CacheError
+from teacher_cache.errors import CacheError, ConfigError
 from tests.fixtures.online import TEACHER, build, fit_config
 
 WORDS = 60

@@ -17,7 +17,8 @@ from student_train.studies.ablate import Children, _run_all, ablate, run_one
 from student_train.studies.runs import AblationConfig, ArmConfig, plan_runs
 from student_train.studies.table import as_csv, as_markdown, as_text, make_table, teacher_text
 from student_train.training.stages import StagesConfig, fit_file, stage_configs
-from teacher_cache.config import ConfigError, build_config
+from teacher_cache.config import build_config
+from teacher_cache.errors import ConfigError
 from teacher_cache.store.manifest import read_manifest, write_manifest
 from teacher_cache.store.storage import Storage
 

@@ -17,7 +17,7 @@ from torch import nn
 from student_train.training import checkpoint
 from student_train.training.checkpoint import KEPT, fault, load_checkpoint, newest_sound, save_checkpoint
 from student_train.training.trainer import fit
-from teacher_cache.store.manifest import CacheError
+from teacher_cache.errors import CacheError
 from tests.fixtures.training import kept, tiny_fit, weights
 
 SETTINGS = {"train": {"seed": 0}}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from student_train.config import FitConfig, LossSpec, check_fit_config
 from student_train.students.student import load_student
 from student_train.training.trainer import Run, fit
-from teacher_cache.config import ConfigError
+from teacher_cache.errors import ConfigError
 from tests.fixtures.training import tiny_fit, weights
 
 LOSSES = (LossSpec("cross_entropy"), LossSpec("forward_kl"))

@@ -16,7 +16,7 @@ from student_train.config import FitConfig, LossSpec, StudentConfig, TrainConfig
 from student_train.feed.batch import StudentBatch, pack_lines
 from student_train.feed.loader import MicroBatch, make_loader
 from student_train.training.trainer import Run, fit, make_optimizer, step_seed
-from teacher_cache.config import ConfigError
+from teacher_cache.errors import ConfigError
 from tests.fixtures.rounding import MODEL, rounding, within
 from tests.fixtures.training import largest_difference, tiny_fit, weights
 

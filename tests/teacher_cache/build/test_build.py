@@ -20,12 +20,10 @@ from typer.testing import CliRunner
 from pipelines.tiny.prepare import TEACHER
 from teacher_cache.build.build import answer_only, build_cache, check_answered, check_config
 from teacher_cache.cli import app
-from teacher_cache.config import CacheConfig, ConfigError, DataConfig
+from teacher_cache.config import CacheConfig, DataConfig
+from teacher_cache.errors import CacheError, ConfigError, StorageError, TeacherError
 from teacher_cache.models.checkpoint import checkpoint_digest
-from teacher_cache.store.manifest import CacheError
 from teacher_cache.store.reader import TeacherCache
-from teacher_cache.store.storage import StorageError
-from teacher_cache.teachers.teacher import TeacherError
 from teacher_cache.teachers.torch_teacher import TorchTeacher, load_processor
 from tests.fixtures.threads import THREADS
 
@@ -281,7 +279,7 @@ def test_a_model_that_is_no_llava_is_refused(cache_config: CacheConfig, tmp_path
         ("signals", {"sampled": 300}, "at most 255"),
         ("signals", {"hidden": "none", "second_last": True}, "second_last needs"),
         ("signals", {"sampled": 4, "sampled_from": "tail", "top_k": 0}, "sampled_from=tail needs signals.top_k"),
-        ("generation", {"top_p": 0.0}, "top_p: expected 0 < top_p"),
+        ("generation", {"top_p": 0.0}, "top_p: expected more than 0, found 0"),
         ("data", {"path": ""}, "data.path: not set"),
         ("teacher", {"model": ""}, "teacher.model: not set"),
     ],

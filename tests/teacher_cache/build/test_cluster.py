@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from teacher_cache.build.build import COST, build_cache
-from teacher_cache.config import CacheConfig, ConfigError
-from teacher_cache.store.manifest import CacheError
+from teacher_cache.config import CacheConfig
+from teacher_cache.errors import CacheError, ConfigError
 
 ray = pytest.importorskip("ray")
 from teacher_cache.build.cluster import TRIES, Fleet, ShardWorker, build_on_ray  # noqa: E402

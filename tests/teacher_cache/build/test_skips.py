@@ -12,9 +12,8 @@ import pytest
 
 from teacher_cache.build.build import answer_only, build_cache
 from teacher_cache.config import CacheConfig, DataConfig
-from teacher_cache.data.conversations import DataError
 from teacher_cache.data.image_files import OtherImageError
-from teacher_cache.errors import CacheError
+from teacher_cache.errors import CacheError, DataError
 from teacher_cache.store.manifest import read_manifest
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.storage import Storage

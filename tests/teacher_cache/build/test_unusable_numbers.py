@@ -22,12 +22,13 @@ from student_train.evaluation.evaluate import Student, answer_questions
 from student_train.training.trainer import fit
 from teacher_cache.build.build import build_cache
 from teacher_cache.build.signals import NOT_FINITE
-from teacher_cache.config import CacheConfig, ConfigError, TeacherConfig
+from teacher_cache.config import CacheConfig, TeacherConfig
 from teacher_cache.data.rows import expand
+from teacher_cache.errors import ConfigError, TeacherError
 from teacher_cache.models.model_config import position_limit
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.storage import Storage
-from teacher_cache.teachers.teacher import AnswerRequest, TeacherError
+from teacher_cache.teachers.teacher import AnswerRequest
 from teacher_cache.teachers.torch_teacher import TorchTeacher, load_processor
 from teacher_cache.trust.verify import verify_cache
 from tests.fixtures.online import fit_config
@@ -170,6 +171,7 @@ def test_samples_beyond_the_teachers_positions_are_skipped_with_their_length(
 ) -> None:
     (tmp_path / "data.json").write_text((world / "train.json").read_text())
     config = config_of(cache_config, tmp_path / "data.json", short_teacher, "float32", codec="float16")
+    config = replace(config, data=replace(config.data, max_skipped=1.0))
     summary = build_cache(config, style="quiet")
     assert summary.samples
     assert summary.skipped

@@ -20,7 +20,6 @@ from PIL.PngImagePlugin import PngInfo
 from teacher_cache.config import DataConfig
 from teacher_cache.data.conversations import (
     Conversation,
-    DataError,
     Image,
     SampleReader,
     Skipped,
@@ -28,8 +27,9 @@ from teacher_cache.data.conversations import (
     read_conversations,
     to_llava_json,
 )
-from teacher_cache.data.images import MAX_PIXELS, ImageError, load_image
+from teacher_cache.data.images import MAX_PIXELS, load_image
 from teacher_cache.data.spool import spool
+from teacher_cache.errors import DataError, ImageError
 
 
 def line(*values: str, **extra: Any) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from teacher_cache.build import inputs
 from teacher_cache.build.build import build_cache
 from teacher_cache.build.inputs import ShardInput
 from teacher_cache.config import CacheConfig, DataConfig
-from teacher_cache.data.conversations import Conversation, DataError, Image, StoredBytes
+from teacher_cache.data.conversations import Conversation, Image, StoredBytes
 from teacher_cache.data.image_files import MAX_BYTES
-from teacher_cache.data.images import FORMATS, MAX_SIDE, ImageError, Picture, decode, load_image, open_picture
+from teacher_cache.data.images import FORMATS, MAX_SIDE, Picture, decode, load_image, open_picture
+from teacher_cache.errors import DataError, ImageError
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 from tests.teacher_cache.build.test_build import contents
 

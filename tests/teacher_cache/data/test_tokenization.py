@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerFast
 from teacher_cache.data.conversations import Conversation, Image
 from teacher_cache.data.tokenization import (
     TEMPLATES,
-    TemplateError,
     TokenizedSample,
     assemble,
     image_token_id,
@@ -19,6 +18,7 @@ from teacher_cache.data.tokenization import (
     tokenize_prompt,
     tokenizer_fingerprint,
 )
+from teacher_cache.errors import TemplateError
 
 TEXT = [
     "what is this thing",

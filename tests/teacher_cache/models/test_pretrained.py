@@ -29,14 +29,14 @@ from student_train.evaluation.evaluate import Student
 from student_train.students.on_meta import student_architecture
 from student_train.students.student import load_student
 from teacher_cache.build.build import build_cache
-from teacher_cache.config import CacheConfig, ConfigError, DataConfig, GenerationConfig, SpeedConfig, TeacherConfig
+from teacher_cache.config import CacheConfig, DataConfig, GenerationConfig, SpeedConfig, TeacherConfig
+from teacher_cache.errors import CacheError, ConfigError, TeacherError
 from teacher_cache.models.checkpoint import checkpoint_digest
 from teacher_cache.models.pretrained import ModelError, load_language_model, read_processor
 from teacher_cache.plan.cache_plan import plan_cache
-from teacher_cache.store.manifest import CacheError, read_manifest, write_manifest
+from teacher_cache.store.manifest import read_manifest, write_manifest
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.storage import Storage
-from teacher_cache.teachers.teacher import TeacherError
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 from teacher_cache.trust.fidelity import cache_fidelity
 from teacher_cache.trust.rescore import rescore_cache

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from teacher_cache.errors import CacheError
 from teacher_cache.pages.info import export_answers
-from teacher_cache.store.manifest import CacheError
 from tests.fixtures.store import synthetic_cache
 
 

@@ -26,12 +26,12 @@ from typer.testing import CliRunner
 from pipelines.chromium import NoChromiumError, find_chromium, open_browser
 from pipelines.tiny.prepare import TEACHER
 from student_train.studies.report import write_report
-from student_train.studies.report_data import ReportError
 from student_train.studies.runs import AblationConfig, ArmConfig
 from student_train.studies.table import draw, make_table
 from teacher_cache.build.build import build_cache
 from teacher_cache.cli import app
 from teacher_cache.config import CacheConfig, DataConfig
+from teacher_cache.errors import CacheError, ReportError
 from teacher_cache.pages import view_overview
 from teacher_cache.pages.charts import Dot, scatter_chart
 from teacher_cache.pages.info import cache_info
@@ -39,7 +39,6 @@ from teacher_cache.pages.page import clean
 from teacher_cache.pages.view import write_view
 from teacher_cache.pages.view_overview import answer_slices, answer_type
 from teacher_cache.pages.view_samples import LEAST_SHARE, percent
-from teacher_cache.store.manifest import CacheError
 from teacher_cache.store.reader import TeacherCache
 from tests.fixtures.store import signals, synthetic_cache
 

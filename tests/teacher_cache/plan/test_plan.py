@@ -12,19 +12,19 @@ from teacher_cache.build.build import build_cache
 from teacher_cache.config import (
     PRESETS,
     CacheConfig,
-    ConfigError,
     DataConfig,
     SignalsConfig,
     TeacherConfig,
     build_config,
     load_config,
 )
+from teacher_cache.errors import CacheError, ConfigError
 from teacher_cache.models.model_config import load_model_config
 from teacher_cache.models.model_sizes import GB, GROUPS_OF_128, NF4, parameter_bytes, size_of
 from teacher_cache.plan import lengths as lengths_module
 from teacher_cache.plan.cache_plan import as_preset, plan_cache
 from teacher_cache.plan.cost import Throughput, assumed_throughput, measured_throughput, teacher_memory
-from teacher_cache.store.manifest import CacheError, read_manifest
+from teacher_cache.store.manifest import read_manifest
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.storage import Storage
 from tests.fixtures.store import signals

@@ -10,6 +10,7 @@ from safetensors.numpy import save
 from student_train.losses.targets import row_targets, scales_on
 from teacher_cache.build.calibration import scales_to_bytes
 from teacher_cache.config import PRESETS, SignalsConfig
+from teacher_cache.errors import CacheError
 from teacher_cache.store.codecs import (
     decode,
     encode,
@@ -17,7 +18,6 @@ from teacher_cache.store.codecs import (
     scales_from_bytes,
     with_exact_head,
 )
-from teacher_cache.store.manifest import CacheError
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import TeacherShape, hidden_arrays, record_arrays
 from tests.fixtures.rounding import within

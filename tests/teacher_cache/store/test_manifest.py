@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from teacher_cache.store.manifest import MANIFEST, CacheError, check_same_content, digest, read_manifest, write_manifest
+from teacher_cache.errors import CacheError
+from teacher_cache.store.manifest import MANIFEST, check_same_content, digest, read_manifest, write_manifest
 from teacher_cache.store.storage import Storage
 from tests.fixtures.store import SHAPE, signals, synthetic_cache, synthetic_manifest
 

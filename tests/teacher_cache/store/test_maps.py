@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from teacher_cache.errors import CacheError
 from teacher_cache.store import folder, reader
-from teacher_cache.store.manifest import CacheError
 from teacher_cache.store.maps import MAPS, OpenMaps
 from teacher_cache.store.reader import TeacherCache
 from tests.fixtures.store import Made, synthetic_cache

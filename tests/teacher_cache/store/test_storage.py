@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from teacher_cache.errors import StorageError
 from teacher_cache.store import storage as storage_module
-from teacher_cache.store.storage import Storage, StorageError
+from teacher_cache.store.storage import Storage
 from tests.fixtures.waiting import PATIENCE
 
 FILES = {"a/data": [b"123", memoryview(b"45")], "index": [b"i"]}

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.store.manifest import CacheError, read_manifest, write_manifest
+from teacher_cache.errors import CacheError
+from teacher_cache.store.manifest import read_manifest, write_manifest
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.storage import Storage
 from teacher_cache.store.writer import ImagePlace, committed_shards, finish, write_shard

@@ -17,7 +17,8 @@ from teacher_cache.build.shards import build_shards
 from teacher_cache.cli import app
 from teacher_cache.config import as_plain
 from teacher_cache.data.spool import spool
-from teacher_cache.store.manifest import CacheError, read_manifest, write_manifest
+from teacher_cache.errors import CacheError
+from teacher_cache.store.manifest import read_manifest, write_manifest
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import TeacherRecord
 from teacher_cache.store.storage import Storage

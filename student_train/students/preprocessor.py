@@ -1,0 +1,50 @@
+"""How a student sees text and images: taken from its own processor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image as PillowImage
+
+from student_train.students.processor import own_image_mode
+from teacher_cache.data.conversations import Image
+from teacher_cache.data.images import image_tokens_of, load_image, square
+from teacher_cache.data.tokenization import image_token_id
+
+
+@dataclass
+class Preprocessor:
+    """How the student sees text and images: taken from its own processor."""
+
+    image_processor: Any
+    image_mode: str
+    image_token: int
+    image_tokens: int
+    pad: int
+
+    def blank(self) -> torch.Tensor:
+        """What stands in for an image that cannot be read."""
+        return self._pixels(PillowImage.new("RGB", (8, 8)))
+
+    def pixels(self, image: Image, folder: str) -> torch.Tensor:
+        """(3, H, W) float32."""
+        return self._pixels(load_image(image, folder))
+
+    def _pixels(self, image: PillowImage.Image) -> torch.Tensor:
+        shown = square(image, tuple(self.image_processor.image_mean), self.image_mode)
+        pixels: torch.Tensor = self.image_processor([shown], return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+
+def preprocessor_of(model: Any, processor: Any) -> Preprocessor:
+    """The student's own preprocessing, by its processor."""
+    tokenizer, image_processor = processor.tokenizer, processor.image_processor
+    return Preprocessor(
+        image_processor=image_processor,
+        image_mode=own_image_mode(image_processor),
+        image_token=image_token_id(tokenizer),
+        image_tokens=image_tokens_of(model.config),
+        pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
