@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -73,3 +74,14 @@ def test_the_help_lists_every_target_users_type() -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in ("demo", "cache-teacher", "distill", "ablate", "test", "check", "bench", "clean"):
         assert re.search(rf"^{target}:.*##", text, re.M), target
+
+
+def test_the_walks_of_the_design_pass_what_is_there() -> None:
+    """Each file of docs/design.md's two walks holds the functions and classes that are named behind it."""
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    stations = re.findall(r"`([a-z_/]+\.py)` ((?:`\w+`(?:, )?)+)", page.split("## Two walks")[1])
+    assert len(stations) > 30
+    for file, names in stations:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        defined = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        assert set(re.findall(r"\w+", names)) <= defined, (file, names)
