@@ -198,10 +198,10 @@ BREAKS = (
     Break(
         6,
         "a cache that lost every sample is complete",
-        "teacher_cache/store/writer.py",
-        "if most is None or (len(skipped) <= most and len(skipped) < manifest.planned_samples):",
-        "if True:",
-        "tests/teacher_cache/build/test_skips.py",
+        "teacher_cache/data/skipped.py",
+        "if self.total and skipped >= self.total:",
+        "if False:",
+        "tests/teacher_cache/build/test_skips.py tests/teacher_cache/data/test_skipped.py",
     ),
     Break(
         5,

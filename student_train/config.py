@@ -98,7 +98,7 @@ class SourceConfig:
     tokenizer: Literal["exact", "same_ids"] = "exact"
     """For ``cache``: ``same_ids`` takes a student of the teacher's base vocabulary that has another end token, other
     merges or other added tokens (the base model of an instruction-tuned teacher), if no cached id is one of those."""
-    max_skipped: float = 0.1
+    max_skipped: Share = 0.1
     """Of ``data``: the share of samples that may be left out (images that are missing or damaged, lines that are no
     conversation); they stand with their reasons in skipped.jsonl beside the run. More than that stops it."""
     share: Positive = 1.0

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from student_train.config import SourceConfig
 from teacher_cache.data.conversations import Conversation, Image, Skipped
 from teacher_cache.data.images import load_image
-from teacher_cache.errors import DataError, ImageError
+from teacher_cache.data.skipped import Allowed, counted
+from teacher_cache.errors import ImageError
 
-ALWAYS_ALLOWED = 16
-"""Samples left out that stop no run, however small its data is; as in phase one."""
 SKIPPED = "skipped.jsonl"
 """Beside the run: one line (sample_id, reason) for each sample that it does not learn from."""
 
@@ -51,19 +49,11 @@ def check_share(config: SourceConfig, total: int, skipped: Sequence[Skipped]) ->
     Raises
     ------
     DataError
-        more than ``max_skipped`` of the samples are left out, with the counted reasons.
+        More than ``max_skipped`` of the samples are left out, or all, with the counted reasons.
     """
-    if not 0 <= config.max_skipped <= 1:
-        raise DataError(f"sources[…].max_skipped: expected a share between 0 and 1, found {config.max_skipped:g}")
-    if len(skipped) <= max(ALWAYS_ALLOWED, int(config.max_skipped * total)) and len(skipped) < total:
-        return
-    reasons = Counter(s.reason.rpartition(": ")[2] for s in skipped).most_common(3)
-    shown = ", ".join(f"{count:,} × {reason}" for reason, count in reasons)
-    raise DataError(
-        f"{config.data}: {len(skipped):,} of {total:,} samples cannot be used, more than "
-        f"sources[…].max_skipped={config.max_skipped:g} allows ({shown}; the first: {skipped[0].sample_id}, "
-        f"{skipped[0].reason}). Mend the data or image_folder, or set a larger share"
-    )
+    first = f"; the first: {skipped[0].sample_id}, {skipped[0].reason}" if skipped else ""
+    allowed = Allowed("sources[…].max_skipped", config.max_skipped, total)
+    allowed.check(len(skipped), f"{counted(skipped)}{first}", where=config.data, do=" and run the same command again")
 
 
 class SkippedFile:

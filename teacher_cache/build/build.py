@@ -20,7 +20,7 @@ from teacher_cache import __version__
 from teacher_cache.build.calibration import calibrate, scales_to_bytes
 from teacher_cache.build.inputs import Samples
 from teacher_cache.build.shards import Clock, build_shards
-from teacher_cache.build.skips import check_inputs, forget_skipped, most_skipped
+from teacher_cache.build.skips import allowed, check_inputs, forget_skipped
 from teacher_cache.config import CacheConfig, as_plain, check_settings
 from teacher_cache.data.data_files import data_files
 from teacher_cache.data.spool import SampleFile, spool
@@ -147,7 +147,7 @@ def finish_build(
     config: CacheConfig, storage: Storage, manifest: Manifest, clock: Clock, seconds: float, shards_made: int
 ) -> BuildSummary:
     """Write the ledger and the manifest's last word once every shard is there, and say what was made."""
-    counts = finish(storage, manifest, most_skipped(config, manifest.planned_samples)).counts
+    counts = finish(storage, manifest, allowed(config, manifest.planned_samples)).counts
     _add_cost(storage, clock)
     return BuildSummary(
         samples=counts["samples"],

@@ -88,7 +88,7 @@ def build_on_ray(
             with stage("caching", samples, "samples", style) as progress:
                 for number, made in fleet.run(numbers):
                     clock.add(made)
-                    check_share(config, manifest.planned_samples, clock.skips.skipped, clock.skips)
+                    check_share(config, manifest.planned_samples, clock.skips)
                     progress.advance(_size(manifest, number), workers=fleet.ready, lost=fleet.lost)
     return finish_build(config, storage, manifest, clock, time.monotonic() - begin, len(numbers))
 

@@ -95,7 +95,7 @@ def build_shards(
                 shard, scored = make(number)
             for sample in shard.skipped:
                 clock.skips.add(sample)
-            check_share(config, len(samples), clock.skips.skipped, clock.skips)
+            check_share(config, len(samples), clock.skips)
             if scored is not None:
                 if pending is not None:
                     pending.result()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,41 +11,34 @@ import numpy as np
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.conversations import Conversation, SkipCount, Skipped
 from teacher_cache.data.image_files import check_folder, read_image
+from teacher_cache.data.skipped import Allowed, counted
 from teacher_cache.data.spool import SampleFile
-from teacher_cache.errors import DataError, ImageError
+from teacher_cache.errors import ImageError
 from teacher_cache.store.checksums import read_file_sums
 from teacher_cache.store.manifest import Manifest, write_manifest
 from teacher_cache.store.names import INDEX
 from teacher_cache.store.storage import Storage
 from teacher_cache.store.writer import committed_shards, images_name, shard_name
 
-ALWAYS_ALLOWED = 16
-"""Skipped samples that stop no build, however small it is."""
 PROBED = 256
 """Images that are looked for before the teacher is opened, spread evenly over the samples."""
+_AGAIN = " and run the same command again (committed shards stand)"
 
 
-def most_skipped(config: CacheConfig, planned: int) -> int:
+def allowed(config: CacheConfig, planned: int) -> Allowed:
     """How many of ``planned`` samples may be skipped."""
-    if not 0 <= config.data.max_skipped <= 1:
-        raise DataError(f"data.max_skipped: expected a share between 0 and 1, found {config.data.max_skipped:g}")
-    return max(ALWAYS_ALLOWED, int(config.data.max_skipped * planned))
+    return Allowed("data.max_skipped", config.data.max_skipped, planned)
 
 
-def check_share(config: CacheConfig, planned: int, skipped: float, reasons: object, found: str = "are skipped") -> None:
-    """Stop a build that would leave out more than ``data.max_skipped``; what was committed stays.
+def check_share(config: CacheConfig, planned: int, skips: SkipCount) -> None:
+    """Stop a build that leaves out more than ``data.max_skipped``; what was committed stays.
 
     Raises
     ------
     DataError
         with the counted reasons.
     """
-    if skipped > most_skipped(config, planned):
-        raise DataError(
-            f"{skipped:,.0f} of {planned:,} samples {found}, more than data.max_skipped={config.data.max_skipped:g} "
-            f"allows ({reasons}). Mend the data or data.image_folder; or, if it is meant to be so, set "
-            "data.max_skipped to a larger share and run the same command again: committed shards stand"
-        )
+    allowed(config, planned).check(skips.skipped, skips, do=_AGAIN)
 
 
 def check_inputs(config: CacheConfig, samples: SampleFile) -> None:
@@ -58,7 +50,7 @@ def check_inputs(config: CacheConfig, samples: SampleFile) -> None:
         The image folder is not there, or too much would be skipped, by an estimate that is high in one case of 30,000.
     """
     planned = len(samples)
-    check_share(config, planned, samples.skips.skipped, samples.skips)
+    check_share(config, planned, samples.skips)
     chosen = np.unique(np.linspace(0, planned - 1, min(PROBED, planned)).astype(np.int64)).tolist()
     probed = [s for s in (samples[i] for i in chosen) if isinstance(s, Conversation) and s.image is not None]
     probed = [s for s in probed if s.image is not None and not s.image.embedded]
@@ -71,14 +63,10 @@ def check_inputs(config: CacheConfig, samples: SampleFile) -> None:
     share = len(lost) / len(chosen)
     margin = 0.0 if len(chosen) == planned else 4 * math.sqrt(share * (1 - share) / len(chosen))
     expected = planned * (share - margin) + samples.skips.skipped
-    check_share(config, planned, expected, f"{len(lost)} of {len(probed)} images tried: {reasons}", "would be skipped")
-
-
-def counted(skipped: Iterable[Skipped]) -> SkipCount:
-    count = SkipCount()
-    for sample in skipped:
-        count.add(sample)
-    return count
+    if len(chosen) < planned:  # that none is left is known only when all were tried
+        expected = min(expected, planned - 1)
+    tried = f"{len(lost)} of {len(probed)} images tried: {reasons}"
+    allowed(config, planned).check(expected, tried, found="would be skipped", do=_AGAIN)
 
 
 def forget_skipped(storage: Storage, manifest: Manifest, samples: SampleFile) -> list[int]:

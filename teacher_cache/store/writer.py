@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from teacher_cache.data.conversations import SkipCount, Skipped
+from teacher_cache.data.conversations import Skipped
+from teacher_cache.data.skipped import Allowed, counted
 from teacher_cache.errors import CacheError
 from teacher_cache.store.arrays import (
     ArrayLayout,
@@ -129,14 +130,16 @@ def refuse_foreign_shards(storage: Storage, manifest: Manifest) -> None:
             _check_fingerprint(storage, manifest, f"shards/{name}", metadata)
 
 
-def finish(storage: Storage, manifest: Manifest, most_skipped: int | None = None) -> Manifest:
+def finish(storage: Storage, manifest: Manifest, allowed: Allowed | None = None) -> Manifest:
     """Write ledger, skipped list and the manifest that says ``complete``; every planned shard must be there.
 
     Raises
     ------
     CacheError
         A shard is missing, foreign, or samples are not accounted for (cached + skipped = input); an image was other
-        bytes in one shard than in another; no sample is left, or more than ``most_skipped`` were skipped.
+        bytes in one shard than in another.
+    DataError
+        No sample is left, or more were skipped than are ``allowed``.
     """
     missing = sorted(set(range(manifest.planned_shards)) - committed_shards(storage, manifest))
     if missing:
@@ -152,7 +155,9 @@ def finish(storage: Storage, manifest: Manifest, most_skipped: int | None = None
         entries.append(entry)
         skipped += reasons
         tables.append(table)
-    _check_skipped(storage, manifest, skipped, most_skipped)
+    if allowed is not None:
+        again = " and run teacher-cache build (with --redo-skipped, if the data was mended)"
+        allowed.check(len(skipped), counted(skipped), where=storage.url, do=again)
     ledger = pa.Table.from_pylist([dataclasses.asdict(e) for e in entries], schema=_LEDGER_SCHEMA)
     storage.write(LEDGER, [_parquet(ledger)])
     storage.write(SAMPLES, [_parquet(pa.concat_tables(tables))])
@@ -175,20 +180,6 @@ def skipped_lines(storage: Storage) -> list[dict[str, Any]]:
         for name in ("sample_id", "reason"):
             text(line.get(name), name, f"{where}: line {number}")
     return lines
-
-
-def _check_skipped(storage: Storage, manifest: Manifest, skipped: Sequence[Skipped], most: int | None) -> None:
-    """A cache without samples, or one that lost too many, is not called complete."""
-    count = SkipCount()
-    for sample in skipped:
-        count.add(sample)
-    if most is None or (len(skipped) <= most and len(skipped) < manifest.planned_samples):
-        return
-    raise CacheError(
-        f"{storage.url}: {len(skipped):,} of {manifest.planned_samples:,} samples were skipped ({count}). Mend the "
-        "data or data.image_folder and run teacher-cache build --redo-skipped; or, where some samples are left and it "
-        "is meant to be so, set data.max_skipped to a larger share"
-    )
 
 
 def _check_images(storage: Storage, number: int, table: pa.Table, seen: dict[str, tuple[str, int]]) -> None:

@@ -62,7 +62,9 @@ def test_too_many_of_them_stop_the_run_with_their_reasons(
 ) -> None:
     lines = [{**line, "image": "gone.png"} if "image" in line else line for line in lines]
     config = plain(tmp_path, world, cache_folder, "gone", lines)
-    with pytest.raises(DataError, match=r"max_skipped=0\.1 allows \(\d+ × no such file in the image folder; the first"):
+    with pytest.raises(
+        DataError, match=r"max_skipped=0\.1 allows \(\d+ × an image: no such file in the image folder; the first"
+    ):
         fit(config, "quiet")
     assert fit(plain(tmp_path, world, cache_folder, "meant", lines, max_skipped=1.0), "quiet").steps == 4
 

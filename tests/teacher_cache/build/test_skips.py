@@ -41,7 +41,10 @@ def test_a_folder_without_the_images_stops_a_build_before_any_work(
 ) -> None:
     (tmp_path / "empty").mkdir()
     for folder, error in (
-        ("empty", r"samples would be skipped.*images tried: .* × an image: no such file.*set data\.max_skipped"),
+        (
+            "empty",
+            r"samples would be skipped.*images tried: .* × an image: no such file.*set data\.max_skipped=0\.\d+ ",
+        ),
         ("nowhere", "is not there"),
     ):
         config = replace(own, data=replace(own.data, image_folder=str(tmp_path / folder)))
@@ -54,19 +57,22 @@ def test_more_skips_than_allowed_stop_a_build_and_what_was_made_stands(
     own: CacheConfig, teacher: TorchTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last third's images are broken: they are there, so only reading them tells."""
-    monkeypatch.setattr("teacher_cache.build.skips.ALWAYS_ALLOWED", 2)
+    monkeypatch.setattr("teacher_cache.data.skipped.ALWAYS_ALLOWED", 2)
     lines = lines_of(own)
     broken = {line["image"] for line in lines[-20:] if "image" in line} - {s.get("image") for s in lines[:-20]}
     for name in broken:
         (Path(own.data.image_folder) / name).write_bytes(b"<html>")
     lost = sum(line.get("image") in broken for line in lines)
     assert lost > 0.1 * len(lines)
-    with pytest.raises(DataError, match=r"samples are skipped, more than data\.max_skipped=0\.1.*cannot be decoded"):
+    with pytest.raises(
+        DataError,
+        match=r"samples are skipped, more than data\.max_skipped=0\.1.*cannot be decoded.*set data\.max_s.*=0\.\d+ ",
+    ):
         build_cache(own, teacher=teacher, style="quiet")
     assert list((Path(own.output) / "shards").glob("0*"))
     allowed = replace(own, data=replace(own.data, max_skipped=0.5))
     assert build_cache(allowed, teacher=teacher, style="quiet").skipped == lost
-    with pytest.raises(CacheError, match=rf"{lost} of {len(lines)} samples were skipped.*--redo-skipped"):
+    with pytest.raises(DataError, match=rf"cache: {lost} of {len(lines)} samples are skipped.*--redo-skipped"):
         build_cache(own, teacher=teacher, style="quiet")
 
 
@@ -76,7 +82,7 @@ def test_a_cache_without_a_sample_is_never_complete(own: CacheConfig, teacher: T
         (Path(own.data.image_folder) / line["image"]).write_bytes(b"<html>")
     Path(str(own.data.path)).write_text(json.dumps(lines))
     for codec, error in (
-        ("float16", r"3 of 3 samples were skipped \(3 × an image: cannot"),
+        ("float16", r"3 of 3 samples are skipped, so nothing is left \(3 × an image: cannot"),
         ("int8", "none of 3 samples"),
     ):
         config = replace(own, output=f"{own.output}-{codec}", signals=replace(own.signals, codec=codec))
