@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
+import traceback
 from collections.abc import Iterator
+from types import TracebackType
 
 import typer
 from rich.console import Console
@@ -24,6 +27,7 @@ def calm_errors(kept: str = "") -> Iterator[Stop]:
     (else the sentence of the work itself does), and the status is the one that a shell gives.
     """
     silence_libraries()
+    sys.excepthook = _say_traceback  # for a fault of ours
     try:
         with stopping() as stop:
             yield stop
@@ -36,3 +40,7 @@ def calm_errors(kept: str = "") -> Iterator[Stop]:
         name = signal.Signals(stopped.number).name
         say(f"stopped by {name}; {kept}" if kept else stopped, err=True)
         raise typer.Exit(stopped.status) from None
+
+
+def _say_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    say("".join(traceback.format_exception(kind, error, trace)).rstrip(), err=True)

@@ -1,4 +1,5 @@
-"""The one place through which text of others reaches a terminal: no control character and no secret passes it.
+"""The one place through which text of others reaches a terminal: no control character and no secret passes it, and
+no secret reaches a file of settings.
 
 A sample id, a model's or a file's name can hold escape sequences, which set a terminal's title, clear it or fill the
 clipboard; an address can hold a password or a signature. Both are made visible or blotted out here.
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
 import typer
 
@@ -22,6 +25,15 @@ _QUERY = re.compile(
 def without_secrets(text: str) -> str:
     """``text`` with passwords, tokens and signatures in its addresses blotted out."""
     return _QUERY.sub(r"\1***", _USER.sub("***@", text))
+
+
+def without_secrets_in(plain: Any) -> Any:
+    """A plain tree as a file may hold it: every text of it, names too, without secrets."""
+    if isinstance(plain, str):
+        return without_secrets(plain)
+    if isinstance(plain, Mapping):
+        return {without_secrets_in(name): without_secrets_in(value) for name, value in plain.items()}
+    return [without_secrets_in(value) for value in plain] if isinstance(plain, list | tuple) else plain
 
 
 def printable(text: object) -> str:

@@ -13,7 +13,9 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +39,7 @@ from teacher_cache.config import as_plain, build_config
 from teacher_cache.errors import ConfigError
 from teacher_cache.progress import Style, silence_libraries, stage
 from teacher_cache.stopping import Stop, Stopped, stopping
+from teacher_cache.terminal import without_secrets, without_secrets_in
 
 
 def ablate(config: AblationConfig, style: Style = "auto") -> dict[str, Any]:
@@ -147,14 +150,17 @@ def _spawn(config: AblationConfig, run: RunSpec, gpu: str, threads: int, childre
     run.folder.mkdir(parents=True, exist_ok=True)
     job = run.folder / "job.json"
     plain = {"ablation": as_plain(config), "arm": run.arm, "seed": run.seed, "tree": run.tree}
-    job.write_text(json.dumps(plain, indent=1), encoding="utf-8")
+    job.write_text(json.dumps(without_secrets_in(plain), indent=1), encoding="utf-8")
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
     if gpu:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
-    with (run.folder / "output.txt").open("w", encoding="utf-8") as output:
+    with (run.folder / "output.txt").open("w", encoding="utf-8") as output, tempfile.TemporaryFile("w+") as whole:
+        json.dump(plain, whole)  # with the addresses as they were given, in a file without a name
+        whole.seek(0)
         code = children.call(
-            [sys.executable, "-m", "student_train.studies.ablate", str(job)],
+            [sys.executable, "-m", "student_train.studies.ablate", str(run.folder)],
             env=environment,
+            stdin=whole,
             stdout=output,
             stderr=output,
         )
@@ -185,17 +191,20 @@ def _function(name: str) -> Callable[..., Any]:
     return found
 
 
-def _main(job: str) -> None:
+def _main(folder: str) -> None:
     silence_libraries()
-    plain = json.loads(Path(job).read_text(encoding="utf-8"))
-    config = build_config(AblationConfig, plain["ablation"], job)
+    plain = json.load(sys.stdin)
+    config = build_config(AblationConfig, plain["ablation"], folder)
     try:
         with stopping() as stop:
             stop.follow_parent()
-            run_one(config, RunSpec(plain["arm"], plain["seed"], Path(job).parent, plain["tree"]), stop)
+            run_one(config, RunSpec(plain["arm"], plain["seed"], Path(folder), plain["tree"]), stop)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.status)
+    except Exception:  # its text stays in output.txt, and may hold an address
+        print(without_secrets(traceback.format_exc()), file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from student_train.training.stages import merge
 from teacher_cache.config import CHECKED, as_plain, build_config
 from teacher_cache.errors import ConfigError
 from teacher_cache.store.manifest import digest
+from teacher_cache.terminal import without_secrets, without_secrets_in
 
 CPU_MARGIN = 1.25
 """Over the CPU seconds to match: the same run takes 10 to 20 % more or less from one time to the next."""
@@ -153,11 +154,16 @@ def run_origin(config: AblationConfig, run: RunSpec) -> Origin:
     arm = config.arms[run.arm]
     options = filled(config.score_options, seed=run.seed, runs=str(runs))
     score_cache = options.get("cache", "")
+    decides = [run.tree, config.score, config.score_options, as_plain(arm)["prepare"]]
     needed = {f"run {other}-seed{run.seed}": recorded(runs / f"{other}-seed{run.seed}") for other in needs(arm)}
     return {
-        "settings": digest([run.tree, config.score, config.score_options, as_plain(arm)["prepare"]]),
+        "settings": digest(without_secrets_in(decides)),
         **sources_origin(build_config(FitConfig, run.tree, f"arms.{run.arm}").sources),
-        **({f"score_options.cache ({score_cache})": cache_fingerprint(score_cache)} if score_cache else {}),
+        **(
+            {f"score_options.cache ({without_secrets(score_cache)})": cache_fingerprint(score_cache)}
+            if score_cache
+            else {}
+        ),
         **{name: digest(origin) for name, origin in needed.items()},
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from student_train.config import SourceConfig
 from teacher_cache.store.manifest import MANIFEST, digest, read_manifest
 from teacher_cache.store.storage import Storage
+from teacher_cache.terminal import without_secrets
 
 Origin = dict[str, str]
 """What (in words, with its place) → a digest of its content; empty where it is not there."""
@@ -17,7 +18,9 @@ Origin = dict[str, str]
 def sources_origin(sources: Sequence[SourceConfig]) -> Origin:
     """The fingerprint of each cache, the digest of each data file."""
     return {
-        f"sources[{n}] ({s.cache or s.data})": cache_fingerprint(s.cache) if s.cache else _file_digest(Path(s.data))
+        f"sources[{n}] ({without_secrets(s.cache or s.data)})": cache_fingerprint(s.cache)
+        if s.cache
+        else _file_digest(Path(s.data))
         for n, s in enumerate(sources)
     }
 

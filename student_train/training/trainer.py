@@ -53,6 +53,7 @@ from teacher_cache.store.manifest import digest, read_manifest
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.storage import Storage
 from teacher_cache.store.writer import HEAD
+from teacher_cache.terminal import without_secrets_in
 
 _SHOWN = 16
 """Samples that an error names."""
@@ -146,7 +147,7 @@ class Run:
         optimizer = make_optimizer(student, train)
         student, optimizer = accelerator.prepare(student, optimizer)
         if train.tracker:
-            settings = as_plain(config)
+            settings = without_secrets_in(as_plain(config))
             flat = {f"{part}.{name}": v for part in ("student", "train") for name, v in settings[part].items()}
             accelerator.init_trackers(folder.name, {name: v for name, v in flat.items() if not isinstance(v, list)})
         return cls(
@@ -234,7 +235,7 @@ class Run:
             model=str(model),
         )
         if self.accelerator.is_main_process:
-            facts = {"config": as_plain(self.config), "caches": self.caches, "steps": self.step}
+            facts = {"config": without_secrets_in(as_plain(self.config)), "caches": self.caches, "steps": self.step}
             _write_json(self.folder / "run.json", facts)
             _write_json(self.folder / "summary.json", as_plain(summary))
         return summary

@@ -14,6 +14,7 @@ from typing import Any
 from teacher_cache.config import DataConfig
 from teacher_cache.data.data_files import DataFile, data_files
 from teacher_cache.errors import DataError
+from teacher_cache.terminal import without_secrets
 
 IMAGE_TAG = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -206,7 +207,7 @@ def parse_sample(line: Any, number: int) -> Conversation | Skipped:
         kind = str(line.get("question_type") or "")
         return replace(_conversation(sample_id, messages, image), kind=kind)
     except _UnfitError as error:
-        return Skipped(*(text.encode("utf-8", "replace").decode() for text in (sample_id, str(error))))
+        return Skipped(*(text.encode("utf-8", "replace").decode() for text in (sample_id, without_secrets(str(error)))))
 
 
 def _messages(line: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -309,7 +310,7 @@ def _one_image(value: Any) -> Image:
     if isinstance(value, bytes):
         return Image(hashlib.sha256(value).hexdigest()[:32], data=value)
     if isinstance(value, str):
-        return Image(value, path=value)
+        return Image(without_secrets(value) if "://" in value else value, path=value)  # the id is kept in the cache
     raise _UnfitError(f"image: expected a path or the image's bytes, found {type(value).__name__}")
 
 
