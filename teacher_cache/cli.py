@@ -143,11 +143,11 @@ def verify(
             rescored = rescore_cache(load_config(CacheConfig, config, sets or []), rescore)
             say(rescored)
             agrees = rescored.ok
-        if repair and not report.ok:
+        if repair and report.repairable:
             with locked(Storage(cache)):
                 removed = repair_cache(Storage(cache), report)
             say(f"removed {len(removed)} shards; run teacher-cache build with the same configuration")
-        ok = agrees and (repair or report.ok)
+        ok = agrees and (report.ok or (repair and report.repairable))
     raise typer.Exit(0 if ok else 1)
 
 

@@ -25,11 +25,11 @@ from teacher_cache.store.arrays import (
     view,
 )
 from teacher_cache.store.checksums import BLOCK_BYTES, INDEX, FileSum, read_file_sums, sha256
+from teacher_cache.store.faults import patiently
 from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.maps import MAPS
 from teacher_cache.store.names import array_files, known_names
 from teacher_cache.store.records import Array, ArraySpec, Axis
-from teacher_cache.store.storage import patiently
 from teacher_cache.store.tables import JSON_BYTES, read_table
 
 REPAIR = "run teacher-cache verify --repair with the cache's configuration"

@@ -24,7 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from teacher_cache.errors import StorageError
-from teacher_cache.store.storage import Storage, _explained
+from teacher_cache.store.faults import explained
+from teacher_cache.store.storage import Storage
 
 LOCK = ".lock"
 _NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
@@ -92,14 +93,14 @@ def locked(storage: Storage, *, break_lock: bool = False) -> Iterator[None]:
 def _file(folder: Path, storage: Storage, break_lock: bool) -> Iterator[None]:
     made = [p for p in (folder, *folder.parents) if not p.exists()]
     path = folder / LOCK
-    with _explained("write", str(path)):
+    with explained("write", str(path)):
         descriptor = _flock(path)
     if descriptor is None:  # a file system without locks
         with _object(storage, break_lock):
             yield
         return
     try:
-        with _explained("write", str(path)):
+        with explained("write", str(path)):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, Holder.me().bytes(), 0)
         yield
@@ -115,7 +116,7 @@ def _file(folder: Path, storage: Storage, break_lock: bool) -> Iterator[None]:
 def waiting_for(path: Path) -> Iterator[None]:
     """Hold the lock file ``path`` for the block, once whoever has it is done. Where the file system knows no locks the
     block runs at once."""
-    with _explained("write", str(path)):
+    with explained("write", str(path)):
         descriptor = _flock(path, wait=True)
     try:
         yield

@@ -91,6 +91,39 @@ def regular_file(root: Path, name: str) -> Path:
     return inside(root, name)
 
 
+def is_there(root: Path, name: str) -> bool:
+    """Whether there is anything; a folder that may not be looked into is an error, which ``Path.exists`` hides in some
+    versions of Python."""
+    try:
+        inside(root, name).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def entries(root: Path, name: str) -> list[str]:
+    """What lies in a folder, sorted; nothing where there is none."""
+    try:
+        return sorted(entry.name for entry in inside(root, name).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def sizes_below(root: Path, name: str) -> dict[str, int]:
+    """Bytes of each file below; a folder that may not be listed is an error, which ``Path.rglob`` leaves out."""
+    top, found = inside(root, name), {}
+    for folder, _, files in os.walk(top, onerror=_unless_absent):
+        for path in (Path(folder, name) for name in files):
+            if path.is_file():
+                found[path.relative_to(top).as_posix()] = path.stat().st_size
+    return found
+
+
+def _unless_absent(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
+
+
 def open_inside(root: Path, name: str) -> BinaryIO:
     """The regular file ``name``, open for reading; errors as :func:`file_size`."""
     path = inside(root, name)

@@ -22,12 +22,13 @@ import fsspec
 
 from teacher_cache.errors import StorageError
 from teacher_cache.store import names
+from teacher_cache.store.faults import FIRST_WAIT_SECONDS as _FIRST_WAIT_SECONDS
+from teacher_cache.store.faults import TRIES as _TRIES
+from teacher_cache.store.faults import explained, patiently
 from teacher_cache.terminal import without_secrets
 
 Parts = Iterable[bytes | memoryview]
 T = TypeVar("T")
-_TRIES = 5
-_FIRST_WAIT_SECONDS = 0.2
 
 
 class Storage:
@@ -76,7 +77,8 @@ class Storage:
 
     def exists(self, name: str) -> bool:
         if self.local is not None:
-            return names.inside(self.local, name).exists()
+            local = self.local
+            return patiently("look for", f"{local}/{name}", lambda: names.is_there(local, name))
         return bool(self._retry("look for", name, lambda: self._fs.exists(self.path(name))))
 
     def read(self, name: str, at_most: int | None = None) -> bytes:
@@ -109,8 +111,8 @@ class Storage:
     def names(self, folder: str) -> list[str]:
         """Entries of ``folder`` (last part of the name), sorted; none when it does not exist."""
         if self.local is not None:
-            path = names.inside(self.local, folder)
-            return sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+            local = self.local
+            return patiently("list", f"{local}/{folder}", lambda: names.entries(local, folder))
         with contextlib.suppress(FileNotFoundError):
             entries = self._retry("list", folder, lambda: self._fs.ls(self.path(folder), detail=False))
             return sorted({str(e).rstrip("/").rsplit("/", 1)[-1] for e in entries})
@@ -119,8 +121,8 @@ class Storage:
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of every file below ``folder``, by name relative to it."""
         if self.local is not None:
-            root = names.inside(self.local, folder)
-            return {p.relative_to(root).as_posix(): p.stat().st_size for p in root.rglob("*") if p.is_file()}
+            local = self.local
+            return patiently("list", f"{local}/{folder}", lambda: names.sizes_below(local, folder))
         with contextlib.suppress(FileNotFoundError):
             found = self._retry("list", folder, lambda: self._fs.find(self.path(folder), detail=True))
             start = self.path(folder).rstrip("/") + "/"
@@ -134,7 +136,7 @@ class Storage:
             self._retry("write", name, lambda: self._fs.pipe_file(self.path(name), data))
             return
         target = names.inside(self.local, name)
-        with _explained("write", str(target)):
+        with explained("write", str(target)):
             kept = list(parts)  # a try after a fault writes all of it again
         patiently("write", str(target), lambda: _write_whole(target, kept))
 
@@ -173,6 +175,8 @@ class Storage:
             for inner in {(temporary / name).parent for name in ordered}:
                 _sync_folder(inner)
             if target.exists():  # a folder that is redone: out of sight first, then away
+                if not target.is_dir():
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
                 old = target.with_name(f".{target.name}.tmp-old-{os.getpid()}")
                 target.rename(old)
                 shutil.rmtree(old)
@@ -195,10 +199,10 @@ class Storage:
         """Delete a committed folder: at once, or not at all."""
         if self.local is not None:
             target = names.inside(self.local, folder)
-            with _explained("delete", str(target)), contextlib.suppress(FileNotFoundError):
+            with explained("delete", str(target)), contextlib.suppress(FileNotFoundError):
                 aside = target.with_name(f".{target.name}.tmp-old-{os.getpid()}")
                 target.rename(aside)
-                shutil.rmtree(aside)
+                aside.unlink() if aside.is_symlink() or aside.is_file() else shutil.rmtree(aside)
             return
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self.path(f"{folder}/{mark}"))
@@ -216,7 +220,7 @@ class Storage:
     def download(self, name: str, target: Path, at_most: int) -> None:
         """Copy a remote file to ``target``, which appears complete or not at all; ``at_most`` bytes are written."""
         temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}-{random.getrandbits(32):08x}")
-        with _explained("write", str(target)):
+        with explained("write", str(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._retry("read", name, lambda: self._fetch(name, temporary, at_most))
@@ -289,31 +293,6 @@ class _AtMost(fsspec.callbacks.Callback):  # type: ignore[misc]
             raise names.too_large(self._where, None, self._limit)
 
 
-PASSING_NUMBERS = {
-    *(errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS),
-    *(errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN),
-}
-"""What a disk or a network file system answers when it may answer otherwise a moment later."""
-
-
-def patiently(verb: str, where: str, call: Callable[[], T]) -> T:
-    """``call``, again after passing faults of the system with growing waits; what is left is a ``StorageError``.
-
-    ``FileNotFoundError`` is an answer and goes through. ``call`` must be able to begin anew.
-    """
-    wait = _FIRST_WAIT_SECONDS
-    with _explained(verb, where):
-        for _ in range(_TRIES - 1):
-            try:
-                return call()
-            except OSError as error:
-                if error.errno not in PASSING_NUMBERS or isinstance(error, StorageError):
-                    raise
-            time.sleep(wait * (1 + random.random()))
-            wait *= 2
-        return call()
-
-
 def _write_whole(target: Path, parts: Parts) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
@@ -335,32 +314,13 @@ def _write_file(path: Path, parts: Parts) -> None:
 
 
 def _sync_folder(path: Path) -> None:
+    """Have the names in ``path`` written. CIFS and some FUSE file systems know no such thing: after a power cut a
+    build looks at names and sizes anyway, and makes again what is not whole."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _explained(verb: str, where: str) -> Any:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, (StorageError, FileNotFoundError)):
-            raise
-        advice = {
-            errno.ENOSPC: "The disk is full: free space (teacher-cache plan says how much is needed)",
-            errno.EDQUOT: "The quota is used up: free space or move the cache",
-            errno.EACCES: f"No permission to {verb} here: change it or set another output",
-            errno.EMFILE: "This process has too many files open: raise its limit (ulimit -n)",
-            errno.EIO: "The disk or the network file system fails: look into the system's log",
-            errno.EFBIG: "The file size limit of this process is reached: raise it (ulimit -f)",
-            errno.EPERM: f"No permission to {verb} here: change it or set another output",
-            errno.EROFS: "The file system is read-only: set another output",
-        }.get(error.errno or 0, "")
-        raise StorageError(
-            error.errno,
-            f"{where}: could not {verb} it ({error.strerror or error}). {advice or 'See the error above'}, "
-            "then run the same command again: committed shards stand",
-        ) from error

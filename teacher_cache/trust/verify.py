@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from teacher_cache.errors import CacheError, CacheVersionError
+from teacher_cache.errors import CacheError, CacheVersionError, StorageError
 from teacher_cache.store.checksums import INDEX, bad_block_of_file, sha256
+from teacher_cache.store.faults import PASSING_NUMBERS
 from teacher_cache.store.folder import Files, ShardFolder
 from teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from teacher_cache.store.prefetch import LocalCopy, LocalFiles
@@ -49,12 +51,14 @@ DAMAGED_MANIFEST = "manifest.damaged.json"
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it was written. ``shard`` is None for a fault of the cache as a whole."""
+    """Something that is not as it was written. ``shard`` is None for a fault of the cache as a whole. ``unread``: the
+    system did not let us look, so nothing is known of it, and ``repair_cache`` leaves it."""
 
     what: str
     file: str = ""
     shard: int | None = None
     sample: str = ""
+    unread: bool = False
 
     def __str__(self) -> str:
         where = ": ".join(part for part in (self.file, f"sample {self.sample}" if self.sample else "") if part)
@@ -71,14 +75,20 @@ class VerifyReport:
     skipped: int
     bytes_read: int
     deep: bool
+    is_cache: bool = True  # or there is neither a manifest that can be read nor a shard
 
     @property
     def ok(self) -> bool:
         return not self.problems
 
     @property
+    def repairable(self) -> bool:
+        """Whether :func:`repair_cache` has something to remove."""
+        return self.is_cache and not all(p.unread for p in self.problems)
+
+    @property
     def shards_at_fault(self) -> list[int]:
-        return sorted({p.shard for p in self.problems if p.shard is not None})
+        return sorted({p.shard for p in self.problems if p.shard is not None and not p.unread})
 
     def lines(self) -> list[str]:
         """What a person wants to read: the faults, then one line of sums."""
@@ -87,6 +97,8 @@ class VerifyReport:
         if self.ok:
             return [f"ok: {looked}; checked {how}"]
         advice = "to repair: teacher-cache verify CACHE --repair, then teacher-cache build CONFIG"
+        if not self.repairable:
+            advice = "nothing is known to be wrong: mend that, and verify again" if self.is_cache else "no cache here"
         return [*map(str, self.problems), f"{len(self.problems)} problems in {looked}; {advice}"]
 
 
@@ -94,15 +106,16 @@ def verify_cache(storage: Storage, *, deep: bool = False) -> VerifyReport:
     """Check the cache at ``storage``; what is wrong is reported, never raised."""
     check = _Check(storage, deep)
     check.run()
-    return VerifyReport(tuple(check.problems), check.shards, check.samples, check.skipped, check.bytes_read, deep)
+    return VerifyReport(
+        tuple(check.problems), check.shards, check.samples, check.skipped, check.bytes_read, deep, check.is_cache
+    )
 
 
 def repair_cache(storage: Storage, report: VerifyReport) -> list[int]:
-    """Remove what ``report`` found at fault, so that ``teacher-cache build`` makes just that again.
+    """Remove what ``report`` found at fault, so that build makes just that again; nothing where it is not repairable.
 
     The manifest first says that the cache is not complete. Returns the shards removed. Answers are removed only where
-    their file is damaged: other shards are scored again without being answered again. A damaged manifest is kept beside
-    its place.
+    their file is damaged: other shards are scored again, not answered. A damaged manifest is kept beside its place.
 
     Raises
     ------
@@ -110,6 +123,8 @@ def repair_cache(storage: Storage, report: VerifyReport) -> list[int]:
         The cache is of another format version (there is nothing to repair), or a folder is a link that leads out of
         the cache (nothing is removed).
     """
+    if not report.repairable:
+        return []
     doomed = [name(shard) for shard in report.shards_at_fault for name in (shard_name, images_name)]
     for name in doomed:
         storage.exists(name)  # raises for a link that leaves, before anything is changed
@@ -123,6 +138,8 @@ def repair_cache(storage: Storage, report: VerifyReport) -> list[int]:
             storage.write(DAMAGED_MANIFEST, [storage.read(MANIFEST)])
         storage.remove_file(MANIFEST)
     for problem in report.problems:
+        if problem.unread:
+            continue
         if problem.file in (HEAD, SCALES) or (
             problem.shard is not None and problem.file == answers_name(problem.shard)
         ):
@@ -139,14 +156,18 @@ class _Check:
         self.storage, self.deep = storage, deep
         self.problems: list[Problem] = []
         self._lines: pa.Table | None = None
+        self.is_cache = True
         self._present: dict[int, npt.NDArray[np.bool_]] = {}
         self.shards = self.samples = self.skipped = self.bytes_read = 0
 
     def run(self) -> None:
         try:
             manifest = read_manifest(self.storage)
-        except CacheError as error:
-            self.problems.append(Problem(str(error), MANIFEST))
+        except (CacheError, OSError) as error:
+            self.problems.append(_problem(error, MANIFEST, None))
+            self.is_cache = bool(
+                self.problems[0].unread or self._try("shards", None, partial(self.storage.names, "shards"))
+            )
             return
         if not manifest.complete:
             self.problems.append(Problem("the cache is not complete: run teacher-cache build with its configuration"))
@@ -183,7 +204,7 @@ class _Check:
         except FileNotFoundError:
             self.problems.append(Problem("missing", name, number))
         except (CacheError, OSError) as error:
-            self.problems.append(Problem(str(error), name, number))
+            self.problems.append(_problem(error, name, number))
         return None
 
     def _ledger(self, manifest: Manifest) -> pa.Table | None:
@@ -245,7 +266,7 @@ class _Check:
             for what, array, sample in faults:
                 self.problems.append(Problem(what, f"{name}/{array}" if array else name, number, sample))
         except (CacheError, OSError) as error:
-            self.problems.append(Problem(str(error), name, number))
+            self.problems.append(_problem(error, name, number))
 
     def _folder(
         self, files: Files, name: str, number: int, digest: str | None, manifest: Manifest
@@ -254,7 +275,7 @@ class _Check:
         try:
             folder = ShardFolder(files, name, digest, True, self.storage.url, manifest)
         except (CacheError, OSError) as error:
-            self.problems.append(Problem(str(error), f"{name}/{INDEX}", number))
+            self.problems.append(_problem(error, f"{name}/{INDEX}", number))
             return None
         for file, sums in folder.sums.items():
             self._file(files, folder, f"{name}/{file}", number)
@@ -277,7 +298,7 @@ class _Check:
             self.problems.append(Problem(f"expected {expected.bytes:,} bytes, found no file", name, number))
             return
         except (CacheError, OSError) as error:
-            self.problems.append(Problem(str(error), name, number))
+            self.problems.append(_problem(error, name, number))
             return
         if block is not None:
             sample = sample_of_block(folder, file, block)
@@ -287,8 +308,9 @@ class _Check:
     def _answers(self, number: int, digest: str | None) -> dict[str, list[int]] | None:
         """The shard's answers, where they are as they were written."""
         name = answers_name(number)
-        if digest == "":
-            return None
+        unknown = digest is None and any(p.file == LEDGER and p.unread for p in self.problems)
+        if digest == "" or (unknown and self._try(name, number, partial(self.storage.size_or_none, name)) is None):
+            return None  # a cache may be without answers, which its ledger says
         if not self.deep:
             self._try(name, number, lambda: self.storage.size(name))
             return None
@@ -314,6 +336,12 @@ class _Check:
             listed = self._try(SKIPPED, None, partial(skipped_lines, self.storage))
             if listed is not None and len(listed) != self.skipped:
                 self.problems.append(Problem(f"{len(listed)} lines, expected {self.skipped}", SKIPPED))
+
+
+def _problem(error: CacheError | OSError, file: str, shard: int | None) -> Problem:
+    number = error.errno if isinstance(error, OSError) else 0
+    denied = number in (errno.EACCES, errno.EPERM, *PASSING_NUMBERS)
+    return Problem(str(error), file, shard, unread=denied or (number is None and isinstance(error, StorageError)))
 
 
 def _files(storage: Storage, manifest: Manifest) -> LocalFiles | LocalCopy:

@@ -4,7 +4,9 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import re
 import resource
+import stat
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,35 @@ def test_a_fault_while_committing_leaves_nothing(tmp_path, monkeypatch, fails_at
     assert _bytes(tmp_path) == {}
     storage.commit_folder("shards/00000", FILES, "index")
     assert len(_bytes(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("of_folders", "message"),
+    [({"fsync": errno.EINVAL}, ""), ({"rename": errno.ENOTSUP}, "cannot do that (rename a folder, for one)")],
+)
+def test_a_file_system_without_one_of_our_steps_is_used_or_named(tmp_path, monkeypatch, of_folders, message):
+    """CIFS and some FUSE file systems cannot fsync a folder, those that show a bucket cannot rename one."""
+    fsync, rename = os.fsync, Path.rename
+
+    def refused(step, is_folder):
+        if step in of_folders and is_folder:
+            raise OSError(of_folders[step], os.strerror(of_folders[step]))
+
+    monkeypatch.setattr(os, "fsync", lambda n: refused("fsync", stat.S_ISDIR(os.fstat(n).st_mode)) or fsync(n))
+    monkeypatch.setattr(Path, "rename", lambda self, to: refused("rename", self.is_dir()) or rename(self, to))
+    storage = Storage(tmp_path)
+    with pytest.raises(StorageError, match=re.escape(message)) if message else contextlib.nullcontext():
+        storage.commit_folder("shards/00000", {"index": [b"i"], "a": [b"1"]}, "index")
+    assert storage.names("shards") == ([] if message else ["00000"])
+
+
+def test_a_file_where_a_folder_is_to_be_is_named_and_removed_by_repair(tmp_path):
+    storage = Storage(tmp_path)
+    storage.write("shards/00000", [b"x"])
+    with pytest.raises(StorageError, match="A file lies where a folder is to be: move it away"):
+        storage.commit_folder("shards/00000", {"index": [b"i"]}, "index")
+    storage.remove("shards/00000", "index")
+    assert storage.names("shards") == []
 
 
 def test_what_a_killed_process_left_is_cleared_and_never_listed_as_a_shard(tmp_path):
