@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import json
+import os
+import pickle
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -251,6 +255,7 @@ def test_code_in_a_model_folder_does_not_run_and_nobody_is_asked(tmp_path: Path)
     doors = """
 import sys
 from pathlib import Path
+from typing import Any
 from tests.teacher_cache.models.test_pretrained import *
 from teacher_cache.models import pretrained
 folder = Path(sys.argv[1])
@@ -271,6 +276,31 @@ print("asked" if sys.stdin.readline() != "yes\\n" else "not asked")
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "not asked"
+    assert not mark.exists()
+
+
+class Pickled:
+    """What a pickle can hold: a call, made when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside safetensors"])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_pickle_in_a_model_folder_is_not_opened(door: Callable[[Path], None], beside: bool, tmp_path: Path) -> None:
+    folder, mark = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(TEACHER, folder)
+    weights = next(folder.glob("*.safetensors"))
+    if not beside:
+        weights.unlink()
+    for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin"):
+        (folder / name).write_bytes(pickle.dumps(Pickled(mark)))
+    with contextlib.nullcontext() if beside else pytest.raises((ModelError, ConfigError)):
+        door(folder)
     assert not mark.exists()
 
 
