@@ -2,6 +2,7 @@
 
 A run that is killed leaves ``.vision-features-….part`` with what it had; the next one checks that (a CRC-32C for each
 image, kept in order in ``features.crc``) and goes on from there. One run computes at a time, others wait for it.
+The features of an image that is damaged are NaN, and ``features.json`` says why.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from teacher_cache.data.conversations import Image
-from teacher_cache.errors import DataError
+from teacher_cache.errors import DataError, ImageError
 from teacher_cache.store.locks import waiting_for
 
 _FACTS, _FEATURES, _SUMS = "features.json", "features.npy", "features.crc"
@@ -42,6 +43,7 @@ class ImageFeatures:
             if facts["sha256"] != _facts_digest(facts):
                 raise ValueError(f"{_FACTS} was changed after it was written")
             self._line = {key: line for line, key in enumerate(facts["images"])}
+            self.damaged: dict[str, str] = facts.get("damaged", {})
             self._array = np.load(folder / _FEATURES, mmap_mode="r", allow_pickle=False)
             self._sums = np.fromfile(folder / _SUMS, "<u4")
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -59,8 +61,11 @@ class ImageFeatures:
     def read(self, keys: Sequence[str]) -> torch.Tensor:
         """(I, N, d_vision) float16.
 
-        Raises ``DataError`` where they were changed after they were written.
+        Raises ``ImageError`` with its reason for a damaged image, ``DataError`` where they were changed after they
+        were written.
         """
+        if reason := next((self.damaged[key] for key in keys if key in self.damaged), ""):
+            raise ImageError(reason)
         lines = [self._line[key] for key in keys]
         found = self._array[lines]
         for key, line, values in zip(keys, lines, found, strict=True):
@@ -68,6 +73,10 @@ class ImageFeatures:
                 raise DataError(self._damaged(f"the features of {key} were changed after they were written"))
             self._checked[line] = 1
         return torch.from_numpy(found)
+
+    def blank(self) -> torch.Tensor:
+        """(N, d_vision): what stands in for the features of a damaged image."""
+        return torch.zeros(self._array.shape[1:], dtype=torch.float16)
 
     def _damaged(self, what: str) -> str:
         return f"{self._folder}: {what}. Delete that folder: the next run computes it anew"
@@ -80,17 +89,21 @@ def compute_features(
     pixels: Callable[[Image, str], torch.Tensor],
     digest: str,
     batch: int = 32,
+    blank: Callable[[], torch.Tensor] | None = None,
 ) -> Path:
     """The folder of the features of all distinct ``images`` (with their folders): its name is made of the tower's
     ``digest`` and of each image's key, bytes, time of change and (from a cache) checksum, so an image that was written
     again is looked at again.
 
-    A folder that is there is complete (it is renamed into place) and is used as it is.
+    A folder that is there is complete (it is renamed into place) and is used as it is. With ``blank``, which stands in
+    for the pixels of a damaged image, such an image is written down with its reason.
 
     Raises
     ------
     DataError
         An image file is missing.
+    ImageError
+        Without ``blank``: an image is damaged.
     """
     distinct = {image_key(image, where): (image, where) for image, where in images}
     keys = sorted(distinct)
@@ -101,8 +114,9 @@ def compute_features(
         if not target.is_dir():
             part = folder / f".{target.name}.part"
             part.mkdir(exist_ok=True)
-            _compute(part, keys, lambda key: pixels(*distinct[key]), tower, batch)
-            facts = {"images": keys, "digest": digest}
+            shown = _Shown(lambda key: pixels(*distinct[key]), blank)
+            _compute(part, keys, shown, tower, batch)
+            facts = {"images": keys, "digest": digest} | ({"damaged": shown.damaged} if shown.damaged else {})
             _write(part / _FACTS, json.dumps({**facts, "sha256": _facts_digest(facts)}).encode())
             part.rename(target)
             for left in folder.glob(f".{target.name}.tmp-*"):  # of a version that began anew each time
@@ -110,15 +124,35 @@ def compute_features(
     return target
 
 
+class _Shown:
+    """Pixels of images by key; of the ``damaged`` ones, collected with their reasons, a blank."""
+
+    def __init__(self, pixels: Callable[[str], torch.Tensor], blank: Callable[[], torch.Tensor] | None) -> None:
+        self._pixels, self._blank = pixels, blank
+        self.damaged: dict[str, str] = {}
+
+    def __call__(self, key: str) -> torch.Tensor:
+        try:
+            return self._pixels(key)
+        except ImageError as error:
+            if self._blank is None:
+                raise
+            self.damaged[key] = str(error)
+            return self._blank()
+
+
 def _compute(
     part: Path,
     keys: Sequence[str],
-    pixels: Callable[[str], torch.Tensor],
+    pixels: _Shown,
     tower: Callable[[torch.Tensor], torch.Tensor],
     batch: int,
 ) -> None:
     """Fill ``part`` from where an earlier run stopped."""
     out, done = _begun(part, len(keys))
+    for key, values in zip(keys[:done], () if out is None else out, strict=False):
+        if np.isnan(values.flat[0]):  # damaged, or of a tower that overflows: reading it again tells
+            pixels(key)
     with (part / _SUMS).open("r+b" if done else "wb") as sums:
         sums.truncate(4 * done)
         sums.seek(4 * done)
@@ -126,6 +160,9 @@ def _compute(
             chunk = keys[start : start + batch]
             with torch.inference_mode():
                 values = tower(torch.stack([pixels(key) for key in chunk])).to(torch.float16).cpu().numpy()
+            if lost := [place for place, key in enumerate(chunk) if key in pixels.damaged]:
+                values = values.copy()
+                values[lost] = np.nan
             if out is None:
                 shape = (len(keys), *values.shape[1:])
                 out = np.lib.format.open_memmap(part / _FEATURES, "w+", np.float16, shape)
@@ -155,7 +192,7 @@ def _begun(part: Path, images: int) -> tuple[np.memmap[Any, np.dtype[np.float16]
 
 
 def _facts_digest(facts: dict[str, Any]) -> str:
-    plain = json.dumps([facts["images"], facts["digest"]])
+    plain = json.dumps([facts["images"], facts["digest"], *([facts["damaged"]] if "damaged" in facts else [])])
     return hashlib.sha256(plain.encode()).hexdigest()
 
 

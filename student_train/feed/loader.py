@@ -223,20 +223,17 @@ class MicroBatches(Dataset[StudentBatch]):
         self._prefetch(micro.coming)
         source = self._sources[micro.source]
         raw = source.read(micro.indices)
-        images = [image for image in raw.images if image is not None]
-        pixel_values = image_features = None
-        if images and self._features is not None:
-            image_features = self._features.read([image_key(image, source.image_folder) for image in images])
-        elif images:
-            micro, pixel_values = self._shown(micro, source, raw.images)
+        shown = None
+        if any(image is not None for image in raw.images):
+            micro, shown = self._shown(micro, source, raw.images)
         batch = collate(
             raw,
             micro.weights,
             image_token=self._preprocessor.image_token,
             image_tokens=self._preprocessor.image_tokens,
             pad=self._preprocessor.pad,
-            pixel_values=pixel_values,
-            image_features=image_features,
+            pixel_values=shown if self._features is None else None,
+            image_features=shown if self._features is not None else None,
             pack=self._pack,
         )
         return micro, batch
@@ -253,31 +250,35 @@ class MicroBatches(Dataset[StudentBatch]):
     def _shown(
         self, micro: MicroBatch, source: Source, images: Sequence[Image | None]
     ) -> tuple[MicroBatch, torch.Tensor]:
-        """(I, 3, H, W), a damaged image blank and its sample's weights zero, wherever and whenever it is read.
+        """(I, 3, H, W), or a tower's (I, N, d_vision); a damaged image is blank and its sample's weights are zero,
+        wherever and whenever it is read.
 
         A cache's image is not among the damaged ones: its teacher has seen it.
         """
-        pixels: list[torch.Tensor | None] = []
+        shown: list[torch.Tensor | None] = []
         weights, skipped = list(micro.weights), []
         for place, image in enumerate(images):
             if image is None:
                 continue
             try:
-                pixels.append(self._pixel_values(image, source.image_folder))
+                shown.append(self._values(image, source.image_folder))
             except ImageError as error:
-                if isinstance(source, CacheSource):
+                if not source.leaves_out:
                     raise
-                pixels.append(None)
+                shown.append(None)
                 weights[place] = _ZERO
                 skipped.append(Skipped(source.name_of(micro.indices[place]), str(error)))
-        blank = next((p for p in pixels if p is not None), None)
+        blank = next((values for values in shown if values is not None), None)
         if blank is None:
-            blank = self._preprocessor.blank()
-        stacked = torch.stack([torch.zeros_like(blank) if p is None else p for p in pixels])
+            blank = (self._features or self._preprocessor).blank()
+        stacked = torch.stack([torch.zeros_like(blank) if values is None else values for values in shown])
         return replace(micro, weights=tuple(weights), skipped=tuple(skipped)), stacked
 
-    def _pixel_values(self, image: Image, folder: str) -> torch.Tensor:
+    def _values(self, image: Image, folder: str) -> torch.Tensor:
+        """(3, H, W), or a tower's (N, d_vision)."""
         key = image_key(image, folder)
+        if self._features is not None:
+            return self._features.read([key])[0]
         found = self._pixels.get(key)
         if found is None:
             found = self._pixels[key] = self._preprocessor.pixels(image, folder)

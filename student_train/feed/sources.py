@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from student_train.config import SourceConfig
+from student_train.feed.features import image_key
 from student_train.feed.tokenizer import check_tokenizer
 from student_train.feed.usable import check_share, usable
 from teacher_cache.config import DataConfig
@@ -28,7 +29,7 @@ from teacher_cache.data.tokenization import (
     tokenize_answer,
     tokenize_prompt,
 )
-from teacher_cache.errors import CacheError, DataError
+from teacher_cache.errors import CacheError, DataError, ImageError
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import Array
 from teacher_cache.store.storage import Storage
@@ -56,6 +57,10 @@ class Source(Protocol):
     """Samples by number."""
 
     image_folder: str
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a sample with a damaged image may be left out: a cache's may not, because its teacher saw it."""
 
     def __len__(self) -> int: ...
 
@@ -109,6 +114,10 @@ class CacheSource:
         self._size = min(config.max_samples or len(self.cache), len(self.cache))
         self._room = _shards_in(config.prefetch_gigabytes, self.cache)
         self._begun: frozenset[int] = frozenset()
+
+    @property
+    def leaves_out(self) -> bool:
+        return False
 
     def __len__(self) -> int:
         return self._size
@@ -235,7 +244,7 @@ class PlainSource:
         self._mask = np.memmap(self._folder / "mask", np.bool_, "r") if size else np.zeros(0, np.bool_)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("image_folder", "_folder", "_samples", "_counts")
+        names = ("image_folder", "_folder", "_samples", "_counts", "total")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -316,6 +325,17 @@ class PlainSource:
         assert isinstance(sample, Conversation)
         return sample.image
 
+    @property
+    def leaves_out(self) -> bool:
+        return self.total > 0  # else they are a cache's, with its original answers
+
+    def leave_out(self, damaged: Mapping[str, str]) -> None:
+        """Note the samples whose image is ``damaged`` (its key → the reason)."""
+        for sample in self._samples:
+            image = self._image(sample)
+            if image is not None and (reason := damaged.get(image_key(image, self.image_folder))):
+                self.skipped.append(Skipped(sample.sample_id, reason))
+
     def prefetch(self, shards: Sequence[int]) -> None:
         """Everything lies on this machine."""
 
@@ -392,3 +412,23 @@ def check_images(source: Source) -> None:
 
 _TRIED = 512
 """Image files that are looked for before a run; each costs a millisecond on a network disk."""
+
+
+def leave_out_damaged(configs: Sequence[SourceConfig], sources: Sequence[Source], damaged: Mapping[str, str]) -> None:
+    """Before the first step, the samples of plain data whose images (by key, with the reason) are damaged.
+
+    Raises
+    ------
+    DataError
+        Too many of them.
+    ImageError
+        A cache's image is damaged.
+    """
+    for settings, source in zip(configs, sources, strict=True):
+        if isinstance(source, PlainSource) and source.leaves_out:
+            source.leave_out(damaged)
+            check_share(settings, source.total, source.skipped)
+        else:
+            for key in (image_key(image, source.image_folder) for image in source.images()):
+                if key in damaged:
+                    raise ImageError(damaged[key])

@@ -23,10 +23,12 @@ class Preprocessor:
     image_token: int
     image_tokens: int
     pad: int
+    image_size: int
+    """Pixels of a side of what the tower looks at."""
 
     def blank(self) -> torch.Tensor:
-        """What stands in for an image that cannot be read."""
-        return self._pixels(PillowImage.new("RGB", (8, 8)))
+        """(3, H, W): what stands in for an image that cannot be read."""
+        return torch.zeros(3, self.image_size, self.image_size)
 
     def pixels(self, image: Image, folder: str) -> torch.Tensor:
         """(3, H, W) float32."""
@@ -47,4 +49,5 @@ def preprocessor_of(model: Any, processor: Any) -> Preprocessor:
         image_token=image_token_id(tokenizer),
         image_tokens=image_tokens_of(model.config),
         pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        image_size=model.config.vision_config.image_size,
     )

@@ -21,7 +21,7 @@ from torch import nn
 from student_train.config import LOGIT_LOSSES, FitConfig, TrainConfig, check_fit_config
 from student_train.feed.features import ImageFeatures, compute_features
 from student_train.feed.loader import MicroBatch, MicroBatches, StepPlan, make_loader, on_device
-from student_train.feed.sources import CacheSource, PlainSource, Source, check_images, open_source
+from student_train.feed.sources import CacheSource, PlainSource, Source, check_images, leave_out_damaged, open_source
 from student_train.feed.usable import SkippedFile, check_share
 from student_train.losses.image_losses import head_square
 from student_train.losses.shared_ids import shared_count
@@ -264,7 +264,7 @@ class Run:
         for sample in self.skipped.add(micro.skipped):
             note(f"{sample.sample_id}: {sample.reason}. It is left out: its weight is zero")
             config, source = self.config.sources[micro.source], self.dataset.sources[micro.source]
-            if isinstance(source, PlainSource):
+            if isinstance(source, PlainSource):  # a cache leaves none out
                 source.skipped.append(sample)
                 check_share(config, source.total, source.skipped)
 
@@ -415,6 +415,7 @@ def _skipped_file(folder: Path, sources: list[Source], main: bool) -> SkippedFil
     before = [s for source in sources if isinstance(source, PlainSource) for s in source.skipped]
     if main and (new := found.add(before)):
         note(f"{len(new):,} samples are left out, see {found.path} (the first: {new[0].sample_id}, {new[0].reason})")
+    found.known |= {s.sample_id for s in before}  # on the other ranks, too
     return found
 
 
@@ -464,8 +465,12 @@ def _features(
         images = ((image, source.image_folder) for source in sources for image in source.images())
         weights = digest([[n, float(p.float().sum())] for n, p in llava.vision_tower.named_parameters()])
         seen_as = digest([weights, preprocessor.image_mode])
-        folder = [str(compute_features(Path(config.output).parent, images, tower, preprocessor.pixels, seen_as))]
-    return ImageFeatures(Path(broadcast_object_list(folder)[0]))
+        beside, seen = Path(config.output).parent, (tower, preprocessor.pixels, seen_as)
+        folder = [str(compute_features(beside, images, *seen, blank=preprocessor.blank))]
+    features = ImageFeatures(Path(broadcast_object_list(folder)[0]))
+    if features.damaged:
+        leave_out_damaged(config.sources, sources, features.damaged)
+    return features
 
 
 def _teacher_side(config: FitConfig, source: Source, model: Any, device: torch.device) -> TeacherSide | None:

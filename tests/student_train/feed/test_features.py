@@ -24,7 +24,7 @@ from student_train.feed.sources import CacheSource
 from student_train.training.trainer import Run
 from teacher_cache.data.conversations import Image
 from teacher_cache.data.image_files import OtherImageError
-from teacher_cache.errors import CacheError, DataError
+from teacher_cache.errors import CacheError, DataError, ImageError
 from tests.fixtures.training import tiny_fit
 
 
@@ -127,8 +127,11 @@ from pathlib import Path
 import torch
 from student_train.feed.features import compute_features
 from teacher_cache.data.conversations import Image
+from teacher_cache.errors import ImageError
 folder, asked, last = Path(sys.argv[1]), [], int(sys.argv[2])
 def pixels(image, where):
+    if (Path(where) / image.path).read_bytes():
+        raise ImageError(f"image {image.path}: broken")
     return torch.full((1,), float(image.path))
 def tower(values):
     if len(asked) == last:
@@ -136,7 +139,7 @@ def tower(values):
     asked.append(len(values))
     return values.reshape(-1, 1, 1).expand(-1, 3, 2)
 images = [(Image(str(n), path=str(n)), sys.argv[3]) for n in range(10)]
-print(compute_features(folder, images, tower, pixels, "t", batch=2), sum(asked))
+print(compute_features(folder, images, tower, pixels, "t", 2, lambda: torch.zeros(1)), sum(asked))
 """
 
 
@@ -180,6 +183,24 @@ def test_what_a_killed_run_left_is_checked_before_it_is_used(tmp_path: Path) -> 
     status, said = killed(out, images, 99)
     assert (status, said.split()[1]) == (0, "7")
     check(Path(said.split()[0]), images)
+
+
+@pytest.mark.parametrize("lost", [3, 9])
+def test_a_damaged_image_stays_so_after_kill_9(tmp_path: Path, lost: int) -> None:
+    """One that the killed run had looked at, and one that it had not."""
+    out, images = tmp_path / "run", tmp_path / "images"
+    out.mkdir()
+    images.mkdir()
+    (images / str(lost)).write_bytes(b"<html>")
+    assert killed(out, images, 3)[0] == -signal.SIGKILL
+    status, said = killed(out, images, 99)
+    assert (status, said.split()[1]) == (0, "4")
+    found = ImageFeatures(Path(said.split()[0]))
+    assert found.damaged == {str(images / str(lost)): f"image {lost}: broken"}
+    good = [n for n in range(10) if n != lost]
+    assert found.read([str(images / str(n)) for n in good])[:, 0, 0].tolist() == good
+    with pytest.raises(ImageError, match=f"image {lost}: broken"):
+        found.read([str(images / str(n)) for n in range(10)])
 
 
 def test_features_that_were_changed_are_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -69,9 +69,16 @@ def test_too_many_of_them_stop_the_run_with_their_reasons(
     assert fit(plain(tmp_path, world, cache_folder, "meant", lines, max_skipped=1.0), "quiet").steps == 4
 
 
+@pytest.mark.parametrize("kept", ["compute", "cache"])
 def test_an_image_that_turns_out_damaged_has_no_weight_and_a_line(
-    tmp_path: Path, cache_folder: Path, world: Path, lines: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    cache_folder: Path,
+    world: Path,
+    lines: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    kept: Literal["compute", "cache"],
 ) -> None:
+    """Where the tower's features are computed first, it is known before the first step."""
     images = tmp_path / "images"
     images.mkdir()
     for file in (world / "images").iterdir():
@@ -81,6 +88,7 @@ def test_an_image_that_turns_out_damaged_has_no_weight_and_a_line(
     place = next(n for n, line in enumerate(chosen) if "image" in line)
     chosen[place] = {**chosen[place], "image": "damaged.png"}
     config = plain(tmp_path, world, cache_folder, "damaged", chosen, image_folder=str(images))
+    config = replace(config, student=replace(config.student, vision_features=kept))
     run = Run.prepare(config)
     for micro in run.plan.micro_batches(0, 0, 1):
         made, batch = run.dataset[micro]
@@ -99,7 +107,18 @@ def test_an_image_that_turns_out_damaged_has_no_weight_and_a_line(
     reasons = left_out(config)
     assert reasons.keys() == {f"s{place}"}
     assert reasons[f"s{place}"].startswith("image damaged.png: cannot be decoded")
-    assert capsys.readouterr().err.count(f"s{place}: image damaged.png") == 1
+    assert capsys.readouterr().err.count(f"s{place}: image damaged.png") == (kept == "compute")
+
+
+def test_more_damaged_images_than_allowed_are_found_before_the_first_step(
+    tmp_path: Path, cache_folder: Path, world: Path, lines: list[dict[str, Any]]
+) -> None:
+    """By ``vision_features: cache``, which looks at every image first."""
+    (tmp_path / "damaged.png").write_bytes(b"<html>")
+    lines = [{**line, "image": "damaged.png"} if "image" in line else line for line in lines]
+    config = plain(tmp_path, world, cache_folder, "damaged", lines, image_folder=str(tmp_path))
+    with pytest.raises(DataError, match=r"samples are skipped, .* × an image: cannot be decoded"):
+        Run.prepare(replace(config, student=replace(config.student, vision_features="cache")))
 
 
 def lines_image(lines: list[dict[str, Any]]) -> str:
