@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import tokenize
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class ImageFeatures:
                 raise ValueError(f"{_FACTS} was changed after it was written")
             self._line = {key: line for line, key in enumerate(facts["images"])}
             self.damaged: dict[str, str] = facts.get("damaged", {})
-            self._array = np.load(folder / _FEATURES, mmap_mode="r", allow_pickle=False)
+            self._array = _mapped(folder / _FEATURES, "r")
             self._sums = np.fromfile(folder / _SUMS, "<u4")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(self._damaged(f"damaged ({error})")) from error
@@ -179,16 +180,31 @@ def _compute(
 def _begun(part: Path, images: int) -> tuple[np.memmap[Any, np.dtype[np.float16]] | None, int]:
     """What an earlier run left: its array, and how many images of it, from the first on, are as it wrote them."""
     try:
-        out = np.lib.format.open_memmap(part / _FEATURES, "r+")
+        out = _mapped(part / _FEATURES, "r+")
         sums = np.fromfile(part / _SUMS, "<u4")
     except (OSError, ValueError):  # none, or no more than its beginning
         return None, 0
-    if out.dtype != np.float16 or len(out) != images:
+    if len(out) != images:
         return None, 0
     for line, expected in enumerate(sums[:images]):
         if google_crc32c.value(out[line].tobytes()) != expected:
             return out, line
     return out, min(len(sums), images)
+
+
+def _mapped(path: Path, mode: str) -> np.memmap[Any, np.dtype[np.float16]]:
+    """The array that lies in ``path``; ``ValueError`` where its header is damaged, ``OSError`` where it is not there.
+
+    The checksums are of bytes alone, so that the header must say how they are to be read: bytes that are swapped or
+    taken for integers have the same sums.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode)
+    except (SyntaxError, tokenize.TokenError, OverflowError) as error:  # what numpy's reading of a header may raise
+        raise ValueError(f"{path.name} has a damaged header: {error}") from error
+    if array.dtype != np.dtype("<f2"):
+        raise ValueError(f"{path.name} holds {array.dtype.str}, expected <f2")
+    return array
 
 
 def _facts_digest(facts: dict[str, Any]) -> str:

@@ -49,7 +49,7 @@ def write_job(config: CacheConfig, path: Path) -> Path:
         f"torch.set_num_threads({THREADS})\n"
         "if sys.argv[1:]:\n"
         f"    sys.path.insert(0, {str(ROOT)!r})\n"
-        "    from benchmarks.chaos import die_at\n"
+        "    from benchmarks.chaos_builds import die_at\n"
         "    die_at(int(sys.argv[1]))\n"
         "from teacher_cache.config import CacheConfig, build_config\n"
         "from teacher_cache.build.build import build_cache\n"

@@ -114,6 +114,25 @@ def test_a_single_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     assert _bytes(tmp_path) == {"manifest.json": b"old"}
 
 
+def _dying_in_the_third_byte(root: str) -> None:
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the system ends a process that writes beyond this limit
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2, 2))
+    Storage(root).write("manifest.json", [b"newer"])
+
+
+def test_a_process_that_dies_while_it_writes_leaves_the_old_file(tmp_path):
+    Storage(tmp_path).write("manifest.json", [b"old"])
+    process = multiprocessing.get_context("fork").Process(target=_dying_in_the_third_byte, args=(str(tmp_path),))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    assert process.exitcode < 0
+    assert (tmp_path / "manifest.json").read_bytes() == b"old"
+
+
 def _as_nobody(root: str, queue) -> None:
     if os.getuid() == 0:
         os.setuid(65534)
