@@ -28,6 +28,8 @@ from teacher_cache.store.faults import explained
 from teacher_cache.store.storage import Storage
 
 LOCK = ".lock"
+_TO_SIGN = 2.0
+"""Seconds in which who has a lock file should have written its name into it."""
 _NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
 
@@ -128,6 +130,7 @@ def waiting_for(path: Path) -> Iterator[None]:
 
 def _flock(path: Path, wait: bool = False) -> int | None:
     """A descriptor that holds the lock of ``path``; None where the file system knows no locks."""
+    patience = time.monotonic() + _TO_SIGN
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -140,6 +143,9 @@ def _flock(path: Path, wait: bool = False) -> int | None:
             held = os.pread(descriptor, 4096, 0)
             os.close(descriptor)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                if _holder(held) is None and time.monotonic() < patience:  # it has the lock, but has not signed yet
+                    time.sleep(0.01)
+                    continue
                 raise _refused(str(path), _holder(held), "Wait for it, end it, or choose another output") from None
             if error.errno in _NO_FLOCK:
                 return None
