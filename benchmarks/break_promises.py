@@ -418,7 +418,7 @@ BREAKS = (
         "teacher_cache/store/folder.py",
         "if wanted > _LARGE_READ and wanted > _MOST_RATIO * len(self._bytes):",
         "if False:",
-        "tests/promises/test_stranger_table.py",
+        "tests/teacher_cache/store/test_arrays.py",
     ),
     Break(
         5,

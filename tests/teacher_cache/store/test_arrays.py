@@ -4,8 +4,10 @@ import json
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from teacher_cache.store.arrays import (
     view,
     zarr_metadata,
 )
+from teacher_cache.store.folder import CompressedArray
 from tests.fixtures.store import signals, synthetic_cache
 
 DTYPES = ["bool", "int8", "uint8", "uint16", "uint32", "int64", "float16", "float32"]
@@ -156,3 +159,15 @@ def test_bfloat16_tensors_are_read_as_float32():
     )
     assert data_file(ArrayLayout("int8", (4,), 2, 2)) == "c/0/0"
     assert struct.calcsize("<Q") == 8
+
+
+def test_frames_that_unpack_to_far_more_than_they_are_are_not_unpacked(tmp_path: Path) -> None:
+    """A stranger's 5 kB whose chunks are all one frame of zeros: 300 chunks of 1 MiB."""
+    chunks, size = 300, 1 << 20
+    frame = pa.compress(bytes(size), codec="zstd", asbytes=True)
+    index = np.array([[0, len(frame)]] * chunks, "<u8").tobytes()
+    (tmp_path / "0").write_bytes(frame + index + bytes(4))
+    array = CompressedArray(tmp_path / "0", ArrayLayout("uint8", (size,), chunks, 1, True), "shards/00000/hidden")
+    assert not array.lines(7, 1).any()
+    with pytest.raises(CacheError, match=r"shards/00000/hidden: .* bytes that unpack to 314,572,800"):
+        array.lines(0, chunks)
