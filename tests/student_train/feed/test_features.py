@@ -217,6 +217,17 @@ def test_features_that_were_changed_are_refused(tmp_path: Path) -> None:
         ImageFeatures(found)
 
 
+def test_features_whose_header_says_swapped_bytes_are_refused(tmp_path: Path) -> None:
+    """The checksums are of the bytes, which are the same: read so, every feature would be another number."""
+    out, images = tmp_path / "run", tmp_path / "images"
+    out.mkdir()
+    found = Path(killed(out, images, 99)[1].split()[0])
+    array = found / "features.npy"
+    array.write_bytes(array.read_bytes().replace(b"'<f2'", b"'>f2'", 1))
+    with pytest.raises(DataError, match="expected <f2"):
+        ImageFeatures(found)
+
+
 def test_two_runs_at_once_compute_features_once(tmp_path: Path) -> None:
     out, images = tmp_path / "run", tmp_path / "images"
     out.mkdir()
