@@ -46,8 +46,9 @@ from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfi
 from student_train.feed.batch import StudentBatch
 from student_train.feed.loader import MicroBatches, StepPlan
 from student_train.losses.targets import RowTargets, decoded
+from student_train.training.inputs import open_sources, side_of
 from student_train.training.objective import DistilledStudent, TeacherSide
-from student_train.training.trainer import Run, _open_sources, _teacher_side
+from student_train.training.trainer import Run
 from teacher_cache.build.build import build_cache, open_teacher
 from teacher_cache.build.shards import make_extractor
 from teacher_cache.build.signals import Extractor, wanted_states
@@ -128,11 +129,11 @@ def arm(name: str, case: Case, shared: Run | None, live: TorchTeacher | None) ->
     losses = ARMS[name]
     config = replace(case.fit, output=str(case.folder / "runs" / name), losses=losses)
     run = Run.prepare(config) if shared is None else shared
-    sources = _open_sources(config, run.processor.tokenizer)
+    sources = open_sources(config, run.processor.tokenizer)
     if name == "online":  # the teacher is asked, not the cache
-        sources = _open_sources(replace(config, losses=(CE,)), run.processor.tokenizer)
+        sources = open_sources(replace(config, losses=(CE,)), run.processor.tokenizer)
     model = run.student.model
-    teachers = [_teacher_side(config, source, model, run.accelerator.device) for source in sources]
+    teachers = [side_of(config, source, model, run.accelerator.device) for source in sources]
     kind = OnlineStudent if name == "online" else DistilledStudent
     tokens = run.dataset._preprocessor.image_tokens
     student = kind(model, losses, teachers, head_rows=config.train.head_rows, image_tokens=tokens)

@@ -41,7 +41,7 @@ def fit(config: Path, sets: Sets = None, as_json: Json = False) -> None:
 @app.command()
 def plan(config: Path, sets: Sets = None, as_json: Json = False) -> None:
     """Steps, memory and time of a run or an ablation, from configurations alone: no weights are needed."""
-    from student_train.studies.run_plan import plan_file
+    from student_train.studies.plan_file import plan_file
 
     with _errors():
         rows = plan_file(config, sets or [])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import resource
@@ -12,47 +11,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import nn
 
-from student_train.config import LOGIT_LOSSES, FitConfig, TrainConfig, check_fit_config
-from student_train.feed.features import ImageFeatures, compute_features
+from student_train.config import FitConfig, check_fit_config
 from student_train.feed.loader import MicroBatch, MicroBatches, StepPlan, make_loader, on_device
-from student_train.feed.sources import CacheSource, PlainSource, Source, check_images, leave_out_damaged, open_source
+from student_train.feed.sources import CacheSource, PlainSource
 from student_train.feed.usable import SkippedFile, check_share
-from student_train.losses.image_losses import head_square
-from student_train.losses.shared_ids import shared_count
 from student_train.students.export import save_student
-from student_train.students.preprocessor import Preprocessor, preprocessor_of
+from student_train.students.preprocessor import preprocessor_of
 from student_train.students.processor import prepare_processor
 from student_train.students.student import load_student, merge_adapters
 from student_train.training.checkpoint import load_checkpoint, newest_sound, save_checkpoint, whole_weights
 from student_train.training.exchange import Agreed, TrainingError, exchange
-from student_train.training.objective import (
-    DistilledStudent,
-    TeacherSide,
-    check_losses,
-    check_shared,
-    needed_arrays,
-    teacher_side,
-    vision_features,
-)
+from student_train.training.inputs import cache_facts, open_sources, side_of, skipped_file, tower_features
+from student_train.training.objective import DistilledStudent
 from student_train.training.output import output_lock
+from student_train.training.schedule import learning_rate_factor, step_seed
 from student_train.training.settings import run_settings
 from student_train.training.setup import check_tracker, make_accelerator, make_optimizer
 from teacher_cache.config import as_plain
 from teacher_cache.data.tokenization import Template
-from teacher_cache.errors import ConfigError
 from teacher_cache.models.model_config import position_limit
 from teacher_cache.progress import Style, note, stage
 from teacher_cache.stopping import Stop, Stopped, stopping
-from teacher_cache.store.manifest import digest, read_manifest
-from teacher_cache.store.reader import TeacherCache
-from teacher_cache.store.storage import Storage
-from teacher_cache.store.writer import HEAD
 from teacher_cache.terminal import without_secrets_in
 
 _SHOWN = 16
@@ -133,14 +117,14 @@ class Run:
         accelerator = make_accelerator(config)
         model, processor = load_student(config.student, train.seed)
         template = prepare_processor(processor, config)
-        sources = _open_sources(config, processor.tokenizer)
+        sources = open_sources(config, processor.tokenizer)
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
         preprocessor = preprocessor_of(model, processor)
         plan = StepPlan(sources, [s.share for s in config.sources], train, preprocessor.image_tokens)
         plan.check_positions(position_limit(model.config))
-        features = _features(config, model, sources, preprocessor, accelerator)
-        teachers = [_teacher_side(config, source, model, accelerator.device) for source in sources]
+        features = tower_features(config, model, sources, preprocessor, accelerator)
+        teachers = [side_of(config, source, model, accelerator.device) for source in sources]
         student = DistilledStudent(
             model, config.losses, teachers, head_rows=train.head_rows, image_tokens=preprocessor.image_tokens
         )
@@ -161,9 +145,9 @@ class Run:
             dataset=MicroBatches(sources, preprocessor, features, train.pixel_cache, train.pack),
             folder=folder,
             settings=run_settings(config, sources),
-            caches=[_cache_facts(s.cache) for s in sources if isinstance(s, CacheSource)],
+            caches=[cache_facts(s.cache) for s in sources if isinstance(s, CacheSource)],
             stop=stop or Stop(),
-            skipped=_skipped_file(folder, sources, accelerator.is_main_process),
+            skipped=skipped_file(folder, sources, accelerator.is_main_process),
         )
 
     def restore(self, style: Style = "auto") -> None:
@@ -393,99 +377,8 @@ def _write_json(path: Path, facts: Any) -> None:
     temporary.replace(path)
 
 
-def step_seed(seed: int, rank: int, step: int) -> int:
-    """63 bits that no two (seed, rank, step) share but by chance, however large they are."""
-    return int(np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def learning_rate_factor(step: int, steps: int, train: TrainConfig) -> float:
-    """Share of the base rate at ``step`` (from 0): linear warm-up, then the schedule down to zero."""
-    warmup = math.ceil(train.warmup_share * steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    if train.schedule == "constant":
-        return 1.0
-    done = (step - warmup) / max(steps - warmup, 1)
-    return 1 - done if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _skipped_file(folder: Path, sources: list[Source], main: bool) -> SkippedFile:
-    """With what was left out before the first step."""
-    found = SkippedFile(folder)
-    before = [s for source in sources if isinstance(source, PlainSource) for s in source.skipped]
-    if main and (new := found.add(before)):
-        note(f"{len(new):,} samples are left out, see {found.path} (the first: {new[0].sample_id}, {new[0].reason})")
-    found.known |= {s.sample_id for s in before}  # on the other ranks, too
-    return found
-
-
-def _cache_facts(cache: TeacherCache) -> dict[str, Any]:
-    """What a model card says of a cache."""
-    manifest = cache.manifest
-    return {"teacher": manifest.teacher["model"], "fingerprint": manifest.fingerprint, "samples": len(cache)}
-
-
 def peak_megabytes(device: torch.device) -> float:
     """Peak memory of the run: of the GPU where there is one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def _open_sources(config: FitConfig, tokenizer: Any) -> list[Source]:
-    sources = []
-    for source in config.sources:
-        names: list[str] = []
-        visual: list[str] = []
-        if source.cache and source.answers == "cached":
-            manifest = read_manifest(Storage(source.cache))
-            check_losses(config.losses, manifest, source.cache)
-            names, visual = needed_arrays(config.losses, manifest)
-        opened = open_source(source, tokenizer, names, visual)
-        check_images(opened)
-        sources.append(opened)
-    return sources
-
-
-def _features(
-    config: FitConfig, model: Any, sources: list[Source], preprocessor: Preprocessor, accelerator: Accelerator
-) -> ImageFeatures | None:
-    """Features of a frozen tower, once per image; listed and computed by the main process, read by all."""
-    if config.student.vision_features == "compute":
-        return None
-    if config.student.train_vision:
-        raise ConfigError("student.vision_features=cache needs a frozen tower; set student.train_vision=false")
-    llava = model.model.to(accelerator.device)
-
-    def tower(pixels: torch.Tensor) -> torch.Tensor:
-        return vision_features(llava, pixels.to(accelerator.device, llava.vision_tower.dtype))
-
-    folder = [""]
-    if accelerator.is_main_process:
-        images = ((image, source.image_folder) for source in sources for image in source.images())
-        weights = digest([[n, float(p.float().sum())] for n, p in llava.vision_tower.named_parameters()])
-        seen_as = digest([weights, preprocessor.image_mode])
-        beside, seen = Path(config.output).parent, (tower, preprocessor.pixels, seen_as)
-        folder = [str(compute_features(beside, images, *seen, blank=preprocessor.blank))]
-    features = ImageFeatures(Path(broadcast_object_list(folder)[0]))
-    if features.damaged:
-        leave_out_damaged(config.sources, sources, features.damaged)
-    return features
-
-
-def _teacher_side(config: FitConfig, source: Source, model: Any, device: torch.device) -> TeacherSide | None:
-    if not isinstance(source, CacheSource):
-        return None
-    names = {loss.name for loss in config.losses}
-    head = any(s.name in LOGIT_LOSSES and s.source == "exact" for s in config.losses) or bool(
-        names & {"visual_kl", "relation"}
-    )
-    manifest, vocabulary = source.cache.manifest, model.get_output_embeddings().weight.shape[0]
-    shared = shared_count(manifest.shape.vocabulary, vocabulary)
-    visual, url = manifest.signals["visual"], source.cache.storage.url
-    check_shared(config.losses, manifest.shape.vocabulary, vocabulary, visual, url)
-    dtype = getattr(torch, config.student.dtype)  # in which the student's products are formed
-    side = teacher_side(source.cache, vocabulary, device, dtype, head and HEAD in manifest.files)
-    if side.head is None or side.signals.visual != "states" or "relation" not in names:
-        return side
-    return dataclasses.replace(side, head_square=head_square(side.head[:shared]))

@@ -26,14 +26,9 @@ from student_train.config import (
     check_fit_config,
 )
 from student_train.students.on_meta import student_on_meta
-from student_train.studies.run_plan import (
-    IN_FLOAT32,
-    plan_ablation,
-    plan_file,
-    plan_fit,
-    plan_stages,
-    source_manifest,
-)
+from student_train.studies.plan_file import plan_ablation, plan_file, plan_stages
+from student_train.studies.plan_sources import source_manifest
+from student_train.studies.run_plan import IN_FLOAT32, plan_fit
 from student_train.studies.runs import AblationConfig, plan_runs
 from student_train.training.stages import StagesConfig, stage_configs
 from teacher_cache.build.build import check_config

@@ -1,0 +1,88 @@
+"""``student-train plan`` of a file: one run, the stages, or the arms of an ablation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from student_train.config import FitConfig, StudentConfig
+from student_train.studies.run_plan import ASSUMPTION, IN_FLOAT32, RunPlan, origin, output_model, plan_fit
+from student_train.studies.runs import AblationConfig, plan_runs
+from student_train.training.stages import StagesConfig, stage_configs
+from teacher_cache.config import build_config, load_config
+from teacher_cache.data.units import bytes_text
+
+
+def plan_file(path: Path, overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """What ``student-train plan`` prints: (fact, value) lines of a fit, a stages or an ablation file.
+
+    Raises
+    ------
+    ConfigError, CacheError
+        Settings that contradict each other, losses that the cache cannot serve, a model without configuration.
+    """
+    if "arms" in _sections(path):
+        return _ablation_rows(load_config(AblationConfig, path, overrides))
+    if "stages" in _sections(path):
+        return _stage_rows(load_config(StagesConfig, path, overrides))
+    return [*plan_fit(load_config(FitConfig, path, overrides)).rows(), ASSUMPTION]
+
+
+def plan_stages(config: StagesConfig) -> dict[str, RunPlan]:
+    """Each stage by name; a stage whose model is another's output has that one's shape."""
+    known: dict[str, StudentConfig] = {}
+    plans = {}
+    for name, fit in stage_configs(config):
+        plans[name] = plan_fit(fit, known)
+        known[output_model(fit)] = origin(fit.student, known)
+    return plans
+
+
+def plan_ablation(config: AblationConfig) -> dict[str, RunPlan]:
+    """Each arm by name (its first seed; the others are the same)."""
+    known: dict[str, StudentConfig] = {}
+    plans = {}
+    for run in plan_runs(config):
+        fit = build_config(FitConfig, run.tree, f"arms.{run.arm}")
+        known[output_model(fit)] = origin(fit.student, known)
+        if run.arm not in plans:
+            plans[run.arm] = plan_fit(fit, known)
+    return plans
+
+
+def _sections(path: Path) -> set[str]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return set()  # load_config says what is wrong with the file
+    return set(tree) if isinstance(tree, dict) else set()
+
+
+def _ablation_rows(config: AblationConfig) -> list[tuple[str, Any]]:
+    plans, seeds = plan_ablation(config), len(config.seeds)
+    rows: list[tuple[str, Any]] = [("runs", f"{len(plans) * seeds}: {len(plans)} arms × {seeds} seeds")]
+    for name, plan in plans.items():
+        arm = config.arms[name]
+        prepared = f", {arm.prepare['call']} before it (not in the hours)" if arm.prepare else ""
+        rows.append(
+            (
+                f"{arm.table}: {name}" if arm.table else name,
+                f"{seeds} × {plan.steps:,} steps, {plan.trained:,} trained, {bytes_text(plan.memory_bytes)} a GPU "
+                f"({bytes_text(plan.sharded_bytes)} sharded), reads {bytes_text(plan.cache_bytes)}, "
+                f"{plan.gpu_hours:,.1f} GPU hours{'' if plan.half else IN_FLOAT32}{prepared}",
+            )
+        )
+    rows.append(("steps, all", sum(p.steps for p in plans.values()) * seeds))
+    rows.append(("most memory of one GPU", bytes_text(max(p.memory_bytes for p in plans.values()))))
+    rows.append(("GPU hours, all", f"{sum(p.gpu_hours for p in plans.values()) * seeds:,.1f}"))
+    rows.append(("  an online teacher would add", f"{sum(p.online_hours for p in plans.values()) * seeds:,.1f}"))
+    return [*rows, ASSUMPTION]
+
+
+def _stage_rows(config: StagesConfig) -> list[tuple[str, Any]]:
+    plans = plan_stages(config)
+    rows = [(f"{stage}: {name.strip()}", value) for stage, plan in plans.items() for name, value in plan.rows()]
+    return [*rows, ("GPU hours, all", f"{sum(p.gpu_hours for p in plans.values()):,.1f}"), ASSUMPTION]

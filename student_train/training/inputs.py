@@ -1,0 +1,108 @@
+"""What a run reads: its sources, its images' features, what the losses need of each teacher, what was left out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from student_train.config import LOGIT_LOSSES, FitConfig
+from student_train.feed.features import ImageFeatures, compute_features
+from student_train.feed.sources import CacheSource, PlainSource, Source, check_images, leave_out_damaged, open_source
+from student_train.feed.usable import SkippedFile
+from student_train.losses.image_losses import head_square
+from student_train.losses.shared_ids import shared_count
+from student_train.students.preprocessor import Preprocessor
+from student_train.training.objective import (
+    TeacherSide,
+    check_losses,
+    check_shared,
+    needed_arrays,
+    teacher_side,
+    vision_features,
+)
+from teacher_cache.errors import ConfigError
+from teacher_cache.progress import note
+from teacher_cache.store.manifest import digest, read_manifest
+from teacher_cache.store.reader import TeacherCache
+from teacher_cache.store.storage import Storage
+from teacher_cache.store.writer import HEAD
+
+
+def open_sources(config: FitConfig, tokenizer: Any) -> list[Source]:
+    sources = []
+    for source in config.sources:
+        names: list[str] = []
+        visual: list[str] = []
+        if source.cache and source.answers == "cached":
+            manifest = read_manifest(Storage(source.cache))
+            check_losses(config.losses, manifest, source.cache)
+            names, visual = needed_arrays(config.losses, manifest)
+        opened = open_source(source, tokenizer, names, visual)
+        check_images(opened)
+        sources.append(opened)
+    return sources
+
+
+def tower_features(
+    config: FitConfig, model: Any, sources: list[Source], preprocessor: Preprocessor, accelerator: Accelerator
+) -> ImageFeatures | None:
+    """Features of a frozen tower, once per image; listed and computed by the main process, read by all."""
+    if config.student.vision_features == "compute":
+        return None
+    if config.student.train_vision:
+        raise ConfigError("student.vision_features=cache needs a frozen tower; set student.train_vision=false")
+    llava = model.model.to(accelerator.device)
+
+    def tower(pixels: torch.Tensor) -> torch.Tensor:
+        return vision_features(llava, pixels.to(accelerator.device, llava.vision_tower.dtype))
+
+    folder = [""]
+    if accelerator.is_main_process:
+        images = ((image, source.image_folder) for source in sources for image in source.images())
+        weights = digest([[n, float(p.float().sum())] for n, p in llava.vision_tower.named_parameters()])
+        seen_as = digest([weights, preprocessor.image_mode])
+        beside, seen = Path(config.output).parent, (tower, preprocessor.pixels, seen_as)
+        folder = [str(compute_features(beside, images, *seen, blank=preprocessor.blank))]
+    features = ImageFeatures(Path(broadcast_object_list(folder)[0]))
+    if features.damaged:
+        leave_out_damaged(config.sources, sources, features.damaged)
+    return features
+
+
+def side_of(config: FitConfig, source: Source, model: Any, device: torch.device) -> TeacherSide | None:
+    if not isinstance(source, CacheSource):
+        return None
+    names = {loss.name for loss in config.losses}
+    head = any(s.name in LOGIT_LOSSES and s.source == "exact" for s in config.losses) or bool(
+        names & {"visual_kl", "relation"}
+    )
+    manifest, vocabulary = source.cache.manifest, model.get_output_embeddings().weight.shape[0]
+    shared = shared_count(manifest.shape.vocabulary, vocabulary)
+    visual, url = manifest.signals["visual"], source.cache.storage.url
+    check_shared(config.losses, manifest.shape.vocabulary, vocabulary, visual, url)
+    dtype = getattr(torch, config.student.dtype)  # in which the student's products are formed
+    side = teacher_side(source.cache, vocabulary, device, dtype, head and HEAD in manifest.files)
+    if side.head is None or side.signals.visual != "states" or "relation" not in names:
+        return side
+    return dataclasses.replace(side, head_square=head_square(side.head[:shared]))
+
+
+def skipped_file(folder: Path, sources: list[Source], main: bool) -> SkippedFile:
+    """With what was left out before the first step."""
+    found = SkippedFile(folder)
+    before = [s for source in sources if isinstance(source, PlainSource) for s in source.skipped]
+    if main and (new := found.add(before)):
+        note(f"{len(new):,} samples are left out, see {found.path} (the first: {new[0].sample_id}, {new[0].reason})")
+    found.known |= {s.sample_id for s in before}  # on the other ranks, too
+    return found
+
+
+def cache_facts(cache: TeacherCache) -> dict[str, Any]:
+    """What a model card says of a cache."""
+    manifest = cache.manifest
+    return {"teacher": manifest.teacher["model"], "fingerprint": manifest.fingerprint, "samples": len(cache)}
