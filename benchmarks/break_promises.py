@@ -271,7 +271,7 @@ BREAKS = (
         6,
         "a sample whose image is damaged keeps its weight",
         "student_train/feed/loader.py",
-        "weights[place] = _ZERO",
+        "weights[place] = NOTHING",
         "weights[place] = micro.weights[place]",
         "tests/student_train/feed/test_plain_data.py",
     ),
@@ -358,7 +358,7 @@ BREAKS = (
     Break(
         5,
         "an answer made from logits that are not finite is kept",
-        "teacher_cache/teachers/decoding.py",
+        "teacher_cache/models/generation.py",
         "failed = ~finite.all(-1)",
         "failed = ~finite.any(-1)",
         "tests/teacher_cache/build/test_unusable_numbers.py",

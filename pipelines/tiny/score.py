@@ -7,14 +7,9 @@ from pathlib import Path
 
 from pipelines.tiny.evaluate import LONGEST_ANSWER, score
 from student_train.config import SourceConfig
-from student_train.evaluation.evaluate import (
-    Student,
-    agreement,
-    answer_questions,
-    as_facts,
-    teacher_answers,
-    write_predictions,
-)
+from student_train.evaluation.agreement import agreement
+from student_train.evaluation.answers import Student, answer_questions
+from student_train.evaluation.evaluate import teacher_answers, write_predictions
 from student_train.evaluation.questions import read_questions
 from student_train.evaluation.scores import yes_no_scores
 
@@ -44,7 +39,7 @@ def score_student(model: str, world: str, split: str, cache: str = "") -> dict[s
         **{f"type_{name}": 100 * value for name, value in found.accuracy.items()},
     }
     if cache:
-        facts |= as_facts(agreement(student, SourceConfig(cache=cache, image_folder=str(images))))
+        facts |= agreement(student, SourceConfig(cache=cache, image_folder=str(images))).as_facts()
     return facts
 
 

@@ -90,6 +90,9 @@ class Weights:
     """Of the sample's mean, where every sample weighs the same."""
 
 
+NOTHING = Weights(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
 def collate(
     raw: RawBatch,
     weights: Sequence[Weights],

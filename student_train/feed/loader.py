@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from student_train.config import TrainConfig
-from student_train.feed.batch import StudentBatch, Weights, collate
+from student_train.feed.batch import NOTHING, StudentBatch, Weights, collate
 from student_train.feed.features import ImageFeatures, image_key
 from student_train.feed.order import BLOCK_SHARDS, epoch_batches, rank_part, shards_of
 from student_train.feed.sources import CacheSource, Source
@@ -31,7 +31,6 @@ from teacher_cache.errors import ConfigError, ImageError
 from teacher_cache.stopping import left_to_parent
 
 Ints = npt.NDArray[np.int64]
-_ZERO = Weights(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ class StepPlan:
             step,
             source,
             tuple(int(n - self._offsets[source]) for n in chunk),
-            tuple(weights.get(int(n), _ZERO) for n in chunk),
+            tuple(weights.get(int(n), NOTHING) for n in chunk),
             last,
             coming=coming,
         )
@@ -266,7 +265,7 @@ class MicroBatches(Dataset[StudentBatch]):
                 if not source.leaves_out:
                     raise
                 shown.append(None)
-                weights[place] = _ZERO
+                weights[place] = NOTHING
                 skipped.append(Skipped(source.name_of(micro.indices[place]), str(error)))
         blank = next((values for values in shown if values is not None), None)
         if blank is None:

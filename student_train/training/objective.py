@@ -205,6 +205,11 @@ class DistilledStudent(nn.Module):
             total = total + spec.weight * value
         return total + self._reach_all(batch), parts
 
+    def rows(self, batch: StudentBatch, source: int) -> tuple[Tensor, RowTargets]:
+        """(R, d) the student's states in the answer rows, and what the teacher has there; evaluation compares these."""
+        states = self._states(batch).last  # (B, S, d)
+        return states[batch.row_sample, batch.row_position], self._row_targets(batch, self._teachers[source])
+
     def _reach_all(self, batch: StudentBatch) -> Tensor:
         """Zero, by way of the multimodal projector (and of a trained tower) where the batch has no image.
 

@@ -10,19 +10,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LogitsProcessorList
 
 from teacher_cache.config import GenerationConfig, SpeedConfig, TeacherConfig
 from teacher_cache.data.images import AnyImage, image_tokens_of, square
 from teacher_cache.data.rows import expand, positions_of
-from teacher_cache.data.tokenization import end_token_id, image_token_id, template_by_name, tokenizer_fingerprint
+from teacher_cache.data.tokenization import (
+    Ids,
+    end_token_id,
+    image_token_id,
+    template_by_name,
+    tokenizer_fingerprint,
+)
 from teacher_cache.data.vocabulary import describe_vocabulary
 from teacher_cache.errors import TeacherError
 from teacher_cache.models.checkpoint import checkpoint_digest
+from teacher_cache.models.generation import FiniteLogits, Limits, generate, padded
 from teacher_cache.models.model_config import position_limit
 from teacher_cache.models.pretrained import check_llava, load_llava, read_config, read_processor
 from teacher_cache.store.records import TeacherShape
-from teacher_cache.teachers.decoding import FiniteLogits
 from teacher_cache.teachers.teacher import (
     OVERFLOW,
     Answer,
@@ -149,33 +154,26 @@ class TorchTeacher:
         return max(min(most, limit + 1 - read), 1)
 
     def _generate(self, requests: list[AnswerRequest], room: int) -> list[Answer]:
-        inputs = self._inputs([np.asarray(r.input_ids) for r in requests], [r.image for r in requests], "left")
-        watch = FiniteLogits(inputs["input_ids"].shape[1], self._description.end_token, self._description.image_token)
+        batch = self._inputs([np.asarray(r.input_ids) for r in requests], [r.image for r in requests], "left")
+        limits = Limits(room, self._description.end_token, self._pad, (self._description.image_token,))
         if self._generation.temperature > 0:
-            produced = self._sample(inputs, [r.seed for r in requests], room, watch)
+            produced = self._sample(batch, [r.seed for r in requests], limits)
         else:
-            produced = self._model.generate(
-                **inputs,
-                max_new_tokens=room,
-                do_sample=False,
-                num_beams=1,
-                eos_token_id=self._description.end_token,
-                pad_token_id=self._pad,
-                suppress_tokens=[self._description.image_token],
-                logits_processor=LogitsProcessorList([watch]),
-            )[:, inputs["input_ids"].shape[1] :]
-        return [self._cut(row.tolist(), watch.failed(place)) for place, row in enumerate(produced)]
+            produced = generate(self._model, batch, limits)
+        return [
+            Answer((), OVERFLOW) if ids is None else Answer(ids, "stop" if ids[-1:] == (limits.end,) else "length")
+            for ids in produced
+        ]
 
-    def _sample(
-        self, inputs: dict[str, torch.Tensor], seeds: list[int], room: int, watch: FiniteLogits
-    ) -> torch.Tensor:
+    def _sample(self, inputs: dict[str, torch.Tensor], seeds: list[int], limits: Limits) -> list[Ids | None]:
         """Nucleus sampling with one generator per request, so that an answer does not depend on its batch."""
         generators = [np.random.default_rng(seed) for seed in seeds]
-        end, temperature = self._description.end_token, self._generation.temperature
+        end, temperature = limits.end, self._generation.temperature
+        watch = FiniteLogits(inputs["input_ids"].shape[1], limits)
         mask, pixel_values = inputs["attention_mask"], inputs.get("pixel_values")
         step, cache, produced = inputs["input_ids"], None, []
         done = torch.zeros(len(seeds), dtype=torch.bool)
-        for _ in range(room):
+        for _ in range(limits.new_tokens):
             out = self._model(
                 input_ids=step,
                 attention_mask=mask,
@@ -201,16 +199,7 @@ class TorchTeacher:
                 break
             step = token[:, None].to(mask.device)
             mask = torch.cat([mask, torch.ones_like(step)], 1)
-        return torch.stack(produced, 1)
-
-    def _cut(self, ids: list[int], failed: bool) -> Answer:
-        """Up to and including the end token; what was cut off by ``max_new_tokens`` has none."""
-        if failed:
-            return Answer((), OVERFLOW)
-        end = self._description.end_token
-        if end in ids:
-            return Answer(tuple(ids[: ids.index(end) + 1]), "stop")
-        return Answer(tuple(ids[: self._generation.max_new_tokens]), "length")
+        return watch.answers(torch.stack(produced, 1))
 
     def _forward(
         self, requests: list[ScoreRequest], wanted: Wanted
@@ -237,14 +226,8 @@ class TorchTeacher:
         self, sequences: Sequence[Any], images: Sequence[AnyImage | None], side: str
     ) -> dict[str, torch.Tensor]:
         token, count = self._description.image_token, self._description.shape.image_tokens
-        expanded = [torch.from_numpy(expand(np.asarray(s, np.int64), token, count)) for s in sequences]
-        length = max(len(s) for s in expanded)
-        ids = torch.full((len(expanded), length), self._pad, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(expanded):
-            where = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
-            ids[row, where], mask[row, where] = sequence, 1
-        inputs = {"input_ids": ids.to(self._device), "attention_mask": mask.to(self._device)}
+        expanded = [expand(np.asarray(s, np.int64), token, count) for s in sequences]
+        inputs = {name: tensor.to(self._device) for name, tensor in padded(expanded, self._pad, side).items()}
         shown = [square(i, tuple(self._image_processor.image_mean), self._mode) for i in images if i is not None]
         if shown:
             pixels = self._image_processor(shown, return_tensors="pt")["pixel_values"]

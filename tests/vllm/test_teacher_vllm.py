@@ -22,7 +22,7 @@ from PIL import Image as PillowImage
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from vllm import LLM, SamplingParams
 
-from student_train.evaluation.evaluate import Student, answer_questions
+from student_train.evaluation.answers import Student, answer_questions
 from student_train.students.export import export_run
 from student_train.training.trainer import fit
 from teacher_cache.build.answers import AnsweredSample, answer_conversations

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from student_train.config import LossSpec
-from student_train.evaluation.evaluate import Student, evaluate_model
+from student_train.evaluation.answers import Student
+from student_train.evaluation.evaluate import evaluate_model
 from student_train.evaluation.questions import own_template, read_questions, template_name
 from student_train.students.processor import chat_template
 from student_train.training.trainer import fit

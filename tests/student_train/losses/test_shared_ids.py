@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from student_train.config import LOGIT_LOSSES, LossSpec
-from student_train.evaluation.evaluate import Student, agreement
+from student_train.evaluation.agreement import agreement
+from student_train.evaluation.answers import Student
 from student_train.losses.head_loss import chunked_row_losses, head_losses, losses_of
 from student_train.losses.targets import RowTargets, decoded, row_loss
 from student_train.training.objective import check_shared

@@ -33,7 +33,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from pipelines.tiny.models import vision_config
 from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfig
-from student_train.evaluation.evaluate import Student
+from student_train.evaluation.answers import Student
 from student_train.students.export import export_run, save_student
 from student_train.students.preprocessor import preprocessor_of
 from student_train.students.processor import prepare_processor

@@ -18,13 +18,13 @@ from transformers import BloomConfig, GPT2Config
 from pipelines.tiny.models import load_llava
 from pipelines.tiny.prepare import TEACHER
 from student_train.config import LossSpec
-from student_train.evaluation.evaluate import Student, answer_questions
+from student_train.evaluation.answers import Student, answer_questions
 from student_train.training.trainer import fit
 from teacher_cache.build.build import build_cache
 from teacher_cache.build.signals import NOT_FINITE
 from teacher_cache.config import CacheConfig, TeacherConfig
 from teacher_cache.data.rows import expand
-from teacher_cache.errors import ConfigError, TeacherError
+from teacher_cache.errors import ConfigError, EvaluationError, TeacherError
 from teacher_cache.models.model_config import position_limit
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.storage import Storage
@@ -159,6 +159,12 @@ def test_a_student_that_overflows_while_it_answers_is_noticed(
     shutil.copytree(Path(config.output) / "answers", Path(stored.output) / "answers")
     assert build_cache(stored, style="quiet").answer_seconds == 0
     assert skipped_in(stored.output) == skipped_in(config.output)
+
+
+def test_a_student_that_overflows_is_not_evaluated(data: Path, world: Path, overflowing: Path) -> None:
+    student = Student.load(overflowing, "float16")
+    with pytest.raises(EvaluationError, match="the student's logits are not finite"):
+        answer_questions(student, data, world / "images", max_new_tokens=4)
 
 
 @pytest.fixture(scope="module")

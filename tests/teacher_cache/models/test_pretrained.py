@@ -29,7 +29,7 @@ from transformers import (
 from pipelines.tiny.models import build_llava, load_llava, save_llava
 from pipelines.tiny.prepare import TEACHER
 from student_train.config import StudentConfig
-from student_train.evaluation.evaluate import Student
+from student_train.evaluation.answers import Student
 from student_train.students.on_meta import student_architecture
 from student_train.students.student import load_student
 from teacher_cache.build.build import build_cache

@@ -1,0 +1,76 @@
+"""How close a student is to the teacher of a held-out cache, row by row, by the forward pass of its training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from student_train.config import LossSpec, SourceConfig
+from student_train.evaluation.answers import Student
+from student_train.feed.batch import NOTHING
+from student_train.feed.loader import MicroBatch, MicroBatches
+from student_train.feed.sources import CacheSource
+from student_train.losses.shared_ids import shared_count, shared_topk
+from student_train.losses.targets import RowTargets, row_loss
+from student_train.training.objective import DistilledStudent, needed_arrays, teacher_side
+from teacher_cache.store.manifest import read_manifest
+from teacher_cache.store.storage import Storage
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Student against teacher on the answer rows of a held-out cache.
+
+    kl: mean KL(teacher ‖ student) in nats, exact where the cache has states, else top-k + tail (a lower bound) ·
+    top1, top5: share of rows where the student's (five) most likely ids hold the teacher's most likely one.
+    """
+
+    kl: float
+    top1: float
+    top5: float
+    rows: int
+
+    def as_facts(self) -> dict[str, float]:
+        """For tables."""
+        return {"kl": self.kl, "top1": self.top1, "top5": self.top5}
+
+
+@torch.inference_mode()
+def agreement(student: Student, source: SourceConfig, batch: int = 32) -> Agreement:
+    """Over all samples of the source's cache, ``batch`` at a time."""
+    manifest = read_manifest(Storage(source.cache))
+    exact = manifest.signals["hidden"] != "none"
+    spec = LossSpec("forward_kl", source="exact" if exact else "topk")
+    opened = CacheSource(source, student.processor.tokenizer, *needed_arrays([spec], manifest))
+    model, head = student.model, student.model.get_output_embeddings()
+    teacher = teacher_side(opened.cache, head.weight.shape[0], model.device, model.dtype, exact)
+    image_tokens = student.preprocessor.image_tokens
+    distilled = DistilledStudent(model, [spec], [teacher], head_rows=0, image_tokens=image_tokens)
+    batches = MicroBatches([opened], student.preprocessor, features=None, pixel_cache=0)
+    totals = np.zeros(4)
+    for start in range(0, len(opened), batch):
+        samples = tuple(range(start, min(start + batch, len(opened))))
+        _, made = batches[MicroBatch(0, 0, samples, (NOTHING,) * len(samples), last=True)]
+        states, targets = distilled.rows(made.to(model.device), 0)  # (R, d)
+        totals += _compare(targets, head(states).float(), spec)
+    kl, top1, top5, rows = totals
+    return Agreement(kl / rows, top1 / rows, top5 / rows, int(rows))
+
+
+def _compare(targets: RowTargets, logits: torch.Tensor, spec: LossSpec) -> npt.NDArray[np.float64]:
+    """(4,) sums over the rows of ``logits`` (R, V): KL, top-1 hits, top-5 hits, rows."""
+    rows, shared = slice(0, len(logits)), shared_count(targets.vocabulary, logits.shape[-1])
+    if spec.source == "exact":
+        best = targets.exact_logits(rows, shared).argmax(-1)  # (R,)
+    else:
+        assert targets.topk_ids is not None
+        assert targets.topk_logprobs is not None
+        ids, logprobs, _ = shared_topk(targets.topk_ids, targets.topk_logprobs, targets.vocabulary, shared)  # (R, k)
+        best = ids.gather(-1, logprobs.argmax(-1, keepdim=True)).squeeze(-1)
+    top5 = logits[:, :shared].topk(min(5, shared), -1).indices  # (R, 5)
+    kl = row_loss(spec, targets, logits, rows).sum()
+    hit1, hit5 = (top5[:, 0] == best).sum(), (top5 == best.unsqueeze(-1)).any(-1).sum()
+    return np.array([float(kl), float(hit1), float(hit5), len(logits)])
