@@ -359,8 +359,8 @@ BREAKS = (
         5,
         "an answer made from logits that are not finite is kept",
         "teacher_cache/models/generation.py",
-        "failed = ~finite.all(-1)",
-        "failed = ~finite.any(-1)",
+        "self._failed = self._failed | ~(finite | self._ended)",
+        "self._failed = self._failed & ~(finite | self._ended)",
         "tests/teacher_cache/build/test_unusable_numbers.py",
     ),
     Break(

@@ -17,7 +17,7 @@ from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.rows import expand
 from teacher_cache.data.tokenization import Template, end_token_id, template_by_name, tokenize_prompt
 from teacher_cache.errors import ConfigError, EvaluationError
-from teacher_cache.models.generation import Limits, generate, padded
+from teacher_cache.models.generation import Decoding, generate
 from teacher_cache.models.model_config import position_limit
 from teacher_cache.models.pretrained import load_llava, read_processor
 
@@ -72,15 +72,11 @@ def answer_questions(
 def _answer(student: Student, asked: Sequence[Conversation], image_folder: str, form: Template, most: int) -> list[str]:
     """The answers to one batch of first questions, all with an image or all without."""
     model, tokenizer, prepare = student.model, student.processor.tokenizer, student.preprocessor
-    segments = [np.asarray(tokenize_prompt(question, form, tokenizer).segments[0]) for question in asked]
-    prompts = [expand(segment, prepare.image_token, prepare.image_tokens) for segment in segments]
-    _check_positions(max(len(prompt) for prompt in prompts), most, position_limit(model.config))
-    inputs = padded(prompts, prepare.pad, "left")
-    if pixels := [prepare.pixels(question.image, image_folder) for question in asked if question.image is not None]:
-        inputs["pixel_values"] = torch.stack(pixels).to(model.dtype)  # (B, 3, H, W)
+    prompts = [_fields(student, question, image_folder, form) for question in asked]
+    _check_positions(max(len(prompt["input_ids"]) for prompt in prompts), most, position_limit(model.config))
     without_token = range(len(tokenizer), model.get_output_embeddings().out_features)
-    limits = Limits(most, end_token_id(tokenizer, form), prepare.pad, (prepare.image_token, *without_token))
-    given = generate(model, {name: tensor.to(model.device) for name, tensor in inputs.items()}, limits)
+    how = Decoding(end_token_id(tokenizer, form), prepare.pad, most, (prepare.image_token, *without_token))
+    given = generate(model, prompts, how)
     for question, ids in zip(asked, given, strict=True):
         if ids is None:
             raise EvaluationError(
@@ -88,6 +84,14 @@ def _answer(student: Student, asked: Sequence[Conversation], image_folder: str, 
                 "in another dtype (float32), or take an earlier checkpoint of its training"
             )
     return [text.strip() for text in tokenizer.batch_decode(given, skip_special_tokens=True)]
+
+
+def _fields(student: Student, asked: Conversation, image_folder: str, form: Template) -> dict[str, torch.Tensor]:
+    """``input_ids`` (S,) of the first question and its ``pixel_values`` (1, 3, H, W)."""
+    prepare = student.preprocessor
+    segment = np.asarray(tokenize_prompt(asked, form, student.processor.tokenizer).segments[0])
+    fields = {"input_ids": torch.from_numpy(expand(segment, prepare.image_token, prepare.image_tokens))}
+    return fields if asked.image is None else fields | {"pixel_values": prepare.pixels(asked.image, image_folder)[None]}
 
 
 def _check_positions(length: int, most: int, positions: int | None) -> None:

@@ -14,17 +14,11 @@ import torch
 from teacher_cache.config import GenerationConfig, SpeedConfig, TeacherConfig
 from teacher_cache.data.images import AnyImage, image_tokens_of, square
 from teacher_cache.data.rows import expand, positions_of
-from teacher_cache.data.tokenization import (
-    Ids,
-    end_token_id,
-    image_token_id,
-    template_by_name,
-    tokenizer_fingerprint,
-)
+from teacher_cache.data.tokenization import end_token_id, image_token_id, template_by_name, tokenizer_fingerprint
 from teacher_cache.data.vocabulary import describe_vocabulary
 from teacher_cache.errors import TeacherError
 from teacher_cache.models.checkpoint import checkpoint_digest
-from teacher_cache.models.generation import FiniteLogits, Limits, generate, padded
+from teacher_cache.models.generation import Decoding, forward, generate
 from teacher_cache.models.model_config import position_limit
 from teacher_cache.models.pretrained import check_llava, load_llava, read_config, read_processor
 from teacher_cache.store.records import TeacherShape
@@ -154,61 +148,24 @@ class TorchTeacher:
         return max(min(most, limit + 1 - read), 1)
 
     def _generate(self, requests: list[AnswerRequest], room: int) -> list[Answer]:
-        batch = self._inputs([np.asarray(r.input_ids) for r in requests], [r.image for r in requests], "left")
-        limits = Limits(room, self._description.end_token, self._pad, (self._description.image_token,))
-        if self._generation.temperature > 0:
-            produced = self._sample(batch, [r.seed for r in requests], limits)
-        else:
-            produced = generate(self._model, batch, limits)
+        generation, end = self._generation, self._description.end_token
+        never = (self._description.image_token,)
+        how = Decoding(end, self._pad, room, never, generation.temperature, generation.top_p)
+        samples = [self._fields(r.input_ids, r.image) for r in requests]
         return [
-            Answer((), OVERFLOW) if ids is None else Answer(ids, "stop" if ids[-1:] == (limits.end,) else "length")
-            for ids in produced
+            Answer((), OVERFLOW)
+            if ids is None
+            else Answer(tuple(ids[: generation.max_new_tokens]), "stop" if end in ids else "length")
+            for ids in generate(self._model, samples, how, [r.seed for r in requests])
         ]
-
-    def _sample(self, inputs: dict[str, torch.Tensor], seeds: list[int], limits: Limits) -> list[Ids | None]:
-        """Nucleus sampling with one generator per request, so that an answer does not depend on its batch."""
-        generators = [np.random.default_rng(seed) for seed in seeds]
-        end, temperature = limits.end, self._generation.temperature
-        watch = FiniteLogits(inputs["input_ids"].shape[1], limits)
-        mask, pixel_values = inputs["attention_mask"], inputs.get("pixel_values")
-        step, cache, produced = inputs["input_ids"], None, []
-        done = torch.zeros(len(seeds), dtype=torch.bool)
-        for _ in range(limits.new_tokens):
-            out = self._model(
-                input_ids=step,
-                attention_mask=mask,
-                pixel_values=pixel_values if cache is None else None,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -step.shape[1] :],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache = out.past_key_values
-            logits = out.logits[:, -1].float().cpu()
-            watch.look(logits, done)
-            logits[:, self._description.image_token] = -torch.inf
-            done |= torch.tensor([watch.failed(place) for place in range(len(seeds))])
-            drawn = [
-                end if over else nucleus_draw(row / temperature, self._generation.top_p, generator.random())
-                for row, generator, over in zip(logits, generators, done.tolist(), strict=True)
-            ]
-            token = torch.tensor([self._pad if d else t for d, t in zip(done.tolist(), drawn, strict=True)])
-            done |= token == end
-            produced.append(token)
-            if done.all():
-                break
-            step = token[:, None].to(mask.device)
-            mask = torch.cat([mask, torch.ones_like(step)], 1)
-        return watch.answers(torch.stack(produced, 1))
 
     def _forward(
         self, requests: list[ScoreRequest], wanted: Wanted
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        inputs = self._inputs([r.sample.input_ids for r in requests], [r.image for r in requests], "right")
         deep = wanted.second_last or wanted.attention
-        out = self._model.model(
-            **inputs, output_hidden_states=deep, output_attentions=wanted.attention, use_cache=False
-        )
+        samples = [self._fields(r.sample.input_ids, r.image) for r in requests]
+        options = {"output_hidden_states": deep, "output_attentions": wanted.attention}
+        out = forward(self._model, samples, self._pad, **options)
         hidden = out.last_hidden_state
         second_last = out.hidden_states[-2] if wanted.second_last else None
         if not wanted.attention:
@@ -222,30 +179,19 @@ class TorchTeacher:
         pad = self._tokenizer.pad_token_id
         return int(pad if pad is not None else self._description.end_token)
 
-    def _inputs(
-        self, sequences: Sequence[Any], images: Sequence[AnyImage | None], side: str
-    ) -> dict[str, torch.Tensor]:
-        token, count = self._description.image_token, self._description.shape.image_tokens
-        expanded = [expand(np.asarray(s, np.int64), token, count) for s in sequences]
-        inputs = {name: tensor.to(self._device) for name, tensor in padded(expanded, self._pad, side).items()}
-        shown = [square(i, tuple(self._image_processor.image_mean), self._mode) for i in images if i is not None]
-        if shown:
-            pixels = self._image_processor(shown, return_tensors="pt")["pixel_values"]
-            inputs["pixel_values"] = pixels.to(self._device, self._model.dtype)
-        return inputs
+    def _fields(self, input_ids: Any, image: AnyImage | None) -> dict[str, torch.Tensor]:
+        """What the model reads of ``input_ids``, which hold one placeholder for ``image``."""
+        description = self._description
+        ids = expand(np.asarray(input_ids, np.int64), description.image_token, description.shape.image_tokens)
+        fields = {"input_ids": torch.from_numpy(ids)}
+        if image is not None:
+            shown = square(image, tuple(self._image_processor.image_mean), self._mode)
+            fields["pixel_values"] = self._image_processor([shown], return_tensors="pt")["pixel_values"]
+        return fields
 
     @property
     def _image_processor(self) -> Any:
         return self._processor.image_processor
-
-
-def nucleus_draw(logits: torch.Tensor, top_p: float, uniform: float) -> int:
-    """One id from softmax(logits) cut to the smallest set of mass ``top_p``, by inverse transform of ``uniform``."""
-    probabilities, ids = torch.softmax(logits.double(), -1).sort(descending=True, stable=True)
-    cumulative = probabilities.cumsum(-1)
-    kept = int((cumulative - probabilities < top_p).sum())
-    place = int(torch.searchsorted(cumulative[:kept], torch.tensor(uniform) * cumulative[kept - 1], right=True))
-    return int(ids[min(place, kept - 1)])
 
 
 def device_of(speed: SpeedConfig) -> torch.device:
