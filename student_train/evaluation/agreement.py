@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,8 +40,10 @@ class Agreement:
 
 
 @torch.inference_mode()
-def agreement(student: Student, source: SourceConfig, batch: int = 32) -> Agreement:
-    """Over all samples of the source's cache, ``batch`` at a time."""
+def agreement(
+    student: Student, source: SourceConfig, batch: int = 32, only: Callable[[str], bool] = lambda sample_id: True
+) -> Agreement:
+    """Over the samples of the source's cache whose id is one of ``only``, ``batch`` at a time."""
     manifest = read_manifest(Storage(source.cache))
     exact = manifest.signals["hidden"] != "none"
     spec = LossSpec("forward_kl", source="exact" if exact else "topk")
@@ -51,8 +54,9 @@ def agreement(student: Student, source: SourceConfig, batch: int = 32) -> Agreem
     distilled = DistilledStudent(model, [spec], [teacher], head_rows=0, image_tokens=image_tokens)
     batches = MicroBatches([opened], student.preprocessor, features=None, pixel_cache=0)
     totals = np.zeros(4)
-    for start in range(0, len(opened), batch):
-        samples = tuple(range(start, min(start + batch, len(opened))))
+    chosen = [number for number in range(len(opened)) if only(opened.name_of(number))]
+    for start in range(0, len(chosen), batch):
+        samples = tuple(chosen[start : start + batch])
         _, made = batches[MicroBatch(0, 0, samples, (NOTHING,) * len(samples), last=True)]
         states, targets = distilled.rows(made.to(model.device), 0)  # (R, d)
         totals += _compare(targets, head(states).float(), spec)

@@ -10,6 +10,7 @@ from typing import Any
 from student_train.config import SourceConfig
 from student_train.evaluation.agreement import agreement
 from student_train.evaluation.answers import Student, answer_questions
+from student_train.evaluation.certainty import certainty
 from student_train.evaluation.questions import read_questions
 from student_train.evaluation.scores import YES_NO, plain_answer, vqa_accuracy, yes_no_scores
 from teacher_cache.data.conversations import IMAGE_TAG, Conversation
@@ -25,8 +26,9 @@ def evaluate_model(
     cache: str = "",
     max_new_tokens: int = 64,
 ) -> dict[str, Any]:
-    """What ``student-train evaluate`` prints: accuracy by ``question_type``, POPE's figures on yes/no questions, and
-    with a held-out ``cache`` the agreement with its teacher. ``data``: one question a sample, with its true answer."""
+    """What ``student-train evaluate`` prints: accuracy by ``question_type``, POPE's figures on yes/no questions, nats
+    of the truth and calibration error, and with a held-out ``cache`` the agreement with its teacher. ``data``: one
+    question a sample, with its true answer."""
     questions, student = read_questions(data), Student.load(model)
     answers = answer_questions(student, data, image_folder, template, max_new_tokens=max_new_tokens)
     if output is not None:
@@ -39,6 +41,7 @@ def evaluate_model(
     if closed:
         facts |= {"yes/no questions": len(closed)}
         facts |= yes_no_scores([a for a, _ in closed], [r for _, r in closed]).as_dict()
+    facts |= certainty(student, questions, answers, image_folder, template).as_facts()
     if cache:
         facts |= agreement(student, SourceConfig(cache=cache, image_folder=str(image_folder))).as_facts()
     return facts

@@ -1,0 +1,98 @@
+"""What a model's probabilities are worth where the truth is known: nats of the true answer, calibration error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from student_train.evaluation.answers import Student
+from student_train.evaluation.questions import template_name
+from student_train.evaluation.scores import plain_answer
+from student_train.feed.batch import NOTHING
+from student_train.feed.loader import MicroBatch, MicroBatches
+from student_train.feed.sources import PlainSource
+from student_train.training.objective import DistilledStudent
+from teacher_cache.data.conversations import Conversation
+from teacher_cache.errors import EvaluationError
+
+Floats = npt.NDArray[np.float64]
+BINS = 10
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """Over M questions. nll: mean of -log q(true answer), nats an answer, its end token included · ece: expected
+    calibration error of the model's own answers, a fraction (Guo et al., ICML 2017, arXiv 1706.04599, equation 3)."""
+
+    nll: float
+    ece: float
+
+    def as_facts(self) -> dict[str, float]:
+        """For tables."""
+        return {"nll": self.nll, "ece": self.ece}
+
+
+def certainty(
+    student: Student,
+    questions: Sequence[Conversation],
+    answers: Sequence[str],
+    image_folder: str | Path,
+    template: str = "",
+    batch: int = 64,
+) -> Certainty:
+    """How sure the student is of the truth (each question's first answer) and of what it said itself (``answers``).
+
+    An answer is right as `vqa_accuracy` counts it, and as certain as the product of its tokens' probabilities.
+    """
+    form = template_name(student.processor, template)
+    truths = [question.answers[0] for question in questions]
+    of_truth = answer_logprobs(student, questions, truths, image_folder, form, batch)
+    of_own = answer_logprobs(student, questions, answers, image_folder, form, batch)
+    right = [plain_answer(said) == plain_answer(truth) for said, truth in zip(answers, truths, strict=True)]
+    return Certainty(float(-of_truth.mean()), calibration_error(np.exp(of_own), right))
+
+
+def calibration_error(confidence: npt.ArrayLike, right: Sequence[bool], bins: int = BINS) -> float:
+    """Σ over ``bins`` equal bins of confidence of |share that is right - mean confidence|, weighted by their size.
+
+    ``confidence`` (M,) in [0, 1], ``right`` (M,). EvaluationError: not as many of both, or none.
+    """
+    sure, hits = np.asarray(confidence, np.float64), np.asarray(right, np.float64)
+    if sure.shape != hits.shape or not len(sure):
+        raise EvaluationError(f"calibration: {sure.shape} confidences of {hits.shape} answers; expected one of each")
+    of = np.minimum((sure * bins).astype(np.int64), bins - 1)  # (M,) which bin
+    gaps = np.bincount(of, hits - sure, minlength=bins)  # (bins,) sums of right - confidence
+    return float(np.abs(gaps).sum() / len(sure))
+
+
+@torch.inference_mode()
+def answer_logprobs(
+    student: Student,
+    questions: Sequence[Conversation],
+    answers: Sequence[str],
+    image_folder: str | Path,
+    template: str,
+    batch: int = 64,
+) -> Floats:
+    """(M,) log-probability, in nats, of each of ``answers`` as the whole answer to its first question."""
+    pairs = zip(questions, answers, strict=True)
+    asked = [replace(q, questions=q.questions[:1], answers=(answer,)) for q, answer in pairs]
+    source = PlainSource(asked, template, student.processor.tokenizer, str(image_folder))
+    model, head = student.model, student.model.get_output_embeddings()
+    distilled = DistilledStudent(model, [], [None], head_rows=0, image_tokens=student.preprocessor.image_tokens)
+    batches = MicroBatches([source], student.preprocessor, features=None, pixel_cache=0)
+    sums = np.zeros(len(asked))
+    for start in range(0, len(asked), batch):
+        samples = tuple(range(start, min(start + batch, len(asked))))
+        _, made = batches[MicroBatch(0, 0, samples, (NOTHING,) * len(samples), last=True)]
+        made = made.to(model.device)
+        states, _ = distilled.rows(made, 0)  # (R, d)
+        logprobs = head(states).float().log_softmax(-1).gather(-1, made.answer_ids[:, None]).squeeze(-1)  # (R,)
+        owner = made.row_sample.cpu().numpy()
+        sums[start : start + len(samples)] = np.bincount(owner, logprobs.double().cpu().numpy(), len(samples))
+    return sums
