@@ -55,8 +55,8 @@ BREAKS = (
         2,
         "the student's rows one position late",
         "student_train/feed/batch.py",
-        'places["row_position"].append(offset + positions.rows)',
-        'places["row_position"].append(offset + positions.rows + 1)',
+        "_joined([first + p.rows for",
+        "_joined([first + 1 + p.rows for",
         "tests/promises/test_offline_online.py",
     ),
     Break(
@@ -295,8 +295,8 @@ BREAKS = (
         7,
         "the last, smaller batch is never seen",
         "student_train/feed/order.py",
-        "if drop_last and batches and",
-        "if batches and",
+        "range(0, len(numbers), size)]",
+        "range(0, len(numbers) - size + 1, size)]",
         "tests/student_train/feed/test_order.py",
     ),
     Break(
@@ -374,7 +374,7 @@ BREAKS = (
     Break(
         5,
         "a student is trained beyond its positions",
-        "student_train/feed/loader.py",
+        "student_train/feed/step_plan.py",
         "np.flatnonzero(self._lengths > limit) if limit is not None else np.zeros(0, np.int64)",
         "np.zeros(0, np.int64)",
         "tests/teacher_cache/build/test_unusable_numbers.py",

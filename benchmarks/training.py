@@ -44,7 +44,8 @@ from pipelines.tiny.student import write_student
 from pipelines.tiny.world import write_world
 from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfig, TrainConfig
 from student_train.feed.batch import StudentBatch
-from student_train.feed.loader import MicroBatches, StepPlan
+from student_train.feed.loader import MicroBatches
+from student_train.feed.step_plan import StepPlan
 from student_train.losses.targets import RowTargets, decoded
 from student_train.training.inputs import open_sources, side_of
 from student_train.training.objective import DistilledStudent, TeacherSide

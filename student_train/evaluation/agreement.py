@@ -12,8 +12,9 @@ import torch
 from student_train.config import LossSpec, SourceConfig
 from student_train.evaluation.answers import Student
 from student_train.feed.batch import NOTHING
-from student_train.feed.loader import MicroBatch, MicroBatches
+from student_train.feed.loader import MicroBatches
 from student_train.feed.sources import CacheSource
+from student_train.feed.step_plan import MicroBatch
 from student_train.losses.shared_ids import shared_count, shared_topk
 from student_train.losses.targets import RowTargets, row_loss
 from student_train.training.objective import DistilledStudent, needed_arrays, teacher_side

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from student_train.feed.sources import RawBatch
+from student_train.students.preprocessor import Preprocessor
 from teacher_cache.data.rows import expand, positions_of
 from teacher_cache.store.records import Array
 
@@ -96,53 +97,46 @@ NOTHING = Weights(0.0, 0.0, 0.0, 0.0, 0.0)
 def collate(
     raw: RawBatch,
     weights: Sequence[Weights],
-    *,
-    image_token: int,
-    image_tokens: int,
-    pad: int,
+    student: Preprocessor,
     pixel_values: Tensor | None = None,
     image_features: Tensor | None = None,
+    *,
     pack: bool = False,
 ) -> StudentBatch:
-    """Right-padded tensors; ``image_tokens`` is the student's N. ``pack`` fills lines with several samples."""
-    samples = list(zip(raw.input_ids, raw.loss_mask, strict=True))
-    found = [positions_of(ids, mask, image_token, image_tokens) for ids, mask in samples]
-    lengths = [positions.length for positions in found]
-    lines = pack_lines(lengths) if pack else [(line, 0) for line in range(len(lengths))]
-    input_ids = torch.full((1 + lines[-1][0], max(lengths)), pad, dtype=torch.int64)
-    attention_mask, position_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    places: dict[str, list[Array]] = {name: [] for name in _PLACES}
-    for (b, offset), (ids, mask), positions in zip(lines, samples, found, strict=True):
-        taken = slice(offset, offset + positions.length)
-        input_ids[b, taken] = torch.from_numpy(expand(ids, image_token, image_tokens))
-        attention_mask[b, taken] = 1
-        position_ids[b, taken] = torch.arange(positions.length)
-        places["row_position"].append(offset + positions.rows)
-        places["answer_ids"].append(ids[mask])
-        places["text_position"].append(offset + positions.text)
-        places["visual_start"].append(offset + positions.images)
-    rows, texts, images = ([len(a) for a in places[n]] for n in ("row_position", "text_position", "visual_start"))
-    line = [b for b, _ in lines]
-    owners = {
-        "row_sample": np.repeat(line, rows),
-        "text_sample": np.repeat(line, texts),
-        "visual_sample": np.repeat(line, images),
-    }
-    per_row = _weight_arrays(weights, rows, texts, images)
-    shares = [_shares(w.sample, r, t, i, image_tokens) for w, r, t, i in zip(weights, rows, texts, images, strict=True)]
-    per_sample = _weight_arrays(shares, rows, texts, images)
+    """Right-padded tensors, an image as the student's N positions. ``pack`` fills lines with several samples."""
+    samples = list(zip(raw.input_ids, raw.loss_mask, strict=True))  # (T,) and (T,) each
+    found = [positions_of(ids, mask, student.image_token, student.image_tokens) for ids, mask in samples]
+    lines = pack_lines([p.length for p in found]) if pack else [(line, 0) for line in range(len(found))]
+    input_ids = torch.full((1 + lines[-1][0], max(p.length for p in found)), student.pad)  # (B, S)
+    attention_mask, position_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)  # (B, S)
+    for (line, first), (ids, _), positions in zip(lines, samples, found, strict=True):
+        taken = slice(first, first + positions.length)
+        input_ids[line, taken] = torch.from_numpy(expand(ids, student.image_token, student.image_tokens))
+        attention_mask[line, taken] = 1
+        position_ids[line, taken] = torch.arange(positions.length)
+    placed = list(zip(lines, found, strict=True))
+    counts = [(len(p.rows), len(p.text), len(p.images)) for p in found]
+    rows, texts, images = zip(*counts, strict=True)
+    owners = [line for line, _ in lines]
+    shares = [_shares(w.sample, *count, student.image_tokens) for w, count in zip(weights, counts, strict=True)]
     return StudentBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         pixel_values=pixel_values,
         image_features=image_features,
+        row_sample=_repeated(owners, rows),  # (R,)
+        row_position=_joined([first + p.rows for (_, first), p in placed]),  # (R,)
+        answer_ids=_joined([ids[mask] for ids, mask in samples]),  # (R,)
         row_index=torch.from_numpy(raw.row_index),
-        arrays={name: _tensor(name, a) for name, a in raw.arrays.items()},
-        visual={name: _tensor(name, a) for name, a in raw.visual.items()},
+        text_sample=_repeated(owners, texts),  # (P,)
+        text_position=_joined([first + p.text for (_, first), p in placed]),  # (P,)
+        visual_sample=_repeated(owners, images),  # (I,)
+        visual_start=_joined([first + p.images for (_, first), p in placed]),  # (I,)
+        arrays={name: _tensor(name, array) for name, array in raw.arrays.items()},
+        visual={name: _tensor(name, array) for name, array in raw.visual.items()},
         position_ids=position_ids if pack else None,
-        **{name: torch.from_numpy(np.concatenate(parts)) for name, parts in places.items()},
-        **{name: torch.from_numpy(array) for name, array in (owners | per_row).items()},
-        per_sample={name: torch.from_numpy(array) for name, array in per_sample.items()},
+        **_weight_tensors(weights, rows, texts, images),
+        per_sample=_weight_tensors(shares, rows, texts, images),
     )
 
 
@@ -165,9 +159,6 @@ def _tensor(name: str, array: Array) -> Tensor:
     return torch.from_numpy(array.astype(np.int32) if name.endswith("ids") else np.ascontiguousarray(array))
 
 
-_PLACES = ("row_position", "answer_ids", "text_position", "visual_start")
-
-
 def _shares(sample: float, rows: int, texts: int, images: int, image_tokens: int) -> Weights:
     """The weight of a sample's mean, shared out over its rows, text positions, image, and text and image positions."""
     return Weights(
@@ -179,17 +170,23 @@ def _shares(sample: float, rows: int, texts: int, images: int, image_tokens: int
     )
 
 
-def _weight_arrays(
-    weights: Sequence[Weights], rows: list[int], texts: list[int], images: list[int]
-) -> dict[str, Array]:
+def _weight_tensors(
+    weights: Sequence[Weights], rows: Sequence[int], texts: Sequence[int], images: Sequence[int]
+) -> dict[str, Tensor]:
+    """By the fields of :class:`StudentBatch`, from the weights and counts of each sample."""
     return {
-        "row_weight": _repeated([w.row for w in weights], rows),
-        "position_weight": _repeated([w.position for w in weights], texts),
-        "image_weight": _repeated([w.image for w in weights], images),
-        "text_token_weight": _repeated([w.token for w in weights], texts),
-        "image_token_weight": _repeated([w.token for w in weights], images),
+        "row_weight": _repeated([w.row for w in weights], rows),  # (R,)
+        "position_weight": _repeated([w.position for w in weights], texts),  # (P,)
+        "image_weight": _repeated([w.image for w in weights], images),  # (I,)
+        "text_token_weight": _repeated([w.token for w in weights], texts),  # (P,)
+        "image_token_weight": _repeated([w.token for w in weights], images),  # (I,)
     }
 
 
-def _repeated(values: list[float], counts: list[int]) -> Array:
-    return np.repeat(np.array(values, np.float32), counts)
+def _repeated(values: Sequence[float], counts: Sequence[int]) -> Tensor:
+    """Each sample's value as often as it has rows (text positions, images): int64, or float32."""
+    return torch.tensor(values).repeat_interleave(torch.tensor(counts))
+
+
+def _joined(parts: Sequence[Array]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts))

@@ -12,7 +12,8 @@ import torch
 
 from student_train.config import FitConfig
 from student_train.feed.batch import StudentBatch
-from student_train.feed.loader import MicroBatch, MicroBatches
+from student_train.feed.loader import MicroBatches
+from student_train.feed.step_plan import MicroBatch
 from student_train.training import trainer
 from student_train.training.exchange import TrainingError
 from student_train.training.trainer import Run, fit

@@ -14,7 +14,8 @@ from torch import nn
 
 from student_train.config import FitConfig, LossSpec, StudentConfig, TrainConfig, check_fit_config
 from student_train.feed.batch import StudentBatch, pack_lines
-from student_train.feed.loader import MicroBatch, make_loader
+from student_train.feed.loader import make_loader
+from student_train.feed.step_plan import MicroBatch
 from student_train.training.schedule import step_seed
 from student_train.training.setup import make_optimizer
 from student_train.training.trainer import Run, fit
