@@ -17,7 +17,8 @@ from typing import Annotated
 import typer
 
 from student_train.config import FitConfig
-from student_train.training.trainer import FitSummary, fit
+from student_train.training.output import FitSummary
+from student_train.training.trainer import fit
 from teacher_cache.build.build import BuildSummary, build_cache
 from teacher_cache.config import CacheConfig, load_config
 

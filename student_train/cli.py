@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
+import inspect
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,6 @@ import typer
 
 from teacher_cache.command_line import calm_errors
 from teacher_cache.config import load_config, schema
-from teacher_cache.stopping import Stop
 from teacher_cache.terminal import say
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -30,7 +30,7 @@ def fit(config: Path, sets: Sets = None, as_json: Json = False) -> None:
     """Train one student (one stage, or all stages of a file that has ``stages``) and export it."""
     from student_train.training.stages import fit_file
 
-    with _errors() as stop:
+    with calm_errors() as stop:
         if _LAUNCHERS & os.environ.keys():
             stop.follow_parent()  # accelerate launch leaves its process behind when it is ended itself
         summaries = fit_file(config, sets or [], "json" if as_json else "auto", stop)
@@ -38,14 +38,30 @@ def fit(config: Path, sets: Sets = None, as_json: Json = False) -> None:
         _show(dataclasses.asdict(summary), as_json)
 
 
+def _printed(command: Callable[..., Any]) -> Callable[..., None]:
+    """``command`` with an option ``--json`` more: the facts that it returns are printed."""
+
+    def run(*, as_json: bool, **options: Any) -> None:
+        with calm_errors():
+            facts = command(**options)
+        _show(facts, as_json)
+
+    signature = inspect.signature(command, eval_str=True)
+    json_option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
+    parameters = [*signature.parameters.values(), json_option]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
 @app.command()
-def plan(config: Path, sets: Sets = None, as_json: Json = False) -> None:
+@_printed
+def plan(config: Path, sets: Sets = None) -> Any:
     """Steps, memory and time of a run or an ablation, from configurations alone: no weights are needed."""
     from student_train.studies.plan_file import plan_file
 
-    with _errors():
-        rows = plan_file(config, sets or [])
-    _show(rows, as_json)
+    return plan_file(config, sets or [])
 
 
 @app.command()
@@ -55,12 +71,13 @@ def ablate(config: Path, sets: Sets = None, as_json: Json = False) -> None:
     from student_train.studies.runs import AblationConfig
     from student_train.studies.table import as_text
 
-    with _errors():
+    with calm_errors():
         table = run(load_config(AblationConfig, config, sets or []), "json" if as_json else "auto")
     say(json.dumps(table, indent=1) if as_json else as_text(table))
 
 
 @app.command()
+@_printed
 def evaluate(
     model: Path,
     data: Annotated[Path, typer.Option(help="questions with known answers, LLaVA JSON")],
@@ -69,17 +86,15 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="predictions, a JSON line each")] = None,
     cache: Annotated[str, typer.Option(help="held-out teacher cache: agreement with the teacher")] = "",
     max_new_tokens: int = 64,
-    as_json: Json = False,
-) -> None:
+) -> Any:
     """A student's accuracy by question type, yes/no scores, and its agreement with the teacher."""
     from student_train.evaluation.evaluate import evaluate_model
 
-    with _errors():
-        facts = evaluate_model(model, data, image_folder, template, output, cache, max_new_tokens)
-    _show(facts, as_json)
+    return evaluate_model(model, data, image_folder, template, output, cache, max_new_tokens)
 
 
 @app.command()
+@_printed
 def lmms_eval(
     model: Path,
     tasks: Annotated[str, typer.Option(help="comma-separated, for example gqa,pope,mme")],
@@ -90,16 +105,12 @@ def lmms_eval(
     include: Annotated[Path | None, typer.Option(help="folder with task files of your own")] = None,
     device: str = "cuda",
     offline: bool = False,
-    as_json: Json = False,
-) -> None:
+) -> Any:
     """Run lmms-eval on an exported student: the one road to GQA, ScienceQA, TextVQA, POPE, MME, MMBench."""
-    from student_train.evaluation.lmms import run_lmms_eval
+    from student_train.evaluation.lmms import LmmsSettings, run_lmms_eval
 
-    with _errors():
-        results = run_lmms_eval(
-            model, tasks.split(","), output, python=python, include=include, device=device, offline=offline
-        )
-    _show(results.scores, as_json)
+    how = LmmsSettings(python, include, device, offline=offline)
+    return run_lmms_eval(model, tasks.split(","), output, how).scores
 
 
 @app.command()
@@ -107,7 +118,7 @@ def export(run: Path, output: Path) -> None:
     """A finished run as a Hugging Face folder with a model card."""
     from student_train.students.export import export_run
 
-    with _errors():
+    with calm_errors():
         folder = export_run(run, output)
     say(f"{folder}: load it with LlavaForConditionalGeneration.from_pretrained, vLLM or lmms-eval")
 
@@ -122,7 +133,7 @@ def report(
     """A page to look at: loss curves, table, quality against cost, where students disagree with the teacher."""
     from student_train.studies.report import write_report
 
-    with _errors():
+    with calm_errors():
         written = write_report(runs, output, image_folder, cache)
     say(f"{written}: open it in any browser")
 
@@ -142,10 +153,6 @@ def print_schema(file: ConfigFile = ConfigFile.FIT) -> None:
 
     of = {ConfigFile.FIT: FitConfig, ConfigFile.STAGES: StagesConfig, ConfigFile.ABLATION: AblationConfig}
     say(json.dumps(schema(of[file]), indent=1))
-
-
-def _errors() -> contextlib.AbstractContextManager[Stop]:
-    return calm_errors()
 
 
 def _show(facts: Any, as_json: bool) -> None:

@@ -11,13 +11,11 @@ import torch
 
 from student_train.config import LossSpec, SourceConfig
 from student_train.evaluation.answers import Student
-from student_train.feed.batch import NOTHING
-from student_train.feed.loader import MicroBatches
+from student_train.evaluation.rows import answer_rows, in_batches
 from student_train.feed.sources import CacheSource
-from student_train.feed.step_plan import MicroBatch
 from student_train.losses.shared_ids import shared_count, shared_topk
 from student_train.losses.targets import RowTargets, row_loss
-from student_train.training.objective import DistilledStudent, needed_arrays, teacher_side
+from student_train.training.objective import needed_arrays, teacher_side
 from teacher_cache.store.manifest import read_manifest
 from teacher_cache.store.storage import Storage
 
@@ -49,18 +47,12 @@ def agreement(
     exact = manifest.signals["hidden"] != "none"
     spec = LossSpec("forward_kl", source="exact" if exact else "topk")
     opened = CacheSource(source, student.processor.tokenizer, *needed_arrays([spec], manifest))
-    model, head = student.model, student.model.get_output_embeddings()
-    teacher = teacher_side(opened.cache, head.weight.shape[0], model.device, model.dtype, exact)
-    image_tokens = student.preprocessor.image_tokens
-    distilled = DistilledStudent(model, [spec], [teacher], head_rows=0, image_tokens=image_tokens)
-    batches = MicroBatches([opened], student.preprocessor, features=None, pixel_cache=0)
-    totals = np.zeros(4)
+    model, vocabulary = student.model, student.model.get_output_embeddings().weight.shape[0]
+    teacher = teacher_side(opened.cache, vocabulary, model.device, model.dtype, exact)
     chosen = [number for number in range(len(opened)) if only(opened.name_of(number))]
-    for start in range(0, len(chosen), batch):
-        samples = tuple(chosen[start : start + batch])
-        _, made = batches[MicroBatch(0, 0, samples, (NOTHING,) * len(samples), last=True)]
-        states, targets = distilled.rows(made.to(model.device), 0)  # (R, d)
-        totals += _compare(targets, head(states).float(), spec)
+    totals = np.zeros(4)
+    for _, logits, targets in answer_rows(student, opened, in_batches(chosen, batch), teacher):
+        totals += _compare(targets, logits, spec)
     kl, top1, top5, rows = totals
     return Agreement(kl / rows, top1 / rows, top5 / rows, int(rows))
 

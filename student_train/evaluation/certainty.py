@@ -8,15 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from student_train.evaluation.answers import Student
 from student_train.evaluation.questions import template_name
+from student_train.evaluation.rows import answer_rows, in_batches
 from student_train.evaluation.scores import plain_answer
-from student_train.feed.batch import NOTHING
-from student_train.feed.loader import MicroBatch, MicroBatches
 from student_train.feed.sources import PlainSource
-from student_train.training.objective import DistilledStudent
 from teacher_cache.data.conversations import Conversation
 from teacher_cache.errors import EvaluationError
 
@@ -70,7 +67,6 @@ def calibration_error(confidence: npt.ArrayLike, right: Sequence[bool], bins: in
     return float(np.abs(gaps).sum() / len(sure))
 
 
-@torch.inference_mode()
 def answer_logprobs(
     student: Student,
     questions: Sequence[Conversation],
@@ -83,16 +79,9 @@ def answer_logprobs(
     pairs = zip(questions, answers, strict=True)
     asked = [replace(q, questions=q.questions[:1], answers=(answer,)) for q, answer in pairs]
     source = PlainSource(asked, template, student.processor.tokenizer, str(image_folder))
-    model, head = student.model, student.model.get_output_embeddings()
-    distilled = DistilledStudent(model, [], [None], head_rows=0, image_tokens=student.preprocessor.image_tokens)
-    batches = MicroBatches([source], student.preprocessor, features=None, pixel_cache=0)
-    sums = np.zeros(len(asked))
-    for start in range(0, len(asked), batch):
-        samples = tuple(range(start, min(start + batch, len(asked))))
-        _, made = batches[MicroBatch(0, 0, samples, (NOTHING,) * len(samples), last=True)]
-        made = made.to(model.device)
-        states, _ = distilled.rows(made, 0)  # (R, d)
-        logprobs = head(states).float().log_softmax(-1).gather(-1, made.answer_ids[:, None]).squeeze(-1)  # (R,)
+    batches, sums = in_batches(range(len(asked)), batch), np.zeros(len(asked))
+    for samples, (made, logits, _) in zip(batches, answer_rows(student, source, batches), strict=True):
+        logprobs = logits.log_softmax(-1).gather(-1, made.answer_ids[:, None]).squeeze(-1)  # (R,)
         owner = made.row_sample.cpu().numpy()
-        sums[start : start + len(samples)] = np.bincount(owner, logprobs.double().cpu().numpy(), len(samples))
+        sums[list(samples)] = np.bincount(owner, logprobs.double().cpu().numpy(), len(samples))
     return sums

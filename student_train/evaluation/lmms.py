@@ -37,46 +37,36 @@ class LmmsResults:
     path: Path
 
 
+@dataclass(frozen=True)
+class LmmsSettings:
+    """How lmms-eval is run. ``python``: the interpreter of its environment · ``include``: a folder of local tasks ·
+    ``offline`` keeps it to data sets that are on this machine · ``model``: lmms-eval's name of a model class."""
+
+    python: Path = Path(".venv-lmms/bin/python")
+    include: Path | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+    offline: bool = True
+    model: str = "llava_student"
+
+
 def run_lmms_eval(
-    model_folder: Path,
-    tasks: Sequence[str],
-    output: Path,
-    *,
-    python: Path = Path(".venv-lmms/bin/python"),
-    include: Path | None = None,
-    device: str = "cpu",
-    dtype: str = "auto",
-    limit: int | None = None,
-    offline: bool = True,
-    model: str = "llava_student",
+    model_folder: Path, tasks: Sequence[str], output: Path, how: LmmsSettings = LmmsSettings()
 ) -> LmmsResults:
     """Run lmms-eval's `tasks` on a Hugging Face LLaVA folder; results, samples and its log go under `output`.
-
-    `include` is a folder of local tasks. `offline` keeps it to data sets that are on this machine already. `limit`
-    takes the first questions only, for a trial.
 
     EvaluationError: no such environment, a path that lmms-eval's `key=value,…` arguments cannot hold, or the
     run failed, or a single answer did; the log is named.
     """
-    _check(python, model_folder)
+    _check(how.python, model_folder)
     output.mkdir(parents=True, exist_ok=True)
     before = set(output.rglob("*_results.json"))
+    command: list[str | Path] = [how.python.absolute(), _MODEL_SCRIPT, "--model", how.model, "--device", how.device]
     # device_map too: with "" (the class's default) Transformers 5 refuses to load.
-    arguments = f"pretrained={model_folder.resolve()},dtype={dtype},device_map={device}"
-    command: list[str | Path] = [
-        python.absolute(),
-        _MODEL_SCRIPT,
-        "--model",
-        model,
-        "--model_args",
-        arguments,
-        "--device",
-        device,
-    ]
+    command += ["--model_args", f"pretrained={model_folder.resolve()},dtype={how.dtype},device_map={how.device}"]
     command += ["--tasks", ",".join(tasks), "--batch_size", "1", "--log_samples", "--output_path", output.resolve()]
-    command += ["--include_path", include.resolve()] if include else []
-    command += ["--limit", str(limit)] if limit else []
-    log = _run(command, output / "lmms_eval.log", offline)
+    command += ["--include_path", how.include.resolve()] if how.include else []
+    log = _run(command, output / "lmms_eval.log", how.offline)
     created = set(output.rglob("*_results.json")) - before
     failure = _FAILURE.search(log)
     if failure or len(created) != 1:

@@ -34,7 +34,7 @@ from student_train.studies.runs import (
     run_origin,
 )
 from student_train.studies.table import write_table
-from student_train.training.output import output_lock
+from student_train.training.output import output_lock, write_json
 from teacher_cache.config import as_plain, build_config
 from teacher_cache.errors import ConfigError
 from teacher_cache.progress import Style, silence_libraries, stage
@@ -63,10 +63,7 @@ def run_one(config: AblationConfig, run: RunSpec, stop: Stop | None = None) -> N
     summary = fit(fit_config, "quiet", stop)
     options = filled(config.score_options, seed=run.seed, runs=str(run.folder.parent))
     scores = _function(config.score)(summary.model, **options) if config.score else {}
-    text = json.dumps({"scores": scores, "origin": run_origin(config, run)}, indent=1)
-    temporary = run.folder / ".scores.json.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(run.folder / "scores.json")
+    write_json(run.folder / "scores.json", {"scores": scores, "origin": run_origin(config, run)})
 
 
 class Children:

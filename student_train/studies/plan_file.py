@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from student_train.config import FitConfig, StudentConfig
 from student_train.studies.run_plan import ASSUMPTION, IN_FLOAT32, RunPlan, origin, output_model, plan_fit
 from student_train.studies.runs import AblationConfig, plan_runs
-from student_train.training.stages import StagesConfig, stage_configs
+from student_train.training.stages import StagesConfig, sections, stage_configs
 from teacher_cache.config import build_config, load_config
 from teacher_cache.data.units import bytes_text
 
@@ -24,9 +22,10 @@ def plan_file(path: Path, overrides: Sequence[str]) -> list[tuple[str, Any]]:
     ConfigError, CacheError
         Settings that contradict each other, losses that the cache cannot serve, a model without configuration.
     """
-    if "arms" in _sections(path):
+    found = sections(path)
+    if "arms" in found:
         return _ablation_rows(load_config(AblationConfig, path, overrides))
-    if "stages" in _sections(path):
+    if "stages" in found:
         return _stage_rows(load_config(StagesConfig, path, overrides))
     return [*plan_fit(load_config(FitConfig, path, overrides)).rows(), ASSUMPTION]
 
@@ -51,14 +50,6 @@ def plan_ablation(config: AblationConfig) -> dict[str, RunPlan]:
         if run.arm not in plans:
             plans[run.arm] = plan_fit(fit, known)
     return plans
-
-
-def _sections(path: Path) -> set[str]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return set()  # load_config says what is wrong with the file
-    return set(tree) if isinstance(tree, dict) else set()
 
 
 def _ablation_rows(config: AblationConfig) -> list[tuple[str, Any]]:

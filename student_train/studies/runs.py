@@ -6,7 +6,6 @@ same runs of the arms it needs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from student_train.config import FitConfig, FitTree
 from student_train.training.origin import Origin, cache_fingerprint, changed, sources_origin
+from student_train.training.output import read_json, write_json
 from student_train.training.setup import check_tracker
 from student_train.training.stages import merge
 from teacher_cache.config import CHECKED, as_plain, build_config
@@ -109,9 +109,7 @@ def plan_runs(config: AblationConfig) -> list[RunSpec]:
 
 def load_result(folder: Path) -> dict[str, Any]:
     """summary.json and scores.json of a finished run."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    return {**summary, "scores": scores["scores"]}
+    return {**read_json(folder / "summary.json"), "scores": read_json(folder / "scores.json")["scores"]}
 
 
 def is_done(config: AblationConfig, run: RunSpec) -> bool:
@@ -140,10 +138,9 @@ def matched(config: AblationConfig, run: RunSpec) -> RunSpec:
     steps = round(CPU_MARGIN * like["steps"] * max(target["cpu_seconds"] / like["cpu_seconds"], 1.0))
     known = run.folder / "steps.json"
     if known.is_file():  # a resumed run keeps the number it began with
-        steps = json.loads(known.read_text(encoding="utf-8"))["max_steps"]
+        steps = read_json(known)["max_steps"]
     else:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        known.write_text(json.dumps({"max_steps": steps}), encoding="utf-8")
+        write_json(known, {"max_steps": steps})
     return RunSpec(run.arm, run.seed, run.folder, merge(run.tree, {"train": {"max_steps": steps}}))
 
 
@@ -170,8 +167,7 @@ def run_origin(config: AblationConfig, run: RunSpec) -> Origin:
 
 def recorded(folder: Path) -> Origin:
     """The origin of the finished run in ``folder``; empty where none is recorded."""
-    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    origin: Origin = scores.get("origin", {})
+    origin: Origin = read_json(folder / "scores.json").get("origin", {})
     return origin
 
 

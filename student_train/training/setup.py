@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from student_train.config import LOGIT_LOSSES, FitConfig, TrainConfig
+from teacher_cache.config import as_plain
 from teacher_cache.errors import ConfigError
+from teacher_cache.terminal import without_secrets_in
 
 
 def make_accelerator(config: FitConfig) -> Accelerator:
@@ -68,6 +71,15 @@ def check_tracker(name: str) -> None:
         raise ConfigError(
             f"train.tracker={name} needs {package}. Install it (pip install {package}), or set train.tracker=''"
         )
+
+
+def start_tracker(accelerator: Accelerator, config: FitConfig) -> None:
+    """Tell the tracker, if there is one, the settings of the run; no password among them."""
+    if config.train.tracker:
+        settings = without_secrets_in(as_plain(config))
+        flat = {f"{part}.{name}": v for part in ("student", "train") for name, v in settings[part].items()}
+        name = Path(config.output).name
+        accelerator.init_trackers(name, {name: v for name, v in flat.items() if not isinstance(v, list)})
 
 
 def make_optimizer(student: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:

@@ -7,7 +7,6 @@ begun with other settings, from other data or from another student is refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +17,9 @@ import yaml
 from student_train.config import FitConfig, FitTree
 from student_train.training.checkpoint import latest_checkpoint
 from student_train.training.origin import Origin, changed, model_digest, sources_origin
-from student_train.training.output import output_lock
+from student_train.training.output import FitSummary, output_lock, read_json, write_json
 from student_train.training.settings import deciding_settings
-from student_train.training.trainer import FitSummary, fit
+from student_train.training.trainer import fit
 from teacher_cache.config import CHECKED, build_config, load_config
 from teacher_cache.errors import ConfigError
 from teacher_cache.progress import Style, note
@@ -41,7 +40,7 @@ class StagesConfig:
 
 def fit_file(path: Path, overrides: Sequence[str], style: Style = "auto", stop: Stop | None = None) -> list[FitSummary]:
     """Train what the file describes: one stage, or all of ``stages`` in their order."""
-    if not has_stages(path):
+    if "stages" not in sections(path):
         return [fit(load_config(FitConfig, path, overrides), style, stop)]
     config = load_config(StagesConfig, path, overrides)
     stages = stage_configs(config)
@@ -56,7 +55,7 @@ def _fit_stages(stages: Sequence[tuple[str, FitConfig]], style: Style, stop: Sto
         _check_begun(name, config)
         done = Path(config.output) / "summary.json"
         if done.is_file() and (Path(config.output) / "model").is_dir():
-            summaries.append(FitSummary(**json.loads(done.read_text(encoding="utf-8"))))
+            summaries.append(FitSummary(**read_json(done)))
             continue
         summaries.append(fit(config, style, stop))
     return summaries
@@ -83,23 +82,23 @@ def _check_begun(name: str, config: FitConfig) -> None:
     folder = Path(config.output)
     now, path = stage_origin(config), folder / "origin.json"
     if (folder / "summary.json").is_file() or latest_checkpoint(folder / "checkpoints") is not None:
-        then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        then = read_json(path) if path.is_file() else {}
         if other := changed(then, now):
             raise ConfigError(
                 f"{folder}: stage {name} was begun with other {', '.join(other)}, or that was not recorded. Delete "
                 "the folder, and those of the stages after it, to run it anew, or choose another output"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=1), encoding="utf-8")
+    write_json(path, now)
 
 
-def has_stages(path: Path) -> bool:
+def sections(path: Path) -> set[str]:
+    """The keys of a configuration file, by which one of stages (or of arms) is known."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
-        return False  # load_config says what is wrong with the file
-    return isinstance(tree, dict) and "stages" in tree
+        return set()  # load_config says what is wrong with the file
+    return set(tree) if isinstance(tree, dict) else set()
 
 
 def stage_configs(config: StagesConfig) -> list[tuple[str, FitConfig]]:

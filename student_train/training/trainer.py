@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +28,10 @@ from student_train.training.checkpoint import load_checkpoint, newest_sound, sav
 from student_train.training.exchange import Agreed, TrainingError, exchange
 from student_train.training.inputs import cache_facts, open_sources, side_of, skipped_file, tower_features
 from student_train.training.objective import DistilledStudent
-from student_train.training.output import output_lock
+from student_train.training.output import FitSummary, output_lock, peak_megabytes, write_json
 from student_train.training.schedule import learning_rate_factor, step_seed
 from student_train.training.settings import run_settings
-from student_train.training.setup import check_tracker, make_accelerator, make_optimizer
+from student_train.training.setup import check_tracker, make_accelerator, make_optimizer, start_tracker
 from teacher_cache.config import as_plain
 from teacher_cache.data.tokenization import Template
 from teacher_cache.models.model_config import position_limit
@@ -42,21 +41,8 @@ from teacher_cache.terminal import without_secrets_in
 
 _SHOWN = 16
 """Samples that an error names."""
-
-
-@dataclass(frozen=True)
-class FitSummary:
-    """What a run cost and where it ended. ``waiting_share``: part of the time in which the loop had no batch yet."""
-
-    steps: int
-    samples: int
-    seconds: float
-    cpu_seconds: float
-    waiting_share: float
-    peak_megabytes: float
-    loss: float
-    parts: dict[str, float]
-    model: str
+_KEPT = ("step", "samples", "seconds", "cpu_seconds", "waiting", "last", "ended")
+"""What a checkpoint says of a :class:`Run` beside its tensors and settings."""
 
 
 def fit(config: FitConfig, style: Style = "auto", stop: Stop | None = None) -> FitSummary:
@@ -131,10 +117,7 @@ class Run:
         )
         optimizer = make_optimizer(student, train)
         student, optimizer = accelerator.prepare(student, optimizer)
-        if train.tracker:
-            settings = without_secrets_in(as_plain(config))
-            flat = {f"{part}.{name}": v for part in ("student", "train") for name, v in settings[part].items()}
-            accelerator.init_trackers(folder.name, {name: v for name, v in flat.items() if not isinstance(v, list)})
+        start_tracker(accelerator, config)
         return cls(
             config=config,
             accelerator=accelerator,
@@ -158,9 +141,8 @@ class Run:
         if path is None:
             return
         facts = load_checkpoint(path, self.student, self.optimizer, self.settings)
-        self.step, self.samples = facts["step"], facts["samples"]
-        self.seconds, self.cpu_seconds, self.waiting = facts["seconds"], facts["cpu_seconds"], facts["waiting"]
-        self.last, self.ended = facts["last"], facts.get("ended", False)
+        for name in _KEPT:
+            setattr(self, name, facts[name])
 
     def train(self, style: Style = "auto") -> None:
         accelerator, train, plan = self.accelerator, self.config.train, self.plan
@@ -169,7 +151,8 @@ class Run:
         pin = accelerator.device.type == "cuda"
         loader = make_loader(self.dataset, plan, steps, *place, train.workers, pin)
         self.student.train()
-        self._accelerated_eval()
+        if not self.config.student.train_vision:  # a frozen tower stays in evaluation mode
+            accelerator.unwrap_model(self.student).model.model.vision_tower.eval()
         begin, cpu_begin, mark = time.monotonic(), time.process_time(), time.monotonic()
         made: list[tuple[MicroBatch, dict[str, torch.Tensor]]] = []
         with contextlib.ExitStack() as opened:
@@ -192,9 +175,11 @@ class Run:
                     self.cpu_seconds += time.process_time() - cpu_begin
                     begin, cpu_begin = time.monotonic(), time.process_time()
                     self._log(agreed, log)
-                    shown.advance(1, loss=agreed.parts["loss"], waiting=self._waiting())
-                    self.ended = self._out_of_time(agreed)
-                    if self._after_step(agreed):
+                    shown.advance(1, loss=agreed.parts["loss"], waiting=f"{100 * self._waiting_share:.1f} %")
+                    # The mean of the ranks: one that went on alone would wait for the others for ever.
+                    self.ended = 0 < train.max_seconds <= agreed.cpu_seconds
+                    self._after_step(agreed)
+                    if self.ended:
                         break
                 del batch  # its memory is given back here, not while the next one is waited for
                 mark = time.monotonic()
@@ -213,7 +198,7 @@ class Run:
             samples=self.samples,
             seconds=self.seconds,
             cpu_seconds=self.cpu_seconds,
-            waiting_share=self.waiting / max(self.seconds, 1e-9),
+            waiting_share=self._waiting_share,
             peak_megabytes=peak_megabytes(self.accelerator.device),
             loss=last.pop("loss", float("nan")),
             parts=last,
@@ -221,8 +206,8 @@ class Run:
         )
         if self.accelerator.is_main_process:
             facts = {"config": without_secrets_in(as_plain(self.config)), "caches": self.caches, "steps": self.step}
-            _write_json(self.folder / "run.json", facts)
-            _write_json(self.folder / "summary.json", as_plain(summary))
+            write_json(self.folder / "run.json", facts, allow_nan=False)
+            write_json(self.folder / "summary.json", as_plain(summary), allow_nan=False)
         return summary
 
     def export(self, folder: Path) -> None:
@@ -302,8 +287,8 @@ class Run:
             "train.clip_norm, or look at their signals (teacher-cache verify --deep)"
         )
 
-    def _after_step(self, agreed: Agreed) -> bool:
-        """Checkpoint where one is due; whether the loop is to end (its time is over).
+    def _after_step(self, agreed: Agreed) -> None:
+        """Checkpoint where one is due.
 
         Raises
         ------
@@ -317,7 +302,6 @@ class Run:
             raise Stopped(agreed.signal, done)
         if not self.ended and every and self.step % every == 0:
             self._checkpoint()
-        return self.ended
 
     def _log(self, agreed: Agreed, log: Any) -> None:
         self.last = agreed.parts
@@ -333,16 +317,7 @@ class Run:
 
     def _checkpoint(self) -> Path:
         self._check_weights()
-        facts = {
-            "step": self.step,
-            "samples": self.samples,
-            "seconds": self.seconds,
-            "cpu_seconds": self.cpu_seconds,
-            "waiting": self.waiting,
-            "last": self.last,
-            "ended": self.ended,
-            "settings": self.settings,
-        }
+        facts = {name: getattr(self, name) for name in _KEPT} | {"settings": self.settings}
         main = self.accelerator.is_main_process
         return save_checkpoint(self.folder / "checkpoints", self.student, self.optimizer, facts, main)
 
@@ -356,30 +331,6 @@ class Run:
                 f"checkpoint in {self.folder / 'checkpoints'} stands. Lower train.learning_rate"
             )
 
-    def _out_of_time(self, agreed: Agreed) -> bool:
-        """The same answer on every rank: one that went on alone would wait for the others for ever."""
-        limit = self.config.train.max_seconds
-        return bool(limit) and agreed.cpu_seconds >= limit
-
-    def _waiting(self) -> str:
-        return f"{100 * self.waiting / max(self.seconds, 1e-9):.1f} %"
-
-    def _accelerated_eval(self) -> None:
-        """A frozen tower stays in evaluation mode."""
-        student = self.accelerator.unwrap_model(self.student)
-        if not self.config.student.train_vision:
-            student.model.model.vision_tower.eval()
-
-
-def _write_json(path: Path, facts: Any) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(facts, indent=1, allow_nan=False), encoding="utf-8")
-    temporary.replace(path)
-
-
-def peak_megabytes(device: torch.device) -> float:
-    """Peak memory of the run: of the GPU where there is one, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    @property
+    def _waiting_share(self) -> float:
+        return self.waiting / max(self.seconds, 1e-9)

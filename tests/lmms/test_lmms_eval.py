@@ -16,7 +16,7 @@ from pipelines.tiny.evaluate import answer
 from pipelines.tiny.models import load_llava, save_llava
 from pipelines.tiny.tokenizer import build_processor
 from pipelines.tiny.world import write_world
-from student_train.evaluation.lmms import run_lmms_eval
+from student_train.evaluation.lmms import LmmsSettings, run_lmms_eval
 from student_train.evaluation.scores import vqa_accuracy
 from teacher_cache.errors import EvaluationError
 
@@ -73,7 +73,8 @@ def test_lmms_eval_scores_what_our_evaluation_scores(world, student, task, tmp_p
     expected = vqa_accuracy(ours, references, [sample["question_type"] for sample in samples])
     assert 0 < expected.overall < 1, "an all-right or all-wrong model would prove little"
 
-    theirs = run_lmms_eval(student, ["tiny_world"], tmp_path / "out", python=PYTHON, include=task, dtype="float32")
+    how = LmmsSettings(PYTHON, include=task, dtype="float32")
+    theirs = run_lmms_eval(student, ["tiny_world"], tmp_path / "out", how)
 
     assert [row.text for row in theirs.answers["tiny_world"]] == ours
     assert theirs.scores["tiny_world"]["exact_match"] == expected.overall
@@ -82,15 +83,15 @@ def test_lmms_eval_scores_what_our_evaluation_scores(world, student, task, tmp_p
 def test_answers_that_failed_inside_lmms_eval_are_an_error(student, task, tmp_path):
     """Plain `llava_hf` fails on questions without an image, logs it, scores "" and exits with 0."""
     with pytest.raises(EvaluationError, match=r"Error .* in generating; expected one results file and no failed"):
-        run_lmms_eval(student, ["tiny_world"], tmp_path / "out", python=PYTHON, include=task, model="llava_hf")
+        run_lmms_eval(student, ["tiny_world"], tmp_path / "out", LmmsSettings(PYTHON, include=task, model="llava_hf"))
 
 
 def test_a_run_that_ends_early_is_an_error_that_names_its_reason(student, tmp_path):
     with pytest.raises(EvaluationError, match=r"Tasks not found: no_such_task.*lmms_eval\.log"):
-        run_lmms_eval(student, ["no_such_task"], tmp_path / "out", python=PYTHON)
+        run_lmms_eval(student, ["no_such_task"], tmp_path / "out", LmmsSettings(PYTHON))
 
 
 def test_the_official_tasks_are_known(student, tmp_path):
     """Offline, GQA's data set is not here: the run ends on the data, not on the task's name or a missing package."""
     with pytest.raises(EvaluationError, match="lmms-lab-encoder/GQA"):
-        run_lmms_eval(student, ["gqa"], tmp_path / "out", python=PYTHON, limit=1)
+        run_lmms_eval(student, ["gqa"], tmp_path / "out", LmmsSettings(PYTHON))

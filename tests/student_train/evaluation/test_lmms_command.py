@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from pipelines.lmms_eval.local_task import write_local_task
-from student_train.evaluation.lmms import LmmsAnswer, read_results, run_lmms_eval
+from student_train.evaluation.lmms import LmmsAnswer, LmmsSettings, read_results, run_lmms_eval
 from teacher_cache.errors import DataError, EvaluationError
 
 
@@ -83,12 +83,12 @@ def test_refused_before_the_start(tmp_path):
     with pytest.raises(
         EvaluationError, match=r"python: not there; expected the Python of .* pipelines/install_lmms_eval\.py"
     ):
-        run_lmms_eval(tmp_path, ["gqa"], tmp_path / "out", python=python)
+        run_lmms_eval(tmp_path, ["gqa"], tmp_path / "out", LmmsSettings(python=python))
     python.touch()
     with pytest.raises(EvaluationError, match=r"no config\.json; expected a Hugging Face folder"):
-        run_lmms_eval(tmp_path, ["gqa"], tmp_path / "out", python=python)
+        run_lmms_eval(tmp_path, ["gqa"], tmp_path / "out", LmmsSettings(python=python))
     model = tmp_path / "a,b=c"
     model.mkdir()
     (model / "config.json").touch()
     with pytest.raises(EvaluationError, match="has ',' or '='"):
-        run_lmms_eval(model, ["gqa"], tmp_path / "out", python=python)
+        run_lmms_eval(model, ["gqa"], tmp_path / "out", LmmsSettings(python=python))

@@ -65,7 +65,9 @@ def test_questions_in_every_form_have_the_figures_of_the_plain_one(
     facts = evaluate_model(TEACHER, data, world / "images", "", tmp_path / "said.jsonl", max_new_tokens=8)
     plain = tmp_path / "plain.json"
     plain.write_text(json.dumps(yes_no))
-    assert facts == evaluate_model(TEACHER, plain, world / "images", "tiny", max_new_tokens=8)
+    expected = evaluate_model(TEACHER, plain, world / "images", "tiny", max_new_tokens=8)
+    del facts["nll"], expected["nll"]  # of the truth as it is spelled
+    assert facts == expected
     assert facts["yes/no questions"] == facts["questions"] == len(yes_no)
     assert facts["TP"] + facts["FP"] + facts["TN"] + facts["FN"] == len(yes_no)
     said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]

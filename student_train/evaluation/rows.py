@@ -1,0 +1,38 @@
+"""A student's states in the answer rows of a source, by the batches and the forward pass of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from student_train.evaluation.answers import Student
+from student_train.feed.batch import NOTHING, StudentBatch
+from student_train.feed.loader import MicroBatches
+from student_train.feed.sources import Source
+from student_train.feed.step_plan import MicroBatch
+from student_train.losses.targets import RowTargets
+from student_train.training.objective import DistilledStudent, TeacherSide
+
+
+@torch.inference_mode()
+def answer_rows(
+    student: Student, source: Source, batches: Sequence[Sequence[int]], teacher: TeacherSide | None = None
+) -> Iterator[tuple[StudentBatch, Tensor, RowTargets]]:
+    """For each of the ``batches`` of sample numbers: what was read, the student's logits (R, V) in float32, and what
+    its ``teacher`` has in those rows."""
+    image_tokens = student.preprocessor.image_tokens
+    distilled = DistilledStudent(student.model, [], [teacher], head_rows=0, image_tokens=image_tokens)
+    read = MicroBatches([source], student.preprocessor, features=None, pixel_cache=0)
+    head = student.model.get_output_embeddings()
+    for samples in batches:
+        _, made = read[MicroBatch(0, 0, tuple(samples), (NOTHING,) * len(samples), last=True)]
+        made = made.to(student.model.device)
+        states, targets = distilled.rows(made, 0)  # (R, d)
+        yield made, head(states).float(), targets
+
+
+def in_batches(samples: Sequence[int], batch: int) -> list[Sequence[int]]:
+    """``batch`` of them at a time, in order."""
+    return [samples[start : start + batch] for start in range(0, len(samples), batch)]
