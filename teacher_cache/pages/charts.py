@@ -229,7 +229,7 @@ def _panel(title: str, intervals: Sequence[Interval], left: int, floor: int) -> 
 
     parts = [_tag("rect", class_="ground", x=left, y=_HEAD, width=_PANEL, height=floor - _HEAD, rx=4)]
     parts.append(_tag("text", title, class_="name", x=left + _PANEL / 2, y=_HEAD - 12, text_anchor="middle"))
-    for value in ticks(low - pad, high + pad, 4):
+    for value in ticks(low - pad, high + pad, 6):
         x = across(value)
         parts.append(_tag("line", class_="axis", x1=x, x2=x, y1=_HEAD, y2=floor))
         parts.append(_tag("text", short(value), x=x, y=floor + 15, text_anchor="middle"))
