@@ -134,9 +134,9 @@ BREAKS = (
     Break(
         4,
         "a file is written in its place, not renamed into it",
-        "teacher_cache/store/storage.py",
-        "        _write_file(temporary, parts)\n        temporary.replace(target)\n",
-        "        _write_file(target, parts)\n",
+        "teacher_cache/files.py",
+        "        yield temporary\n        temporary.replace(target)\n",
+        "        yield target\n",
         "tests/teacher_cache/store/test_storage.py tests/promises/test_chaos.py",
     ),
     Break(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
 import stat
-import time
 from pathlib import Path
 
 from teacher_cache.data.conversations import Image
 from teacher_cache.errors import DataError, ImageError
+from teacher_cache.files import TRIES, again, open_checked
 
 MAX_BYTES = 256 << 20
 """Larger files are refused unread; an 8000 × 8000 picture of 16-bit RGB without compression is 384 MB, as PNG less."""
-_WAITS = (0.2, 1.0, 3.0)
-"""Seconds between the tries of a read that failed for a reason that may pass: about what a mount takes to come back."""
 _OF_THE_SAMPLE = {
     errno.ENOENT: "no such file in the image folder",
     errno.ENOTDIR: "no such file in the image folder",
@@ -49,7 +48,15 @@ def read_image(image: Image, folder: str | Path) -> bytes:
     """
     if not image.embedded and not str(folder):
         check_folder(folder)
-    data = _tried(image, Path(folder))
+    try:
+        data = again(lambda: _bytes(image, Path(folder)), lambda error: isinstance(error, OSError))
+    except OSError as error:
+        check_folder(Path(folder))
+        raise DataError(
+            f"image {image.image_id}: {folder} does not answer ({error.strerror or error}), tried {TRIES} times. The "
+            "sample is not at fault, so it is not skipped: see to the disk (or to the limit of open files), then run "
+            "the same command again"
+        ) from error
     if image.checksum and image_checksum(data) != image.checksum:
         raise OtherImageError(
             f"image {image.image_id}: other bytes than those the teacher saw (checksum {image_checksum(data)}, "
@@ -69,34 +76,20 @@ def check_folder(folder: str | Path) -> None:
         )
 
 
-def _tried(image: Image, folder: Path) -> bytes:
-    for wait in (*_WAITS, None):
-        try:
-            if image.stored is not None:
-                return image.stored.read()
-            return image.data or _file_bytes(image, folder)
-        except OSError as error:
-            reason = _OF_THE_SAMPLE.get(error.errno or 0)
-            if reason and (image.stored is None and folder.is_dir()):
-                raise ImageError(f"image {image.image_id}: {reason}") from None
-            if wait is None:
-                check_folder(folder)
-                raise DataError(
-                    f"image {image.image_id}: {folder} does not answer ({error.strerror or error}), tried "
-                    f"{1 + len(_WAITS)} times. The sample is not at fault, so it is not skipped: see to the disk (or "
-                    "to the limit of open files), then run the same command again"
-                ) from error
-        time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
+def _bytes(image: Image, folder: Path) -> bytes:
+    if image.stored is not None:
+        return image.stored.read()
+    try:
+        return image.data or _file_bytes(image, folder)
+    except OSError as error:
+        reason = _OF_THE_SAMPLE.get(error.errno or 0)
+        if reason and folder.is_dir():
+            raise ImageError(f"image {image.image_id}: {reason}") from None
+        raise
 
 
 def _file_bytes(image: Image, folder: Path) -> bytes:
-    path = _inside(image, folder)
-    kind = path.stat()  # before it is opened: opening a device may already do something
-    _check_regular(image, kind)
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        _check_regular(image, os.fstat(descriptor))
+    with open_checked(_inside(image, folder), functools.partial(_check_regular, image)) as file:
         data = file.read(MAX_BYTES + 1)  # what grows while it is read, or says 0 and never ends, ends here
     if len(data) > MAX_BYTES:
         raise ImageError(f"image {image.image_id}: more than {MAX_BYTES:,} bytes")

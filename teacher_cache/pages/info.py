@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from teacher_cache.data.conversations import Conversation, Image, to_llava_json
+from teacher_cache.files import whole
 from teacher_cache.store.manifest import data_names, read_manifest
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.storage import Storage
@@ -23,25 +23,18 @@ def cache_info(storage: Storage) -> list[tuple[str, str]]:
     if manifest.complete and done < manifest.planned_shards:
         state = "not whole (run teacher-cache verify)"
     versions = ", ".join(f"{k} {v}" for k, v in manifest.made_with.items() if k != "data")
+    size = f"{teacher['layers']} layers, d {manifest.shape.hidden_size}"
+    arrays = [*manifest.arrays, *manifest.image_arrays]
     rows = [
         ("state", f"{state}, {done} of {manifest.planned_shards} shards"),
         ("fingerprint", manifest.fingerprint[:16]),
-        (
-            "teacher",
-            f"{teacher['model']} ({teacher['dtype']}, {teacher['layers']} layers, d {manifest.shape.hidden_size})",
-        ),
+        ("teacher", f"{teacher['model']} ({teacher['dtype']}, {size})"),
         ("template, images", f"{teacher['template']}, {manifest.shape.image_tokens} tokens an image"),
-        (
-            "data",
-            data_names(manifest) + f" (regenerate: {manifest.data['regenerate']})",
-        ),
+        ("data", f"{data_names(manifest)} (regenerate: {manifest.data['regenerate']})"),
         ("generation", _generation(manifest.generation)),
         ("preset", f"{signals['preset']}: top-{signals['top_k']}, hidden {signals['hidden']} ({signals['codec']})"),
         ("visual signals", signals["visual"]),
-        (
-            "made",
-            f"{manifest.created_at} with {versions}",
-        ),
+        ("made", f"{manifest.created_at} with {versions}"),
     ]
     if not manifest.complete:
         return rows
@@ -52,10 +45,7 @@ def cache_info(storage: Storage) -> list[tuple[str, str]]:
         ("rows (answer tokens)", f"{counts['rows']:,}"),
         ("distinct images", f"{counts['images']:,}" if counts["images"] else "not stored apart"),
         ("bytes in shards", f"{counts['bytes']:,} ({per_row:,.1f} a row)"),
-        *(
-            (f"  {s.name}", f"{s.line_bytes:,} bytes a {s.axis}, {s.dtype}")
-            for s in [*manifest.arrays, *manifest.image_arrays]
-        ),
+        *((f"  {s.name}", f"{s.line_bytes:,} bytes a {s.axis}, {s.dtype}") for s in arrays),
     ]
 
 
@@ -63,21 +53,14 @@ def export_answers(storage: Storage, output: Path) -> int:
     """Write LLaVA JSON with the cached answers in the place of the original ones, in the data's order; the number of
     samples. One shard's texts are in memory at a time, and ``output`` appears whole or not at all."""
     count = 0
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    try:
-        with TeacherCache(storage) as cache, temporary.open("w", encoding="utf-8") as file:
-            for text in cache.texts():
-                image = Image(text.image_id, path=text.image_id) if text.image_id else None
-                sample = Conversation(text.sample_id, tuple(text.questions), tuple(text.answers), image)
-                (line,) = to_llava_json([sample])
-                plain = json.dumps(line, ensure_ascii=False, indent=1).replace("\n", "\n ")
-                file.write(f"{',' if count else '['}\n {plain}")
-                count += 1
-            file.write("\n]" if count else "[]")
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with TeacherCache(storage) as cache, whole(output) as part, part.open("w", encoding="utf-8") as file:
+        for text in cache.texts():
+            image = Image(text.image_id, path=text.image_id) if text.image_id else None
+            (line,) = to_llava_json([Conversation(text.sample_id, tuple(text.questions), tuple(text.answers), image)])
+            plain = json.dumps(line, ensure_ascii=False, indent=1).replace("\n", "\n ")
+            file.write(f"{',' if count else '['}\n {plain}")
+            count += 1
+        file.write("\n]" if count else "[]")
     return count
 
 

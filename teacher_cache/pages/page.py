@@ -23,6 +23,7 @@ from teacher_cache.data.conversations import Image
 from teacher_cache.data.images import load_image
 from teacher_cache.data.units import bytes_text, seconds_text
 from teacher_cache.errors import DataError, ImageError
+from teacher_cache.files import whole
 
 MAX_IMAGE_SIDE = 480
 """Pixels; larger images are scaled down, which keeps a page of 24 photographs near one megabyte."""
@@ -66,12 +67,9 @@ def write_page(output: str | Path, template: str, package: str = TEMPLATES, scri
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     style = Markup(_asset("page.css"))
     text = render(template, package, style=style, script=Markup(script), digest=digest, **values)
-    target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(target)
-    return target
+    with whole(Path(output)) as part:
+        part.write_text(text, encoding="utf-8")
+    return Path(output)
 
 
 def clean(value: object) -> str:

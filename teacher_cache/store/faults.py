@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import random
-import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from teacher_cache.errors import StorageError
+from teacher_cache.files import again
 
 T = TypeVar("T")
-TRIES = 5
-FIRST_WAIT_SECONDS = 0.2
 PASSING_NUMBERS = {
     *(errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS),
     *(errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN),
@@ -22,28 +19,21 @@ PASSING_NUMBERS = {
 
 
 def patiently(verb: str, where: str, call: Callable[[], T]) -> T:
-    """``call``, again after passing faults of the system with growing waits; what is left is a ``StorageError``.
-
-    ``FileNotFoundError`` is an answer and goes through. ``call`` must be able to begin anew.
-    """
-    wait = FIRST_WAIT_SECONDS
+    """``call``, again after passing faults; what is left is a ``StorageError``. ``FileNotFoundError`` is an answer and
+    goes through."""
     with explained(verb, where):
-        for _ in range(TRIES - 1):
-            try:
-                return call()
-            except OSError as error:
-                if error.errno not in PASSING_NUMBERS or isinstance(error, StorageError):
-                    raise
-            time.sleep(wait * (1 + random.random()))
-            wait *= 2
-        return call()
+        return again(call, _passes)
+
+
+def _passes(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in PASSING_NUMBERS and not isinstance(error, StorageError)
 
 
 _READING = ("read", "look for", "look up", "list")
 
 
 @contextlib.contextmanager
-def explained(verb: str, where: str) -> Any:
+def explained(verb: str, where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

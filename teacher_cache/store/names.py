@@ -9,6 +9,7 @@ without end and no pipe waited for.
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from teacher_cache.errors import CacheError
+from teacher_cache.files import open_checked
 
 MANIFEST = "manifest.json"
 LEDGER = "shards.parquet"
@@ -127,14 +129,7 @@ def _unless_absent(error: OSError) -> None:
 def open_inside(root: Path, name: str) -> BinaryIO:
     """The regular file ``name``, open for reading; errors as :func:`file_size`."""
     path = inside(root, name)
-    _regular(path, path.stat())  # before it is opened: opening alone can do things to a device
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    try:
-        _regular(path, os.fstat(file.fileno()))
-    except CacheError:
-        file.close()
-        raise
-    return file
+    return open_checked(path, functools.partial(_regular, path))
 
 
 def read_inside(root: Path, name: str, at_most: int | None = None) -> bytes:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
-import random
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,9 +20,8 @@ from typing import Any, TypeVar
 import fsspec
 
 from teacher_cache.errors import StorageError
+from teacher_cache.files import TRIES, again, whole
 from teacher_cache.store import names
-from teacher_cache.store.faults import FIRST_WAIT_SECONDS as _FIRST_WAIT_SECONDS
-from teacher_cache.store.faults import TRIES as _TRIES
 from teacher_cache.store.faults import explained, patiently
 from teacher_cache.terminal import without_secrets
 
@@ -76,30 +74,22 @@ class Storage:
         return names.regular_file(self.local, name)
 
     def exists(self, name: str) -> bool:
-        if self.local is not None:
-            local = self.local
-            return patiently("look for", f"{local}/{name}", lambda: names.is_there(local, name))
-        return bool(self._retry("look for", name, lambda: self._fs.exists(self.path(name))))
+        return self._ask("look for", name, names.is_there, lambda fs, path: bool(fs.exists(path)))
 
     def read(self, name: str, at_most: int | None = None) -> bytes:
         """The whole file; ``FileNotFoundError`` when there is none.
 
         With ``at_most`` a file of more bytes ends in a ``CacheError``, whatever the server said of its size.
         """
-        if self.local is not None:
-            local = self.local
-            return patiently("read", f"{local}/{name}", lambda: names.read_inside(local, name, at_most))
-        if at_most is None:
-            return bytes(self._retry("read", name, lambda: self._fs.cat_file(self.path(name))))
+        if self.local is not None or at_most is None:
+            inside = functools.partial(names.read_inside, at_most=at_most)
+            return self._ask("read", name, inside, lambda fs, path: bytes(fs.cat_file(path)))
         with tempfile.TemporaryDirectory(prefix="teacher-cache-") as folder:
             self.download(name, target := Path(folder, "file"), at_most)
             return target.read_bytes()
 
     def size(self, name: str) -> int:
-        if self.local is not None:
-            local = self.local
-            return patiently("look up", f"{local}/{name}", lambda: names.file_size(local, name))
-        return int(self._retry("look up", name, lambda: self._fs.info(self.path(name)))["size"])
+        return self._ask("look up", name, names.file_size, lambda fs, path: int(fs.info(path)["size"]))
 
     def size_or_none(self, name: str) -> int | None:
         """The size of a file, or None when there is none."""
@@ -110,30 +100,17 @@ class Storage:
 
     def names(self, folder: str) -> list[str]:
         """Entries of ``folder`` (last part of the name), sorted; none when it does not exist."""
-        if self.local is not None:
-            local = self.local
-            return patiently("list", f"{local}/{folder}", lambda: names.entries(local, folder))
-        with contextlib.suppress(FileNotFoundError):
-            entries = self._retry("list", folder, lambda: self._fs.ls(self.path(folder), detail=False))
-            return sorted({str(e).rstrip("/").rsplit("/", 1)[-1] for e in entries})
-        return []
+        return self._ask("list", folder, names.entries, _remote_entries)
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of every file below ``folder``, by name relative to it."""
-        if self.local is not None:
-            local = self.local
-            return patiently("list", f"{local}/{folder}", lambda: names.sizes_below(local, folder))
-        with contextlib.suppress(FileNotFoundError):
-            found = self._retry("list", folder, lambda: self._fs.find(self.path(folder), detail=True))
-            start = self.path(folder).rstrip("/") + "/"
-            return {n.partition(start)[2] or n: int(facts["size"]) for n, facts in found.items()}
-        return {}
+        return self._ask("list", folder, names.sizes_below, _remote_sizes)
 
     def write(self, name: str, parts: Parts) -> None:
         """Write one file so that it is either the old one or the new one, never half of it."""
         if self.local is None:
             data = b"".join(parts)
-            self._retry("write", name, lambda: self._fs.pipe_file(self.path(name), data))
+            self._retry("write", name, lambda fs, path: fs.pipe_file(path, data))
             return
         target = names.inside(self.local, name)
         with explained("write", str(target)):
@@ -147,7 +124,7 @@ class Storage:
                 with names.inside(self.local, name).open("xb") as file:
                     file.write(data)
             else:
-                self._retry("write", name, lambda: self._fs.pipe_file(self.path(name), data, mode="create"))
+                self._retry("write", name, lambda fs, path: fs.pipe_file(path, data, mode="create"))
         except FileExistsError:
             return False
         return True
@@ -157,7 +134,7 @@ class Storage:
         ordered = [*(n for n in files if n != mark), mark]
         if self.local is None:
             if self.exists(f"{folder}/{mark}"):  # a folder that is redone does not exist meanwhile
-                self._retry("delete", f"{folder}/{mark}", lambda: self._fs.rm_file(self.path(f"{folder}/{mark}")))
+                self._retry("delete", f"{folder}/{mark}", lambda fs, path: fs.rm_file(path))
             for name in ordered:
                 self.write(f"{folder}/{name}", files[name])
             return
@@ -215,22 +192,13 @@ class Storage:
             names.inside(self.local, name).unlink(missing_ok=True)
             return
         with contextlib.suppress(FileNotFoundError):
-            self._retry("delete", name, lambda: self._fs.rm_file(self.path(name)))
+            self._retry("delete", name, lambda fs, path: fs.rm_file(path))
 
     def download(self, name: str, target: Path, at_most: int) -> None:
         """Copy a remote file to ``target``, which appears complete or not at all; ``at_most`` bytes are written."""
-        temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}-{random.getrandbits(32):08x}")
-        with explained("write", str(target)):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._retry("read", name, lambda: self._fetch(name, temporary, at_most))
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
-
-    def _fetch(self, name: str, target: Path, at_most: int) -> None:
-        limit = _AtMost(f"{self.url}/{name}", at_most)
-        self._fs.get_file(self.path(name), str(target), callback=limit)
+        where = f"{self.url}/{name}"
+        with explained("write", str(target)), whole(target) as part:
+            self._retry("read", name, lambda fs, path: fs.get_file(path, str(part), callback=_AtMost(where, at_most)))
 
     def free_bytes(self) -> int | None:
         """Free space where the cache lies; None for an object store."""
@@ -241,39 +209,53 @@ class Storage:
             folder = folder.parent
         return shutil.disk_usage(folder).free
 
-    def _retry(self, verb: str, name: str, call: Callable[[], T]) -> T:
-        """``call`` again after passing faults, with growing waits; what is final is raised at once."""
-        wait = _FIRST_WAIT_SECONDS
-        for attempt in range(1, _TRIES + 1):
-            try:
-                return call()
-            except (FileNotFoundError, FileExistsError):
+    def _ask(self, verb: str, name: str, local: Callable[[Path, str], T], remote: Callable[[Any, str], T]) -> T:
+        """What the disk says of (root, name), or the object store of (file system, path)."""
+        root = self.local
+        if root is not None:
+            return patiently(verb, f"{root}/{name}", lambda: local(root, name))
+        return self._retry(verb, name, remote)
+
+    def _retry(self, verb: str, name: str, call: Callable[[Any, str], T]) -> T:
+        """``call`` (of the file system and the path of ``name``), again after passing faults."""
+        try:
+            return again(lambda: call(self._fs, self.path(name)), _passing)
+        except PermissionError as error:
+            raise StorageError(
+                errno.EACCES,
+                f"{self.url}/{name}: no permission to {verb} it ({error}). Check the credentials and the bucket's "
+                "policy, or set another output; committed shards stand",
+            ) from error
+        except Exception as error:
+            if not _passing(error):
                 raise
-            except PermissionError as error:
-                raise StorageError(
-                    errno.EACCES,
-                    f"{self.url}/{name}: no permission to {verb} it ({error}). Check the credentials and the bucket's "
-                    "policy, or set another output; committed shards stand",
-                ) from error
-            except Exception as error:
-                if not _passing(error):
-                    raise
-                if attempt == _TRIES:
-                    raise StorageError(
-                        f"{self.url}/{name}: could not {verb} it in {_TRIES} tries ({error}). Committed shards stand; "
-                        "run the same command again to go on."
-                    ) from error
-                time.sleep(wait * (1 + random.random()))
-                wait *= 2
-        raise AssertionError("unreachable")
+            raise StorageError(
+                f"{self.url}/{name}: could not {verb} it in {TRIES} tries ({error}). Committed shards stand; run the "
+                "same command again to go on."
+            ) from error
 
 
 def _passing(error: Exception) -> bool:
     """Whether trying again may help: network and service faults, which clients raise under names of their own."""
-    return isinstance(error, (OSError, TimeoutError)) or type(error).__module__.partition(".")[0] in _CLIENTS
+    if isinstance(error, (FileNotFoundError, FileExistsError, PermissionError)):
+        return False
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _CLIENTS
 
 
 _CLIENTS = {"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "requests", "urllib3"}
+
+
+def _remote_entries(fs: Any, path: str) -> list[str]:
+    with contextlib.suppress(FileNotFoundError):
+        return sorted({str(e).rstrip("/").rsplit("/", 1)[-1] for e in fs.ls(path, detail=False)})
+    return []
+
+
+def _remote_sizes(fs: Any, path: str) -> dict[str, int]:
+    start = path.rstrip("/") + "/"
+    with contextlib.suppress(FileNotFoundError):
+        return {n.partition(start)[2] or n: int(f["size"]) for n, f in fs.find(path, detail=True).items()}
+    return {}
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:
@@ -294,14 +276,9 @@ class _AtMost(fsspec.callbacks.Callback):  # type: ignore[misc]
 
 
 def _write_whole(target: Path, parts: Parts) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        _write_file(temporary, parts)
-        temporary.replace(target)
-        _sync_folder(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(target) as part:
+        _write_file(part, parts)
+    _sync_folder(target.parent)
 
 
 def _write_file(path: Path, parts: Parts) -> None:

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("teacher_cache", "student_train", "pipelines")
 ORDER = {
     "teacher_cache": (
-        *("errors", "terminal", "stopping", "progress", "config", "data", "store", "models", "teachers", "build"),
-        *("trust", "plan", "pages", "command_line", "cli"),
+        *("errors", "files", "terminal", "stopping", "progress", "config", "data", "store", "models", "teachers"),
+        *("build", "trust", "plan", "pages", "command_line", "cli"),
     ),
     "student_train": (*("losses", "config", "students", "feed", "training", "evaluation", "studies", "cli"),),
 }
@@ -24,7 +24,8 @@ ORDER = {
 STAND_ON_MODELS = {"plan", "pages"}
 """Rooms of ``teacher_cache`` that know nothing of how a cache is made or checked: not teachers, build or trust."""
 SHARED = {
-    *("errors", "terminal", "stopping", "progress", "config", "command_line", "data", "store", "models", "pages"),
+    *("errors", "files", "terminal", "stopping", "progress", "config", "command_line"),
+    *("data", "store", "models", "pages"),
 }
 """What phase two may know of phase one: how a cache is read, not how it is made."""
 AGAINST_THE_ORDER: set[tuple[str, str]] = set()

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from teacher_cache.errors import CacheError, StorageError
-from teacher_cache.store import storage as storage_module
 from teacher_cache.store.checksums import file_sum
 from teacher_cache.store.prefetch import LocalCopy
 from teacher_cache.store.reader import TeacherCache
@@ -30,7 +29,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(storage_module, "_FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("teacher_cache.files.FIRST_WAIT_SECONDS", 0.01)
     import s3fs
 
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)

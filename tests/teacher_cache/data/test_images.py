@@ -248,7 +248,7 @@ def test_reasons_are_the_same_bytes_on_every_run_and_in_every_place(
 
 
 def test_an_image_folder_that_is_away_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teacher_cache.data.image_files._WAITS", (0.0,))
+    monkeypatch.setattr("teacher_cache.files.FIRST_WAIT_SECONDS", 0.0)
     with pytest.raises(DataError, match=r"away is not there \(or not mounted\)"):
         load_image(Image("x.png", "x.png"), tmp_path / "away")
     with pytest.raises(DataError, match="image_folder: not set"):
@@ -261,7 +261,7 @@ def test_too_many_open_files_stop_the_run_and_skip_nothing(tmp_path: Path) -> No
     code = (
         "import os, resource, sys, threading\n"
         "from teacher_cache.data.conversations import DataError, Image\n"
-        "from teacher_cache.data import image_files\n"
+        "from teacher_cache import files\n"
         "from teacher_cache.data.images import load_image\n"
         f"folder = {str(tmp_path)!r}\n"
         "load_image(Image('x.png', 'x.png'), folder)\n"
@@ -272,19 +272,14 @@ def test_too_many_open_files_stop_the_run_and_skip_nothing(tmp_path: Path) -> No
         "        while True: held.append(os.open('/dev/null', os.O_RDONLY))\n"
         "    except OSError: pass\n"
         "fill()\n"
-        "image_files._WAITS = (0.0,)\n"
+        "files.FIRST_WAIT_SECONDS = 0.0\n"
         "try: load_image(Image('x.png', 'x.png'), folder)\n"
         "except DataError as error: print(error)\n"
-        "class Freed(tuple):\n"
-        "    def __iter__(self):\n"
-        "        yield 0.0\n"
-        "        os.close(held.pop())\n"
-        "        yield 0.0\n"
-        "image_files._WAITS = Freed((0, 0))\n"
+        "files.time.sleep = lambda seconds: os.close(held.pop())\n"
         "print(load_image(Image('x.png', 'x.png'), folder).size)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     first, second = done.stdout.splitlines()
-    assert "does not answer (Too many open files), tried 2 times. The sample is not at fault" in first
+    assert "does not answer (Too many open files), tried 5 times. The sample is not at fault" in first
     assert second == "(3, 3)"
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 64

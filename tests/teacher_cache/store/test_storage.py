@@ -173,7 +173,7 @@ def test_real_refusals_of_the_system_are_explained_and_leave_nothing(tmp_path, t
 
 @pytest.fixture
 def remote(request, monkeypatch):
-    monkeypatch.setattr(storage_module, "_FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("teacher_cache.files.FIRST_WAIT_SECONDS", 0.0)
     name = request.node.name.replace("[", "-").replace("]", "")
     return Storage(f"memory://{name}")
 
