@@ -10,7 +10,6 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-import numpy.typing as npt
 
 from teacher_cache.errors import CacheError
 from teacher_cache.store.names import INDEX as INDEX
@@ -86,16 +85,8 @@ def read_file_sums(index: bytes, where: str) -> tuple[dict[str, FileSum], dict[s
     return sums, plain
 
 
-def bad_block(data: npt.NDArray[np.uint8], sums: FileSum) -> int | None:
-    """The first block of a whole file whose checksum does not fit, or None; a wrong size is the last block's fault."""
-    for block, expected in enumerate(sums.blocks):
-        if google_crc32c.value(data[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]) != expected:
-            return block
-    return None if len(data) == sums.bytes else max(len(sums.blocks) - 1, 0)
-
-
 def bad_block_of_file(path: Path, sums: FileSum) -> int | None:
-    """:func:`bad_block` of a file on disk, which is never in memory whole."""
+    """The first block of a file whose checksum does not fit, or None; a wrong size is the last block's fault."""
     if path.stat().st_size != sums.bytes:
         return max(len(sums.blocks) - 1, 0)
     with path.open("rb") as file:

@@ -20,11 +20,12 @@ import numpy.typing as npt
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.rows import rows_among_text
 from teacher_cache.store.codecs import decode, is_coarse, with_exact_head
-from teacher_cache.store.manifest import Manifest, check_weights
+from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import Array, TeacherRecord
 from teacher_cache.store.storage import Storage
 from teacher_cache.teachers.teacher import Teacher
+from teacher_cache.trust.rescore import drawn_records, scoring_again
 
 Floats = npt.NDArray[np.float64]
 CHUNK_ROWS = 256
@@ -97,9 +98,7 @@ def cache_fidelity(
     With ``config`` (and ``teacher``, else it is opened) the samples are scored again, and exact means exact.
     """
     with TeacherCache(storage) as cache:
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(cache))[:samples])
-        records = [cache[int(i)] for i in chosen]
-        records = [r for r in records if r.rows]
+        records = [r for r in drawn_records(cache, samples, seed) if r.rows]
         exact, head = _exact_states(config, teacher, records, cache.manifest) if config is not None else (None, None)
         stored = [_row_states(cache, r) for r in records]
         if head is None and stored and stored[0] is not None:
@@ -263,19 +262,5 @@ def _exact_states(
     config: CacheConfig, teacher: Teacher | None, records: list[TeacherRecord], manifest: Manifest
 ) -> tuple[list[Array], Array]:
     """(R, d) states of every record from the live teacher, and its output head (V, d)."""
-    from teacher_cache.build.build import open_teacher
-    from teacher_cache.data.conversations import Conversation, read_conversations
-    from teacher_cache.trust.rescore import score_again
-
-    data = read_conversations(config.data)
-    own = teacher is None
-    teacher = teacher if teacher is not None else open_teacher(config, data)
-    by_id = {s.sample_id: s for s in data if isinstance(s, Conversation)}
-    try:
-        check_weights(manifest, teacher.description.weights, config.output)
-        states = [s.rows.float().cpu().numpy() for s in score_again(config, teacher, records, by_id)]
-        head = teacher.head().float().cpu().numpy()
-    finally:
-        if own:
-            teacher.close()
-    return states, head
+    with scoring_again(config, manifest, teacher) as (live, score):
+        return [s.rows.float().cpu().numpy() for s in score(records)], live.head().float().cpu().numpy()

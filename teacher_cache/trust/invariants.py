@@ -19,6 +19,7 @@ from teacher_cache.store.codecs import ChannelScales, decode
 from teacher_cache.store.folder import COUNTS, ShardFolder
 from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.records import Array, ArraySpec
+from teacher_cache.trust.fidelity import log_softmax
 
 Fault = tuple[str, str, str]
 """(what, array, sample_id)"""
@@ -232,7 +233,7 @@ def _states_give_logprobs(folder: ShardFolder, manifest: Manifest, head: Array, 
         rows = int(folder.numbers[line, 3])
         if not rows:
             continue
-        exact = _logprobs(_row_states(folder, manifest, scales, line), head)
+        exact = log_softmax(_row_states(folder, manifest, scales, line) @ head.astype(np.float32).T)
         ids, stored = (folder.lines(n, int(folder.numbers[line, 2]), rows) for n in ("topk_ids", "topk_logprobs"))
         given = np.take_along_axis(exact, ids.astype(np.int64), -1)
         # what is far down the tail says little, and bfloat16 logits are coarse there
@@ -260,9 +261,3 @@ def _row_states(folder: ShardFolder, manifest: Manifest, scales: Any, line: int)
         return states
     tokens, mask = (folder.lines(n, int(numbers[0]), int(numbers[1])) for n in ("input_ids", "loss_mask"))
     return states[rows_among_text(tokens, mask, manifest.image_token)]
-
-
-def _logprobs(states: npt.NDArray[np.float32], head: Array) -> npt.NDArray[np.float64]:
-    logits = (states @ head.astype(np.float32).T).astype(np.float64)
-    top = logits.max(-1, keepdims=True)
-    return np.asarray(logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True)))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from teacher_cache.config import CacheConfig, SignalsConfig
+from teacher_cache.config import CacheConfig
 from teacher_cache.data.conversations import Conversation, read_conversations
 from teacher_cache.data.images import load_image
 from teacher_cache.data.tokenization import TokenizedSample
 from teacher_cache.errors import CacheError
-from teacher_cache.store.manifest import check_weights
+from teacher_cache.store.manifest import Manifest, check_weights
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import TeacherRecord
 from teacher_cache.store.storage import Storage
@@ -62,35 +62,48 @@ def rescore_cache(
     Raises ``CacheError`` when a sample of the cache is not in the data any more, or the cache has no top-k, or 0.1
     made it.
     """
-    from teacher_cache.build.build import open_teacher
-
-    data = read_conversations(config.data)
-    own = teacher is None
-    teacher = teacher if teacher is not None else open_teacher(config, data)
-    by_id = {s.sample_id: s for s in data if isinstance(s, Conversation)}
-    try:
-        with TeacherCache(Storage(config.output)) as cache:
-            check_weights(cache.manifest, teacher.description.weights, config.output)
-            if not cache.manifest.signals_config.top_k:
-                raise CacheError(
-                    f"{config.output}: no top-k to compare with (signals.top_k is 0). Compare the states in its place: "
-                    "teacher-cache fidelity CACHE --config FILE"
-                )
-            chosen = np.random.default_rng(seed).permutation(len(cache))[:samples]
-            records = [cache[int(i)] for i in np.sort(chosen)]
-            scored = score_again(config, teacher, records, by_id)
-            signals = cache.manifest.signals_config
-            found = [_difference(r, s, teacher, signals) for r, s in zip(records, scored, strict=True)]
-    finally:
-        if own:
-            teacher.close()
+    with TeacherCache(Storage(config.output)) as cache, scoring_again(config, cache.manifest, teacher) as (live, score):
+        if not cache.manifest.signals_config.top_k:
+            raise CacheError(
+                f"{config.output}: no top-k to compare with (signals.top_k is 0). Compare the states in its place: "
+                "teacher-cache fidelity CACHE --config FILE"
+            )
+        records = drawn_records(cache, samples, seed)
+        found = [_difference(r, s, live) for r, s in zip(records, score(records), strict=True)]
     return RescoreReport(tuple(sorted(found, key=lambda d: -d.logprob)), tolerance)
 
 
-def score_again(
-    config: CacheConfig, teacher: Teacher, records: list[TeacherRecord], by_id: dict[str, Conversation]
-) -> Iterator[SampleStates]:
-    """The teacher's states for the stored token ids of ``records``, in order."""
+def drawn_records(cache: TeacherCache, samples: int, seed: int) -> list[TeacherRecord]:
+    """``samples`` of the cache's records, drawn by ``seed``, in the cache's order."""
+    return [cache[int(i)] for i in np.sort(np.random.default_rng(seed).permutation(len(cache))[:samples])]
+
+
+Score = Callable[[Sequence[TeacherRecord]], list[SampleStates]]
+
+
+@contextlib.contextmanager
+def scoring_again(config: CacheConfig, manifest: Manifest, teacher: Teacher | None) -> Iterator[tuple[Teacher, Score]]:
+    """The teacher of ``config``, opened and closed here unless it is given, and what gives its states for the stored
+    token ids of records, in order.
+
+    Raises ``CacheError`` for another teacher than the cache's, and for a sample that is not in the data any more.
+    """
+    from teacher_cache.build.build import open_teacher
+
+    data = read_conversations(config.data)
+    live = teacher if teacher is not None else open_teacher(config, data)
+    by_id = {s.sample_id: s for s in data if isinstance(s, Conversation)}
+    try:
+        check_weights(manifest, live.description.weights, config.output)
+        yield live, lambda records: _score_again(config, live, records, by_id)
+    finally:
+        if teacher is None:
+            live.close()
+
+
+def _score_again(
+    config: CacheConfig, teacher: Teacher, records: Sequence[TeacherRecord], by_id: dict[str, Conversation]
+) -> list[SampleStates]:
     requests = []
     for record in records:
         conversation = by_id.get(record.sample_id)
@@ -104,22 +117,18 @@ def score_again(
     states: dict[int, SampleStates] = {}
     for places, batch in teacher.score(requests, Wanted()):
         states.update(zip(places, batch, strict=True))
-    return (states[i] for i in range(len(requests)))
+    return [states[i] for i in range(len(requests))]
 
 
-def _difference(record: TeacherRecord, states: SampleStates, teacher: Teacher, signals: SignalsConfig) -> Difference:
+def _difference(record: TeacherRecord, states: SampleStates, teacher: Teacher) -> Difference:
     from teacher_cache.build.signals import row_signals
 
     ids = record.arrays["topk_ids"].astype(np.int64)
     stored = record.arrays["topk_logprobs"].astype(np.float64)
     logits = (states.rows @ teacher.head().T).float()
     anew = row_signals(logits, ids.shape[1], (1.0,))
-    given = _at(logits.double().log_softmax(-1).cpu().numpy(), ids)
+    given = np.take_along_axis(logits.double().log_softmax(-1).cpu().numpy(), ids, -1)
     first = int((anew["topk_ids"][:, :1].cpu().numpy() != ids[:, :1]).sum())
     weights = np.exp(stored)
     apart = float(np.average(np.abs(given - stored), weights=weights)) if len(ids) else 0.0
     return Difference(record.sample_id, len(ids), apart, first)
-
-
-def _at(logprobs: npt.NDArray[np.float64], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    return np.take_along_axis(logprobs, ids, -1)
