@@ -158,7 +158,7 @@ class Cost:
 def block(run: Run, first: int, steps: int) -> Cost:
     """Steps ``first`` … of the trainer's own loop, its loader included."""
     train = replace(run.config.train, max_steps=first + steps)
-    sources = run.dataset._sources
+    sources = run.dataset.sources
     run.plan = StepPlan(sources, [1.0] * len(sources), train, run.dataset._preprocessor.image_tokens)
     run.step, run.seconds, run.waiting = first, 0.0, 0.0
     wall, cpu = time.perf_counter(), time.process_time()

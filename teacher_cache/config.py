@@ -287,17 +287,8 @@ def _section(hint: Any, keys: Sequence[str | int]) -> Any:
 
 def as_plain(config: Any) -> dict[str, Any]:
     """The configuration as JSON-ready data (tuples become lists)."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return as_plain(value)
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return value
+    plain: dict[str, Any] = _adapter(type(config)).dump_python(config, mode="json", warnings=False)
+    return plain
 
 
 def _with_preset(cls: type[Any], tree: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def stage(name: str, total: int, unit: str, style: Style = "auto") -> Iterator[S
         return
     lines = _Lines(name, total, unit, style)
     yield lines
-    lines.end()
+    lines.show()
 
 
 def note(text: str, style: Style = "auto") -> None:
@@ -64,12 +64,9 @@ class _Lines:
         self._done += count
         self._facts.update(facts)
         if time.monotonic() - self._shown >= _SECONDS_BETWEEN_LINES:
-            self._show()
+            self.show()
 
-    def end(self) -> None:
-        self._show()
-
-    def _show(self) -> None:
+    def show(self) -> None:
         self._shown = time.monotonic()
         if self._style == "quiet":
             return

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tokenize
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -120,8 +119,6 @@ def compute_features(
             facts = {"images": keys, "digest": digest} | ({"damaged": shown.damaged} if shown.damaged else {})
             _write(part / _FACTS, json.dumps({**facts, "sha256": _facts_digest(facts)}).encode())
             part.rename(target)
-            for left in folder.glob(f".{target.name}.tmp-*"):  # of a version that began anew each time
-                shutil.rmtree(left, ignore_errors=True)
     return target
 
 

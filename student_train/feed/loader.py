@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from student_train.feed.batch import NOTHING, StudentBatch, collate
 from student_train.feed.features import ImageFeatures, image_key
@@ -31,7 +31,7 @@ class MicroBatches(Dataset[StudentBatch]):
         pixel_cache: int,
         pack: bool = False,
     ) -> None:
-        self.sources = self._sources = list(sources)
+        self.sources = list(sources)
         self._preprocessor, self._features = preprocessor, features
         self._pack = pack
         self._limit = pixel_cache
@@ -39,7 +39,7 @@ class MicroBatches(Dataset[StudentBatch]):
 
     def __getitem__(self, micro: MicroBatch) -> tuple[MicroBatch, StudentBatch]:  # type: ignore[override]
         self._prefetch(micro.coming)
-        source = self._sources[micro.source]
+        source = self.sources[micro.source]
         raw = source.read(micro.indices)
         shown = None
         if any(image is not None for image in raw.images):
@@ -50,11 +50,11 @@ class MicroBatches(Dataset[StudentBatch]):
 
     def names_of(self, micro: MicroBatch) -> list[str]:
         """The ids of a micro-batch's samples, for an error."""
-        return [self._sources[micro.source].name_of(index) for index in micro.indices]
+        return [self.sources[micro.source].name_of(index) for index in micro.indices]
 
     def _prefetch(self, coming: Sequence[tuple[int, int]]) -> None:
         """In the process that reads, because it is the one that waits."""
-        for number, source in enumerate(self._sources if coming else ()):
+        for number, source in enumerate(self.sources if coming else ()):
             source.prefetch([shard for of, shard in coming if of == number])
 
     def _shown(
@@ -97,25 +97,16 @@ class MicroBatches(Dataset[StudentBatch]):
         return found
 
 
-class _Micros(Sampler[MicroBatch]):
-    def __init__(self, plan: StepPlan, steps: range, rank: int, ranks: int) -> None:
-        self._arguments = (plan, steps, rank, ranks)
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        plan, steps, rank, ranks = self._arguments
-        for step in steps:
-            yield from plan.micro_batches(step, rank, ranks)
-
-
 def make_loader(
     dataset: MicroBatches, plan: StepPlan, steps: range, rank: int, ranks: int, workers: int, pin: bool
 ) -> Iterable[tuple[MicroBatch, StudentBatch]]:
     """Micro-batches of ``steps`` in order; ``workers`` processes, or one thread, stay ahead of the training."""
+    micros = plan.batches_of(steps, rank, ranks)
     if not workers:
-        return _threaded(dataset, _Micros(plan, steps, rank, ranks), pin)
+        return _threaded(dataset, micros, pin)
     return DataLoader(
         dataset,
-        sampler=_Micros(plan, steps, rank, ranks),
+        sampler=micros,
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4,
@@ -161,13 +152,12 @@ def _arrived(micro: MicroBatch, batch: StudentBatch, copied: torch.cuda.Event) -
 
 
 def _threaded(
-    dataset: MicroBatches, micros: Iterable[MicroBatch], pin: bool
+    dataset: MicroBatches, micros: Iterator[MicroBatch], pin: bool
 ) -> Iterator[tuple[MicroBatch, StudentBatch]]:
     """A thread plans and makes ``_AHEAD`` micro-batches in advance; its errors surface where a batch is asked for."""
-    waiting = iter(micros)
 
     def make() -> tuple[MicroBatch, StudentBatch] | None:
-        micro = next(waiting, None)
+        micro = next(micros, None)
         if micro is None:
             return None
         made, batch = dataset[micro]

@@ -8,7 +8,7 @@ than another repeats a sample with weight zero, because DDP and FSDP need every 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -114,6 +114,10 @@ class StepPlan:
             self._micro(step, chunk, weights if place < real else {}, place == count - 1, coming)
             for place, chunk in enumerate(mine)
         ]
+
+    def batches_of(self, steps: range, rank: int, ranks: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of ``steps``, in order."""
+        return (micro for step in steps for micro in self.micro_batches(step, rank, ranks))
 
     def coming_shards(self, step: int, rank: int, ranks: int) -> tuple[tuple[int, int], ...]:
         """(source, shard) of this rank's part of ``step`` and of the steps after it, in the order of need: as far ahead

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
@@ -18,6 +19,8 @@ from teacher_cache.config import DataConfig
 from teacher_cache.data.conversations import Conversation, Image, SampleReader, SkipCount, Skipped, StoredBytes
 
 Sample = Conversation | Skipped
+Place = tuple[str, int, int]
+"""File (empty: our own), start and count of an image's bytes."""
 ROWS = 256
 """Samples in a batch of the file: what one sample costs to find, about 400 kB of LLaVA's mix."""
 _TEXTS, _IMAGES, _FACTS = "samples.arrow", "images.bin", "facts.json"
@@ -119,13 +122,11 @@ def lay_down(samples: Iterable[Sample], folder: Path | None = None) -> SampleFil
     """``samples`` in a file of their own; as :func:`spool`, but for samples that came from elsewhere."""
     folder = folder or Path(tempfile.mkdtemp(prefix="teacher-cache-"))
     try:
-        with _Writer(folder) as writer:
-            for sample in samples:
-                writer.add(sample)
+        count = _write(samples, folder)
         reader = samples if isinstance(samples, SampleReader) else None
         facts = {
             "files": reader.files if reader is not None else [],
-            "count": writer.count,
+            "count": count,
             "skips": vars(reader.skips) if reader is not None else {},
         }
         (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
@@ -147,59 +148,42 @@ def spool(data: DataConfig, folder: Path | None, advance: Callable[[int], None] 
     return lay_down(reader, folder)
 
 
-class _Writer:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._file = pa.OSFile(str(folder / _TEXTS), "wb")
-        self._table = pa.ipc.new_file(self._file, _SCHEMA)
-        self._images: BinaryIO | None = None
-        self._places: dict[str, tuple[str, int, int]] = {}
-        self._lines: list[tuple[Any, ...]] = []
-        self.count = 0
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._flush()
-        self._table.close()
-        self._file.close()
-        if self._images is not None:
-            self._images.close()
-
-    def add(self, sample: Sample) -> None:
-        self.count += 1
-        if isinstance(sample, Skipped):
-            self._lines.append((sample.sample_id, [], [], "", "", "", "", 0, 0, False, sample.reason))
-        else:
-            image = sample.image
-            place = self._place(image)
-            named = (image.image_id, image.path, image.checksum) if image is not None else ("", "", "")
-            texts = (sample.sample_id, list(sample.questions), list(sample.answers))
-            self._lines.append((*texts, *named, *place, sample.regenerate, None))
-        if len(self._lines) == ROWS:
-            self._flush()
-
-    def _place(self, image: Image | None) -> tuple[str, int, int]:
-        """File, start and size of the image's bytes, each distinct image once; no file: the samples' own."""
-        if image is not None and image.stored is not None:
-            return image.stored.file, image.stored.start, image.stored.count
-        if image is None or not image.data:
-            return "", 0, 0
-        place = self._places.get(image.image_id)
-        if place is None:
-            if self._images is None:
-                self._images = (self._folder / _IMAGES).open("wb")
-            place = self._places[image.image_id] = ("", self._images.tell(), len(image.data))
-            self._images.write(image.data)
-        return place
-
-    def _flush(self) -> None:
-        if self._lines:
-            columns = zip(*self._lines, strict=True)
+def _write(samples: Iterable[Sample], folder: Path) -> int:
+    """The file's batches, and beside them the images that lie in no file of their own; how many samples it were."""
+    count, places, rest = 0, dict[str, Place](), iter(samples)
+    with (
+        pa.OSFile(str(folder / _TEXTS), "wb") as file,
+        pa.ipc.new_file(file, _SCHEMA) as table,
+        (folder / _IMAGES).open("wb") as images,
+    ):
+        while batch := list(islice(rest, ROWS)):
+            columns = zip(*(_line(sample, images, places) for sample in batch), strict=True)
             arrays = [pa.array(c, field.type) for c, field in zip(columns, _SCHEMA, strict=True)]
-            self._table.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
-            self._lines = []
+            table.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
+            count += len(batch)
+    return count
+
+
+def _line(sample: Sample, images: BinaryIO, places: dict[str, Place]) -> tuple[Any, ...]:
+    if isinstance(sample, Skipped):
+        return (sample.sample_id, [], [], "", "", "", "", 0, 0, False, sample.reason)
+    texts, image = (sample.sample_id, list(sample.questions), list(sample.answers)), sample.image
+    if image is None:
+        return (*texts, "", "", "", "", 0, 0, sample.regenerate, None)
+    place = _place(image, images, places)
+    return (*texts, image.image_id, image.path, image.checksum, *place, sample.regenerate, None)
+
+
+def _place(image: Image, images: BinaryIO, places: dict[str, Place]) -> Place:
+    """Where the image's bytes lie, each distinct image once; no bytes for an image in the image folder."""
+    if image.stored is not None:
+        return image.stored.file, image.stored.start, image.stored.count
+    if not image.data:
+        return "", 0, 0
+    if image.image_id not in places:
+        places[image.image_id] = ("", images.tell(), len(image.data))
+        images.write(image.data)
+    return places[image.image_id]
 
 
 def _remove(folder: Path, process: int) -> None:

@@ -217,7 +217,7 @@ def test_share_of_a_source_is_drawn_anew_each_epoch(tmp_path: Path) -> None:
             config, sources=(dataclasses.replace(source, share=0.5), dataclasses.replace(source, share=2.0))
         )
     )
-    size = len(run.dataset._sources[0])
+    size = len(run.dataset.sources[0])
     epochs = [run.plan.global_batch(e) for e in range(2)]
     for numbers in epochs:
         assert np.count_nonzero(numbers < size) == size // 2

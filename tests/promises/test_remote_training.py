@@ -130,13 +130,13 @@ def test_a_remote_cache_gives_the_batches_of_a_local_one(
         assert one.input_ids.equal(other.input_ids)
         assert all(one.arrays[name].equal(other.arrays[name]) for name in one.arrays)
     for run in (here, there):
-        source = run.dataset._sources[0]
+        source = run.dataset.sources[0]
         assert run_settings(config(), [source]) == run_settings(config(prefetch_folder="elsewhere"), [source])
 
 
 def test_a_temporary_folder_goes_with_its_source(config: Callable[..., FitConfig]) -> None:
     run = Run.prepare(config())
-    folder = Path(run.dataset._sources[0].cache._source._folder)  # type: ignore[attr-defined]
+    folder = Path(run.dataset.sources[0].cache._source._folder)  # type: ignore[attr-defined]
     next(loader(run))
     assert copied(folder)
     del run
