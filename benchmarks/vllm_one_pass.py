@@ -34,7 +34,7 @@ from teacher_cache.data.tokenization import Prompt, assemble, template_by_name, 
 from teacher_cache.models.weights import rename_vision_weights
 from teacher_cache.teachers.teacher import Answer, AnswerRequest, ScoreRequest, Teacher, Wanted
 from teacher_cache.teachers.torch_teacher import TorchTeacher
-from teacher_cache.teachers.vllm.session import VllmOptions
+from teacher_cache.teachers.vllm.jobs import VllmOptions
 from teacher_cache.teachers.vllm.vllm_teacher import VllmTeacher
 
 Seconds = tuple[float, float]

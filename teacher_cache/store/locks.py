@@ -83,11 +83,7 @@ def locked(storage: Storage, *, break_lock: bool = False) -> Iterator[None]:
         Another process holds it; names host, process, time and command. ``break_lock`` removes the lock *object* of a
         process that a person knows to be dead; a lock that the kernel keeps is never broken: its process lives.
     """
-    if storage.local is None:
-        with _object(storage, break_lock):
-            yield
-        return
-    with _file(storage.local, storage, break_lock):
+    with _object(storage, break_lock) if storage.local is None else _file(storage.local, storage, break_lock):
         yield
 
 

@@ -46,8 +46,6 @@ TOO_LARGE = {
     "teacher_cache/store/folder.py: lines",
     "teacher_cache/store/reader.py: lines",
     "teacher_cache/store/writer.py: lines",
-    "teacher_cache/teachers/vllm/session.py: lines",
-    "teacher_cache/teachers/vllm/vllm_teacher.py: lines",
     "student_train/feed/sources.py: lines",
     "student_train/losses/head_loss.py forward: parameters",
     "student_train/losses/row_losses.py: lines",

@@ -39,8 +39,9 @@ from teacher_cache.store.reader import TeacherCache
 from teacher_cache.teachers.teacher import Answer, AnswerRequest, SampleStates, ScoreRequest, Teacher, Wanted, pick
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 from teacher_cache.teachers.vllm.choice import check_context, choose
+from teacher_cache.teachers.vllm.jobs import Mode, VllmOptions
 from teacher_cache.teachers.vllm.processes import environment
-from teacher_cache.teachers.vllm.session import Mode, VllmOptions, VllmSession
+from teacher_cache.teachers.vllm.session import VllmSession
 from teacher_cache.teachers.vllm.vllm_teacher import VllmTeacher
 from tests.fixtures.rounding import MODEL, within
 from tests.fixtures.training import tiny_fit, weights

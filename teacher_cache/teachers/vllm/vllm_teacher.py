@@ -37,6 +37,7 @@ from teacher_cache.teachers.teacher import (
 )
 from teacher_cache.teachers.torch_teacher import describe_teacher, load_processor
 from teacher_cache.teachers.vllm import session as vllm_session
+from teacher_cache.teachers.vllm.checks import check_ids, check_logits
 from teacher_cache.teachers.vllm.choice import (
     architecture_of,
     check_context,
@@ -46,10 +47,8 @@ from teacher_cache.teachers.vllm.choice import (
     samples_rightly,
     why_not_vllm,
 )
-from teacher_cache.teachers.vllm.session import LENGTH_MARGIN, Job, Mode, Outcome, VllmOptions, VllmSession
-
-LOGIT_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
-"""How far head(norm(h)) may lie from the engine's logit, as a share of the largest logit (at least 1)."""
+from teacher_cache.teachers.vllm.jobs import Job, Mode, Outcome, VllmOptions
+from teacher_cache.teachers.vllm.session import LENGTH_MARGIN, VllmSession
 
 
 class VllmTeacher:
@@ -301,12 +300,13 @@ class VllmTeacher:
         """States after the final norm (S, d) and those before the last layer, once they have been checked."""
         assert outcome.states is not None
         read = np.concatenate([job.expanded, np.asarray(outcome.token_ids[:-1], np.int64)])
-        _check_ids(job.sample_id, read, outcome.read_ids)
+        check_ids(job.sample_id, read, outcome.read_ids)
         raw = outcome.states.to(self._device)
         if not self._extracts:  # token_embed rows have gone through the norm already
             return raw[:, 0].to(self._dtype), None
         hidden = self._normed(raw[:, -1])
-        self._check_logits(job.sample_id, hidden[len(job.expanded) - 1 :], outcome)
+        rows = hidden[len(job.expanded) - 1 :]
+        check_logits(job.sample_id, rows, self._head, outcome, self._config.teacher.dtype)
         return hidden, raw[:, 0] if self._second_last else None
 
     def _normed(self, raw: torch.Tensor) -> torch.Tensor:
@@ -314,27 +314,6 @@ class VllmTeacher:
         wide = raw.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + float(self._text.rms_norm_eps))
         return (wide * scale * self._norm).to(self._dtype)
-
-    def _check_logits(self, name: str, rows: torch.Tensor, outcome: Outcome) -> None:
-        """The invariant head(norm(h)) = the engine's logits, on the engine's most likely ids of every row."""
-        if outcome.top_ids is None or outcome.top_logits is None:
-            return
-        ids = torch.from_numpy(outcome.top_ids).to(self._device)
-        theirs = torch.from_numpy(outcome.top_logits).to(self._device)
-        if not bool(torch.isfinite(rows).all()) or bool(torch.isinf(theirs).any()):
-            return  # too large for the dtype, here or there: what becomes of it is looked at before it is stored
-        ours = torch.einsum("rd,rkd->rk", rows.float(), self._head[ids].float())
-        off = (ours - theirs).abs().amax(-1)
-        allowed = LOGIT_TOLERANCE[self._config.teacher.dtype] * max(1.0, float(theirs.abs().max()))
-        if bool((off <= allowed).all()):  # also false where the engine alone has NaN
-            return
-        row = int((~(off <= allowed)).nonzero()[0])
-        raise TeacherError(
-            f"{name}: answer row {row} of {len(off)}: the captured state does not give the engine's logits: id "
-            f"{int(ids[row, 0])} has {float(theirs[row, 0]):.5g} in the engine and {float(ours[row, 0]):.5g} from "
-            f"head(norm(h)), allowed difference {allowed:.2g}. So these are not this model's final states (a vLLM "
-            "version or a model class that was never tried?). Set teacher.backend=torch."
-        )
 
     def _expanded(self, ids: Iterable[int]) -> npt.NDArray[np.int64]:
         return expand(np.asarray(ids, np.int64), self._description.image_token, self._description.shape.image_tokens)
@@ -359,18 +338,3 @@ class VllmTeacher:
     @property
     def _positions(self) -> int:
         return int(self._text.max_position_embeddings)
-
-
-def _check_ids(name: str, expected: npt.NDArray[np.int64], read: npt.NDArray[np.int64] | None) -> None:
-    """The ids that the engine read must be ours, with the image's placeholder expanded."""
-    assert read is not None
-    if np.array_equal(expected, read):
-        return
-    shared = min(len(expected), len(read))
-    first = int(np.argmax(np.append(expected[:shared] != read[:shared], True)))
-    ours, theirs = (int(ids[first]) if first < len(ids) else None for ids in (expected, read))
-    raise TeacherError(
-        f"{name}: the engine read {len(read)} tokens, expected {len(expected)}; first difference at position {first}: "
-        f"it read {theirs}, ours is {ours}. Does the checkpoint's processor expand <image> to another number of "
-        "tokens than its configuration says? Set teacher.backend=torch."
-    )

@@ -1,0 +1,50 @@
+"""What every captured answer must satisfy: the engine read our ids, and its states give its logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from teacher_cache.errors import TeacherError
+from teacher_cache.teachers.vllm.jobs import Outcome
+
+LOGIT_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
+"""How far head(norm(h)) may lie from the engine's logit, as a share of the largest logit (at least 1)."""
+
+
+def check_ids(name: str, expected: npt.NDArray[np.int64], read: npt.NDArray[np.int64] | None) -> None:
+    """The ids that the engine read must be ours, with the image's placeholder expanded."""
+    assert read is not None
+    if np.array_equal(expected, read):
+        return
+    shared = min(len(expected), len(read))
+    first = int(np.argmax(np.append(expected[:shared] != read[:shared], True)))
+    ours, theirs = (int(ids[first]) if first < len(ids) else None for ids in (expected, read))
+    raise TeacherError(
+        f"{name}: the engine read {len(read)} tokens, expected {len(expected)}; first difference at position {first}: "
+        f"it read {theirs}, ours is {ours}. Does the checkpoint's processor expand <image> to another number of "
+        "tokens than its configuration says? Set teacher.backend=torch."
+    )
+
+
+def check_logits(name: str, rows: torch.Tensor, head: torch.Tensor, outcome: Outcome, dtype: str) -> None:
+    """The invariant head(norm(h)) = the engine's logits, on the engine's most likely ids of every row."""
+    if outcome.top_ids is None or outcome.top_logits is None:
+        return
+    ids = torch.from_numpy(outcome.top_ids).to(rows.device)
+    theirs = torch.from_numpy(outcome.top_logits).to(rows.device)
+    if not bool(torch.isfinite(rows).all()) or bool(torch.isinf(theirs).any()):
+        return  # too large for the dtype, here or there: what becomes of it is looked at before it is stored
+    ours = torch.einsum("rd,rkd->rk", rows.float(), head[ids].float())
+    off = (ours - theirs).abs().amax(-1)
+    allowed = LOGIT_TOLERANCE[dtype] * max(1.0, float(theirs.abs().max()))
+    if bool((off <= allowed).all()):  # also false where the engine alone has NaN
+        return
+    row = int((~(off <= allowed)).nonzero()[0])
+    raise TeacherError(
+        f"{name}: answer row {row} of {len(off)}: the captured state does not give the engine's logits: id "
+        f"{int(ids[row, 0])} has {float(theirs[row, 0]):.5g} in the engine and {float(ours[row, 0]):.5g} from "
+        f"head(norm(h)), allowed difference {allowed:.2g}. So these are not this model's final states (a vLLM "
+        "version or a model class that was never tried?). Set teacher.backend=torch."
+    )
