@@ -12,12 +12,11 @@ from pathlib import Path
 
 from teacher_cache.errors import CacheError
 from teacher_cache.progress import Style, note
-from teacher_cache.store import parquet
 from teacher_cache.store.checksums import INDEX, FileSum, read_file_sums
 from teacher_cache.store.folder import ShardFolder, folder_files
 from teacher_cache.store.manifest import Manifest, write_manifest
 from teacher_cache.store.storage import Storage
-from teacher_cache.store.tables import INDEX_BYTES, answer_ids
+from teacher_cache.store.tables import INDEX_BYTES, answer_ids, parquet_file
 from teacher_cache.store.writer import answers_name, committed_shards, images_name, shard_name
 
 
@@ -75,7 +74,7 @@ def _faults(storage: Storage, manifest: Manifest, name: str) -> Iterator[str]:
     if facts["fingerprint"] != manifest.fingerprint:
         return
     try:
-        parquet.read_table(index, checked=True)
+        parquet_file(index, where, checked=True).read(use_threads=False)
     except (OSError, ValueError) as error:
         yield f"{where}: changed after it was written ({error})"
         return

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from teacher_cache.errors import CacheError
-from teacher_cache.store import parquet
 from teacher_cache.store.arrays import (
     ArrayLayout,
     chunk_rows_for,
@@ -30,7 +29,7 @@ from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.maps import MAPS
 from teacher_cache.store.names import array_files, known_names
 from teacher_cache.store.records import Array, ArraySpec, Axis
-from teacher_cache.store.tables import JSON_BYTES, read_table
+from teacher_cache.store.tables import JSON_BYTES, parquet_file, read_table
 
 REPAIR = "run teacher-cache verify --repair with the cache's configuration"
 COUNTS: dict[Axis, tuple[str, str]] = {
@@ -107,7 +106,7 @@ class ShardFolder:
             self.present = read_table(index, self._where, columns)["present"].to_numpy()
             self._totals["image"] = len(self.present)
         else:
-            known = "image_checksum" in parquet.column_names(index)
+            known = "image_checksum" in parquet_file(index, self._where).schema_arrow.names
             self._read_lines(
                 read_table(index, self._where, _LINES | ({"image_checksum": pa.string()} if known else {}))
             )
