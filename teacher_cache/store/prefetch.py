@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from teacher_cache.errors import CacheError
+from teacher_cache.files import whole
 from teacher_cache.store.checksums import FileSum, bad_block_of_file
 from teacher_cache.store.names import inside
 from teacher_cache.store.storage import Storage
@@ -23,7 +24,6 @@ from teacher_cache.store.tables import INDEX_BYTES
 
 THREADS = 4
 _TRANSFERS = 3
-_TEMPORARY = ".tmp-"
 
 
 class LocalFiles:
@@ -125,21 +125,19 @@ class LocalCopy:
                 self._under_way_bytes -= expected.bytes
 
     def _transfer(self, name: str, target: Path, expected: FileSum) -> Path:
-        fetched = target.with_name(f"{_TEMPORARY}{os.getpid()}-{target.name}")
-        for _ in range(_TRANSFERS):
-            try:
-                self._remote.download(name, fetched, expected.bytes)
-            except FileNotFoundError:
-                raise CacheError(f"{self._remote.url}/{name}: missing; {_REPAIR}") from None
-            if bad_block_of_file(fetched, expected) is None:
-                fetched.replace(target)
-                return target
-        size = fetched.stat().st_size
-        fetched.unlink()
-        raise CacheError(
-            f"{self._remote.url}/{name}: copied {_TRANSFERS} times ({size:,} bytes), but the checksum of its index "
-            f"({expected.bytes:,} bytes) never fits: it was changed after it was written; {_REPAIR}"
-        )
+        with whole(target) as fetched:
+            for _ in range(_TRANSFERS):
+                try:
+                    self._remote.download(name, fetched, expected.bytes)
+                except FileNotFoundError:
+                    raise CacheError(f"{self._remote.url}/{name}: missing; {_REPAIR}") from None
+                if bad_block_of_file(fetched, expected) is None:
+                    return target
+            raise CacheError(
+                f"{self._remote.url}/{name}: copied {_TRANSFERS} times ({fetched.stat().st_size:,} bytes), but the "
+                f"checksum of its index ({expected.bytes:,} bytes) never fits: it was changed after it was written; "
+                f"{_REPAIR}"
+            )
 
     def _make_room(self) -> None:
         """Delete the copies used longest ago until those under way fit under the limit."""
@@ -162,7 +160,7 @@ def _files(folder: Path) -> list[tuple[float, int, Path]]:
     for parent, _, names in os.walk(folder):
         for name in names:
             path = Path(parent) / name
-            if ".tmp-" not in name:  # ours, and those that Storage.download makes of them
+            if ".tmp-" not in name:  # a transfer that is under way
                 with contextlib.suppress(FileNotFoundError):
                     stat = path.stat()
                     found.append((stat.st_mtime, stat.st_size, path))
