@@ -178,7 +178,7 @@ def die_at(operation: int) -> None:
 
         return counted
 
-    for name in ("_write_file", "_sync_folder"):
+    for name in ("_write_file", "flush"):
         setattr(storage_module, name, deadly(getattr(storage_module, name)))
     for owner, name in ((Path, "rename"), (Path, "replace")):
         setattr(owner, name, deadly(getattr(owner, name)))

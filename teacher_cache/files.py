@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import time
@@ -39,6 +40,19 @@ def whole(target: Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, lies on the disk. CIFS and some FUSE file systems cannot do the
+    latter: after a power cut names and sizes are looked at anyway, and what is not whole is made again."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def open_checked(path: Path, check: Callable[[os.stat_result], object]) -> BinaryIO:

@@ -21,6 +21,7 @@ import torch
 
 from teacher_cache.data.conversations import Image
 from teacher_cache.errors import DataError, ImageError
+from teacher_cache.files import flush
 from teacher_cache.store.locks import waiting_for
 
 _FACTS, _FEATURES, _SUMS = "features.json", "features.npy", "features.crc"
@@ -117,7 +118,8 @@ def compute_features(
             shown = _Shown(lambda key: pixels(*distinct[key]), blank)
             _compute(part, keys, shown, tower, batch)
             facts = {"images": keys, "digest": digest} | ({"damaged": shown.damaged} if shown.damaged else {})
-            _write(part / _FACTS, json.dumps({**facts, "sha256": _facts_digest(facts)}).encode())
+            (part / _FACTS).write_text(json.dumps({**facts, "sha256": _facts_digest(facts)}), encoding="utf-8")
+            flush(part / _FACTS)
             part.rename(target)
     return target
 
@@ -207,13 +209,6 @@ def _mapped(path: Path, mode: str) -> np.memmap[Any, np.dtype[np.float16]]:
 def _facts_digest(facts: dict[str, Any]) -> str:
     plain = json.dumps([facts["images"], facts["digest"], *([facts["damaged"]] if "damaged" in facts else [])])
     return hashlib.sha256(plain.encode()).hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _version(path: str, image: Image) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from teacher_cache.errors import StorageError
-from teacher_cache.files import TRIES, again, whole
+from teacher_cache.files import TRIES, again, flush, whole
 from teacher_cache.store import names
 from teacher_cache.store.faults import explained, patiently
 from teacher_cache.terminal import without_secrets
@@ -150,7 +150,7 @@ class Storage:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _write_file(path, files[name])
             for inner in {(temporary / name).parent for name in ordered}:
-                _sync_folder(inner)
+                flush(inner)
             if target.exists():  # a folder that is redone: out of sight first, then away
                 if not target.is_dir():
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -158,7 +158,7 @@ class Storage:
                 target.rename(old)
                 shutil.rmtree(old)
             temporary.rename(target)
-            _sync_folder(target.parent)
+            flush(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -278,7 +278,7 @@ class _AtMost(fsspec.callbacks.Callback):  # type: ignore[misc]
 def _write_whole(target: Path, parts: Parts) -> None:
     with whole(target) as part:
         _write_file(part, parts)
-    _sync_folder(target.parent)
+    flush(target.parent)
 
 
 def _write_file(path: Path, parts: Parts) -> None:
@@ -288,16 +288,3 @@ def _write_file(path: Path, parts: Parts) -> None:
             file.write(part)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Have the names in ``path`` written. CIFS and some FUSE file systems know no such thing: after a power cut a
-    build looks at names and sizes anyway, and makes again what is not whole."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

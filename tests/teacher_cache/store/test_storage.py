@@ -40,7 +40,7 @@ def test_a_folder_that_is_redone_is_replaced_whole(tmp_path):
     assert set(_bytes(tmp_path)) == {"shards/00000/a/data", "shards/00000/index"}
 
 
-@pytest.mark.parametrize("fails_at", ["_write_file", "_sync_folder"])
+@pytest.mark.parametrize("fails_at", ["_write_file", "flush"])
 def test_a_fault_while_committing_leaves_nothing(tmp_path, monkeypatch, fails_at):
     storage = Storage(tmp_path)
     real, calls = getattr(storage_module, fails_at), []
