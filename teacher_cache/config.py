@@ -175,10 +175,7 @@ ConfigT = TypeVar("ConfigT")
 def load_config(cls: type[ConfigT], path: str | Path | None, overrides: Sequence[str] = ()) -> ConfigT:
     """Read ``path`` (YAML) over the defaults of ``cls``, then apply ``a.b=c`` overrides, left to right.
 
-    Raises
-    ------
-    ConfigError
-        naming the file, the key and the nearest key that exists, or the type that was expected.
+    Raises ``ConfigError``: naming the file, the key and the nearest key that exists, or the type that was expected.
     """
     tree: dict[str, Any] = {}
     where = "the command line"
@@ -203,10 +200,8 @@ def load_config(cls: type[ConfigT], path: str | Path | None, overrides: Sequence
 def build_config(cls: type[ConfigT], tree: Mapping[str, Any], where: str) -> ConfigT:
     """Make the dataclass ``cls`` from plain data; an empty value leaves the default, ints pass as floats.
 
-    Raises
-    ------
-    ConfigError
-        unknown keys, other types and numbers out of bounds, with the key, what was expected and what was found.
+    Raises ``ConfigError``: unknown keys, other types and numbers out of bounds, with the key, what was expected and
+    what was found.
     """
     try:
         made: ConfigT = _adapter(cls).validate_json(json.dumps(_filled_in(tree), default=str), strict=True)

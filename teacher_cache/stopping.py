@@ -51,12 +51,7 @@ class Stop:
         return self._number
 
     def check(self, kept: str = "What was complete before stands.") -> None:
-        """
-        Raises
-        ------
-        Stopped
-            the end was asked for.
-        """
+        """Raises ``Stopped``: the end was asked for."""
         if self.asked:
             raise Stopped(self._number, kept)
 

@@ -49,12 +49,8 @@ def answer_questions(
     """Greedy answers to the first question of every sample of a LLaVA file, in order. ``template``: to be compared with
     the student's own, in which it is asked.
 
-    Raises
-    ------
-    ConfigError
-        The student has too few positions, or another template.
-    EvaluationError
-        Its logits are not finite.
+    Raises ``ConfigError``: the student has too few positions, or another template. ``EvaluationError``: its logits are
+    not finite.
     """
     conversations = read_questions(data)
     form = template_by_name(template_name(student.processor, template))

@@ -16,10 +16,8 @@ from teacher_cache.errors import ConfigError, DataError
 def read_questions(data: str | Path) -> list[Conversation]:
     """Every sample of a LLaVA file: its first question is asked, its first answer is the reference.
 
-    Raises
-    ------
-    DataError
-        A sample cannot be asked: an accuracy over fewer questions than the file has would be another one.
+    Raises ``DataError``: a sample cannot be asked: an accuracy over fewer questions than the file has would be another
+    one.
     """
     samples = read_conversations(DataConfig(path=str(data), duplicate_ids="number"))
     skipped = [s for s in samples if isinstance(s, Skipped)]
@@ -34,10 +32,7 @@ def read_questions(data: str | Path) -> list[Conversation]:
 def template_name(processor: Any, asked: str = "") -> str:
     """The template in which a student is asked: the one that its folder's chat template writes.
 
-    Raises
-    ------
-    ConfigError
-        ``asked`` is another one, or the folder's is none of ours and none is asked for.
+    Raises ``ConfigError``: ``asked`` is another one, or the folder's is none of ours and none is asked for.
     """
     own = own_template(processor)
     if asked and own and asked != own:

@@ -99,12 +99,7 @@ def compute_features(
     A folder that is there is complete (it is renamed into place) and is used as it is. With ``blank``, which stands in
     for the pixels of a damaged image, such an image is written down with its reason.
 
-    Raises
-    ------
-    DataError
-        An image file is missing.
-    ImageError
-        Without ``blank``: an image is damaged.
+    Raises ``DataError``: an image file is missing. ``ImageError``: without ``blank``: an image is damaged.
     """
     distinct = {image_key(image, where): (image, where) for image, where in images}
     keys = sorted(distinct)

@@ -68,9 +68,7 @@ class StepPlan:
     def check_positions(self, limit: int | None) -> None:
         """Refuse samples that are longer than the student's ``limit`` positions: what it says there means nothing.
 
-        Raises
-        ------
-        ConfigError
+        Raises ``ConfigError``.
         """
         over: Ints = np.flatnonzero(self._lengths > limit) if limit is not None else np.zeros(0, np.int64)
         if len(over):

@@ -21,10 +21,7 @@ def check_tokenizer(cache: TeacherCache, tokenizer: Any, same_ids: bool) -> None
 
     ``same_ids``: the user says that the tokenizers differ in what the cached ids do not depend on; that is checked.
 
-    Raises
-    ------
-    CacheError
-        Names the first difference, and the setting that allows it where one does.
+    Raises ``CacheError``: names the first difference, and the setting that allows it where one does.
     """
     teacher, url = cache.manifest.teacher, cache.storage.url
     if not teacher.get("vocabulary"):  # a cache of 0.1 says whether they are equal, not what differs
@@ -51,9 +48,7 @@ def check_ids(cache: TeacherCache, added: Mapping[str, str], found: Comparison) 
     """No sample may hold an id that is foreign to the student, and no top-k one that is another token there. (An id in
     a top-k that is no token of the student costs nothing: it is a row of its head that nobody uses.)
 
-    Raises
-    ------
-    CacheError
+    Raises ``CacheError``.
     """
     kept = {spec.name for spec in cache.manifest.arrays}
     scanned = {name: list(found.foreign) for name in ("input_ids",)}

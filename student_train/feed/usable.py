@@ -30,10 +30,7 @@ def usable(samples: Iterable[Conversation | Skipped], folder: str, skipped: list
 def image_fault(image: Image | None, folder: str) -> str:
     """Why the file of ``image`` cannot be found, in phase one's words; empty where it is there.
 
-    Raises
-    ------
-    DataError
-        The folder itself does not answer.
+    Raises ``DataError``: the folder itself does not answer.
     """
     if image is None or image.embedded or (folder and (Path(folder) / image.path).is_file()):
         return ""
@@ -45,12 +42,7 @@ def image_fault(image: Image | None, folder: str) -> str:
 
 
 def check_share(config: SourceConfig, total: int, skipped: Sequence[Skipped]) -> None:
-    """
-    Raises
-    ------
-    DataError
-        More than ``max_skipped`` of the samples are left out, or all, with the counted reasons.
-    """
+    """Raises ``DataError``: more than ``max_skipped`` of the samples are left out, or all, with the counted reasons."""
     first = f"; the first: {skipped[0].sample_id}, {skipped[0].reason}" if skipped else ""
     allowed = Allowed("sources[…].max_skipped", config.max_skipped, total)
     allowed.check(len(skipped), f"{counted(skipped)}{first}", where=config.data, do=" and run the same command again")

@@ -67,10 +67,7 @@ def teacher_gram(images: ImageTargets, space: Space, grid: tuple[int, int] | Non
     grid: ``(from, to)`` side lengths from :func:`pooled_grid`, or None. Pooling a Gram equals pooling the states it
     came from (and the logits, the head being linear), so both sources agree.
 
-    Raises
-    ------
-    LossError
-        where the cache holds neither.
+    Raises ``LossError``: where the cache holds neither.
     """
     packed = images.gram_hidden if space == "hidden" else images.gram_logits
     if packed is not None and images.gram_scale is not None:
@@ -108,10 +105,7 @@ def visual_rows(images: ImageTargets, grid: tuple[int, int] | None = None) -> Ro
     give the softmax of mean logits: a definition of ours, since the paper has no student with another grid. Only the
     pooled states of the batch (B·N' × d) are decoded; unpooled ones stay quantised.
 
-    Raises
-    ------
-    LossError
-        for a pooling with a top-k, which cannot be pooled, or where the cache holds neither.
+    Raises ``LossError``: for a pooling with a top-k, which cannot be pooled, or where the cache holds neither.
     """
     if images.states is not None:
         head = _head(images, "visual forward KL")
@@ -146,10 +140,8 @@ def pooled_grid(teacher_tokens: int, student_tokens: int, pool: int) -> tuple[in
 
     pool: the side to which the teacher's grid is mean-pooled; 0 for no pooling.
 
-    Raises
-    ------
-    LossError
-        where the numbers differ and no pooling is named, or the pooling does not lead from one grid to the other.
+    Raises ``LossError``: where the numbers differ and no pooling is named, or the pooling does not lead from one grid
+    to the other.
     """
     found = f"the teacher has {teacher_tokens} image positions, the student {student_tokens}"
     if pool == 0 and teacher_tokens == student_tokens:

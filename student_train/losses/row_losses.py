@@ -68,10 +68,7 @@ def jsd(
     β·KL(P_t ‖ M) + (1 − β)·KL(P_s ‖ M) with M = β·P_t + (1 − β)·P_s. It vanishes at β = 0 and 1, where GKD's limits
     JSD/β → forward KL and JSD/(1 − β) → reverse KL; those two are asked for by their own names here.
 
-    Raises
-    ------
-    LossError
-        for β outside (0, 1).
+    Raises ``LossError``: for β outside (0, 1).
     """
     log_p, log_q = _log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature)
     return js_divergence(log_p, log_q, beta) * _scale(temperature, temperature_squared)

@@ -242,10 +242,7 @@ def named_columns(stats: Tensor | None, signals: SignalsConfig) -> dict[str, Ten
 def row_loss(spec: LogitLoss, targets: RowTargets, student_logits: Tensor, rows: slice) -> Tensor:
     """One value per row (rows,) of the loss that ``spec`` names; ``student_logits`` (rows, V) are those of ``rows``.
 
-    Raises
-    ------
-    LossError
-        for a name or source that does not exist, or a signal that the cache does not hold.
+    Raises ``LossError``: for a name or source that does not exist, or a signal that the cache does not hold.
     """
     if spec.name == "cross_entropy":
         return losses.cross_entropy(targets.answers(rows), student_logits)

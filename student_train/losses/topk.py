@@ -26,10 +26,8 @@ def topk_at_temperature(topk_logprobs: Tensor, stats: Mapping[str, Tensor], temp
 
     The raw logit is log-probability + lse@1; divided by T, less lse@T, it is the log-probability at T.
 
-    Raises
-    ------
-    LossError
-        where ``stats`` (column name → (R,)) has no log-sum-exp at this temperature: the normaliser would be a guess.
+    Raises ``LossError``: where ``stats`` (column name → (R,)) has no log-sum-exp at this temperature: the normaliser
+    would be a guess.
     """
     if temperature == 1:
         return wide(topk_logprobs)

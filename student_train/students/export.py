@@ -37,10 +37,7 @@ def save_student(model: LlavaForConditionalGeneration, processor: Any, folder: P
 def export_run(run: Path, output: Path) -> Path:
     """Copy a finished run's student to ``output``, with a model card that says what it was made from.
 
-    Raises
-    ------
-    ConfigError
-        The run is not finished, or ``output`` is there already.
+    Raises ``ConfigError``: the run is not finished, or ``output`` is there already.
     """
     facts = run / "run.json"
     if not (run / "model").is_dir() or not facts.is_file():

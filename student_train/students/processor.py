@@ -33,11 +33,8 @@ _IMAGE_SETTINGS = (
 def prepare_processor(processor: Any, config: FitConfig) -> Template:
     """Make ``processor`` show images and write conversations as this run does; returns the run's template.
 
-    Raises
-    ------
-    ConfigError, CacheError
-        The caches' teachers saw images in several ways, or otherwise than a loss on image positions would compare, or
-        the tokenizer cannot write the template.
+    Raises ``ConfigError``, ``CacheError``: the caches' teachers saw images in several ways, or otherwise than a loss on
+    image positions would compare, or the tokenizer cannot write the template.
     """
     caches = {s.cache: read_manifest(Storage(s.cache)) for s in config.sources if s.cache}
     mode = image_mode(config.student, caches)
@@ -105,10 +102,7 @@ def chat_template(template: Template, tokenizer: Any) -> str:
     """``template`` in Jinja: its text, tokenised by ``tokenizer`` in the ordinary way, has the ids of
     ``tokenize_prompt``. Content may be a string, or a list of image and text parts; images stand first, as in LLaVA.
 
-    Raises
-    ------
-    ConfigError
-        The tokenizer writes a begin token before every text, and the template has none.
+    Raises ``ConfigError``: the tokenizer writes a begin token before every text, and the template has none.
     """
     begin = "" if _begins_by_itself(tokenizer, template) or not template.bos else tokenizer.bos_token
     unknown = f"the student knows the roles user and assistant; its template, {template.name}, has one fixed opening"

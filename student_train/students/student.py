@@ -33,10 +33,7 @@ def load_student(config: StudentConfig, seed: int) -> tuple[LlavaForConditionalG
 
     New weights (a composed student's projector) are drawn from ``seed``.
 
-    Raises
-    ------
-    ConfigError
-        No such checkpoint, or parts that do not fit together.
+    Raises ``ConfigError``: no such checkpoint, or parts that do not fit together.
     """
     torch.manual_seed(seed)
     # All of it is trained: loaded as it is, since what bfloat16 rounds away does not come back.

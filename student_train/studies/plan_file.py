@@ -17,10 +17,8 @@ from teacher_cache.data.units import bytes_text
 def plan_file(path: Path, overrides: Sequence[str]) -> list[tuple[str, Any]]:
     """What ``student-train plan`` prints: (fact, value) lines of a fit, a stages or an ablation file.
 
-    Raises
-    ------
-    ConfigError, CacheError
-        Settings that contradict each other, losses that the cache cannot serve, a model without configuration.
+    Raises ``ConfigError``, ``CacheError``: settings that contradict each other, losses that the cache cannot serve, a
+    model without configuration.
     """
     found = sections(path)
     if "arms" in found:

@@ -22,12 +22,8 @@ from teacher_cache.store.storage import Storage
 def source_manifest(source: SourceConfig) -> Manifest:
     """The manifest of a finished cache; else the one that ``made_with`` will write, with expected counts.
 
-    Raises
-    ------
-    ConfigError
-        neither is there.
-    CacheError
-        a cache is there that may not be used: of another format, changed.
+    Raises ``ConfigError``: neither is there. ``CacheError``: a cache is there that may not be used: of another format,
+    changed.
     """
     if source.cache and Storage(source.cache).exists(MANIFEST):
         manifest = read_manifest(Storage(source.cache))

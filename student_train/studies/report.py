@@ -25,10 +25,7 @@ def write_report(
     ``image_folder``: where the images of the predictions lie; without it the page shows none. ``cache``: what the
     runs read, for the bytes of one pass. Neither is taken from a run folder, which may be a stranger's.
 
-    Raises
-    ------
-    ReportError
-        No run there, or a malformed file; missing optional files only leave their part out.
+    Raises ``ReportError``: no run there, or a malformed file; missing optional files only leave their part out.
     """
     folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
     experiment = load_experiment(folders, image_folder, cache)

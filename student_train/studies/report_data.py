@@ -61,10 +61,7 @@ class Experiment:
 def load_experiment(folders: Sequence[Path], image_folder: str = "", cache: str = "") -> Experiment:
     """An ablation's folder (with ``table.json``), or run folders (with ``log.jsonl``).
 
-    Raises
-    ------
-    ReportError
-        Nothing to report on, or a file that is malformed; which one and where.
+    Raises ``ReportError``: nothing to report on, or a file that is malformed; which one and where.
     """
     if len(folders) == 1 and (folders[0] / "table.json").is_file():
         return _ablation(folders[0], image_folder, cache)

@@ -82,10 +82,7 @@ class RunSpec:
 def plan_runs(config: AblationConfig) -> list[RunSpec]:
     """Every (arm, seed), checked: unknown arms, settings that do not parse, an order that cannot be.
 
-    Raises
-    ------
-    ConfigError
-        before anything is trained.
+    Raises ``ConfigError``: before anything is trained.
     """
     if not config.output or not config.arms:
         raise ConfigError("an ablation file needs output and arms")

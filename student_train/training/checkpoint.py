@@ -89,10 +89,7 @@ def newest_sound(folder: Path, main: bool, note: Callable[[str], None]) -> Path 
     """The newest checkpoint whose files have their digests; None where there is none at all. The ``main`` rank looks,
     the others hear what it found. ``note`` gets a sentence for each damaged one that is passed over.
 
-    Raises
-    ------
-    CacheError
-        There are checkpoints, and all are damaged.
+    Raises ``CacheError``: there are checkpoints, and all are damaged.
     """
     answer: list[Any] = [None, []]
     if main:
@@ -126,10 +123,7 @@ def fault(path: Path) -> str:
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Put weights and optimiser of a sound checkpoint back and return the facts saved beside them.
 
-    Raises
-    ------
-    CacheError
-        The checkpoint belongs to a run with other settings, another cache or another model.
+    Raises ``CacheError``: the checkpoint belongs to a run with other settings, another cache or another model.
     """
     facts: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     if other := differences(facts["settings"], settings):

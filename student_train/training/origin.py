@@ -28,10 +28,7 @@ def sources_origin(sources: Sequence[SourceConfig]) -> Origin:
 def cache_fingerprint(url: str) -> str:
     """The fingerprint in the manifest of the cache at ``url``; empty where there is none.
 
-    Raises
-    ------
-    CacheError
-        The manifest is damaged, or of another format.
+    Raises ``CacheError``: the manifest is damaged, or of another format.
     """
     storage = Storage(url)
     return read_manifest(storage).fingerprint if storage.exists(MANIFEST) else ""

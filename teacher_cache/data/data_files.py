@@ -34,10 +34,7 @@ Wanted = Callable[[str], bool]
 def data_files(path: str | Sequence[str]) -> list[Path]:
     """The files that ``path`` names: each a file, a folder (its data files, sorted) or a glob pattern (sorted).
 
-    Raises
-    ------
-    DataError
-        One of them names no file.
+    Raises ``DataError``: one of them names no file.
     """
     found: list[Path] = []
     for name in [path] if isinstance(path, str) else list(path):
@@ -72,10 +69,7 @@ class DataFile:
         Whoever takes only the first records leaves the rest of a JSON file unread; the digest is then that of the
         part that was parsed.
 
-        Raises
-        ------
-        DataError
-            Damaged, in another encoding, or no list of records; names the file and the line.
+        Raises ``DataError``: damaged, in another encoding, or no list of records; names the file and the line.
         """
         with self.path.open("rb") as file:
             start = file.read(4)

@@ -37,14 +37,9 @@ def image_checksum(data: bytes) -> str:
 def read_image(image: Image, folder: str | Path) -> bytes:
     """The bytes of ``image``, compared with its checksum where it has one.
 
-    Raises
-    ------
-    ImageError
-        The sample cannot be used; the same whenever it is tried.
-    OtherImageError
-        Other bytes than the teacher saw.
-    DataError
-        The folder or its disk does not answer, after several tries: the run stops, since the sample is not at fault.
+    Raises ``ImageError``: the sample cannot be used; the same whenever it is tried. ``OtherImageError``: other bytes
+    than the teacher saw. ``DataError``: the folder or its disk does not answer, after several tries: the run stops,
+    since the sample is not at fault.
     """
     if not image.embedded and not str(folder):
         check_folder(folder)

@@ -27,12 +27,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 def load_image(image: Image, folder: str | Path) -> PillowImage.Image:
     """The decoded RGB image.
 
-    Raises
-    ------
-    ImageError
-        The sample is skipped with this text as its reason.
-    DataError
-        The image folder does not answer, or holds another image under this name: the run stops.
+    Raises ``ImageError``: the sample is skipped with this text as its reason. ``DataError``: the image folder does not
+    answer, or holds another image under this name: the run stops.
     """
     return decode(read_image(image, folder), image.image_id)
 
@@ -40,12 +36,8 @@ def load_image(image: Image, folder: str | Path) -> PillowImage.Image:
 def decode(data: bytes, image_id: str) -> PillowImage.Image:
     """The RGB image in ``data``, as :func:`load_image`. No text of Pillow's is passed on: it holds addresses and paths.
 
-    Raises
-    ------
-    ImageError
-        No image of :data:`FORMATS`, damaged, too large, or of a range that nobody states.
-    DataError
-        Not enough memory. That depends on the machine, so it is no reason to leave a sample out.
+    Raises ``ImageError``: no image of :data:`FORMATS`, damaged, too large, or of a range that nobody states.
+    ``DataError``: not enough memory. That depends on the machine, so it is no reason to leave a sample out.
     """
     assert not ImageFile.LOAD_TRUNCATED_IMAGES, "a truncated image must be an error, not a grey area"
     try:

@@ -30,10 +30,7 @@ class Allowed:
         """Refuse ``skipped`` samples (a fraction where it is an estimate) for their ``reasons``; ``do`` says, behind
         "mend the data or its image_folder", how to go on.
 
-        Raises
-        ------
-        DataError
-            More than the share, or none that can be used. It names the share that these would need.
+        Raises ``DataError``: more than the share, or none that can be used. It names the share that these would need.
         """
         what = f"{where}{': ' if where else ''}{skipped:,.0f} of {self.total:,} samples {found}"
         mend = f"Mend the data or {self.setting.replace('max_skipped', 'image_folder')}"

@@ -15,10 +15,7 @@ def load_model_config(name: str, revision: str = "", setting: str = "model") -> 
     A hub name is looked up by its last part among the shipped ``pipelines/models/*/config.json`` first, so that plans
     need no network.
 
-    Raises
-    ------
-    ConfigError
-        where neither has it; says where to put one.
+    Raises ``ConfigError``: where neither has it; says where to put one.
     """
     from teacher_cache.models.pretrained import ModelError, read_config
 

@@ -25,10 +25,7 @@ _FINAL_NORM = ("language_model.model.norm.weight", "model.language_model.norm.we
 def checkpoint_folder(model: str, revision: str = "") -> Path:
     """The local folder of ``model``: itself, or the hub's snapshot, downloaded if it is not there yet.
 
-    Raises
-    ------
-    TeacherError
-        ``model`` is neither a folder nor a repository that can be reached.
+    Raises ``TeacherError``: ``model`` is neither a folder nor a repository that can be reached.
     """
     if Path(model).is_dir():
         return Path(model)

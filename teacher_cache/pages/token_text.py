@@ -24,10 +24,7 @@ class TokenText:
     def open(cls, tokenizer: str, cache: TeacherCache) -> TokenText:
         """The tokenizer at ``tokenizer`` (folder or name), which must be the teacher's.
 
-        Raises
-        ------
-        CacheError
-            It cannot be loaded, or its ids mean other text than the teacher's.
+        Raises ``CacheError``: it cannot be loaded, or its ids mean other text than the teacher's.
         """
         from teacher_cache.models.pretrained import ModelError, read_tokenizer
 

@@ -37,10 +37,8 @@ def write_view(
     number of samples and says on how many, so the page costs the same for a cache of any size. ``image_folder``: where
     the images lie, a folder or the data files that they are embedded in.
 
-    Raises
-    ------
-    CacheError
-        No complete cache, an id that is not in it, a ``tokenizer`` that is not the teacher's, or no such image folder.
+    Raises ``CacheError``: no complete cache, an id that is not in it, a ``tokenizer`` that is not the teacher's, or no
+    such image folder.
     """
     storage = Storage(cache)
     with TeacherCache(storage) as opened:

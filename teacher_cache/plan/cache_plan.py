@@ -111,10 +111,7 @@ def plan_cache(
     ``answer_factor``: how much longer than the original ones the teacher's answers are expected to be. Answers that
     lie in ``config.output`` already are counted, not estimated.
 
-    Raises
-    ------
-    DataError, ConfigError
-        The data cannot be read, or the teacher's configuration cannot be found.
+    Raises ``DataError``, ``ConfigError``: the data cannot be read, or the teacher's configuration cannot be found.
     """
     samples = read_conversations(config.data)
     shards = -(-len(samples) // config.layout.shard_samples)

@@ -57,10 +57,8 @@ def assumed_throughput(weights: int, dollars_per_hour: float = 2.0) -> Throughpu
 def measured_throughput(storage: Storage, dollars_per_hour: float = 2.0) -> Throughput:
     """What a finished cache of two passes took, a worker (``cost.json``); answers that were kept took no writing.
 
-    Raises
-    ------
-    ConfigError
-        The cache has no such figures, or came out of one pass, whose time does not tell reading from writing.
+    Raises ``ConfigError``: the cache has no such figures, or came out of one pass, whose time does not tell reading
+    from writing.
     """
     with TeacherCache(storage) as cache:
         counts, image_tokens = cache.manifest.counts, cache.manifest.shape.image_tokens

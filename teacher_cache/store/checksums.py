@@ -57,10 +57,7 @@ def sums_to_plain(files: Mapping[str, Iterable[bytes | memoryview]]) -> dict[str
 def read_file_sums(index: bytes, where: str) -> tuple[dict[str, FileSum], dict[str, Any]]:
     """Checksums of a folder's files, and the rest of the index's metadata, from the bytes of ``index.parquet``.
 
-    Raises
-    ------
-    CacheError
-        Not an index as :func:`sums_to_plain` and the writer make it; ``where`` names the file.
+    Raises ``CacheError``: not an index as :func:`sums_to_plain` and the writer make it; ``where`` names the file.
     """
     plain = json_object((parquet_file(index, where).metadata.metadata or {}).get(METADATA_KEY, b""), where)
     sums = {}

@@ -77,11 +77,9 @@ class Holder:
 def locked(storage: Storage, *, break_lock: bool = False) -> Iterator[None]:
     """Hold the lock of the output ``storage`` for the block.
 
-    Raises
-    ------
-    LockedError
-        Another process holds it; names host, process, time and command. ``break_lock`` removes the lock *object* of a
-        process that a person knows to be dead; a lock that the kernel keeps is never broken: its process lives.
+    Raises ``LockedError``: another process holds it; names host, process, time and command. ``break_lock`` removes the
+    lock *object* of a process that a person knows to be dead; a lock that the kernel keeps is never broken: its process
+    lives.
     """
     with _object(storage, break_lock) if storage.local is None else _file(storage.local, storage, break_lock):
         yield

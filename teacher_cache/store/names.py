@@ -37,10 +37,8 @@ _MOST_CHARACTERS = 255
 def plain_name(name: object, where: str) -> str:
     """``name`` itself, where it is one that cannot lead out of a folder; ``where`` says which file it stands in.
 
-    Raises
-    ------
-    CacheError
-        Not text, empty, absolute, with ``..``, an empty part, a backslash, a colon or a control character.
+    Raises ``CacheError``: not text, empty, absolute, with ``..``, an empty part, a backslash, a colon or a control
+    character.
     """
     if not isinstance(name, str) or not 0 < len(name) <= _MOST_CHARACTERS:
         raise CacheError(f"{where}: {_shown(name)} is not the name of a file; {_FOREIGN}")
@@ -66,10 +64,7 @@ def array_files(name: str, axes: int) -> tuple[str, str]:
 def inside(root: Path, name: str) -> Path:
     """``root/name``, whether there is anything or not.
 
-    Raises
-    ------
-    CacheError
-        The name is not plain, or a link on the way leads out of ``root``.
+    Raises ``CacheError``: the name is not plain, or a link on the way leads out of ``root``.
     """
     path = root.joinpath(*plain_name(name, str(root)).split("/"))
     base, real = os.path.realpath(root), os.path.realpath(path)

@@ -117,11 +117,8 @@ def repair_cache(storage: Storage, report: VerifyReport) -> list[int]:
     The manifest first says that the cache is not complete. Returns the shards removed. Answers are removed only where
     their file is damaged: other shards are scored again, not answered. A damaged manifest is kept beside its place.
 
-    Raises
-    ------
-    CacheError
-        The cache is of another format version (there is nothing to repair), or a folder is a link that leads out of
-        the cache (nothing is removed).
+    Raises ``CacheError``: the cache is of another format version (there is nothing to repair), or a folder is a link
+    that leads out of the cache (nothing is removed).
     """
     if not report.repairable:
         return []

@@ -32,11 +32,8 @@ class BackendChoice:
 def choose(config: CacheConfig) -> BackendChoice:
     """Decide between vLLM and torch, and between one pass and two; no weights are loaded.
 
-    Raises
-    ------
-    TeacherError
-        ``teacher.backend`` is ``vllm``, but it is not installed, does not know the architecture, or cannot give a
-        signal that was asked for.
+    Raises ``TeacherError``: ``teacher.backend`` is ``vllm``, but it is not installed, does not know the architecture,
+    or cannot give a signal that was asked for.
     """
     backend = config.teacher.backend
     if backend == "torch":
@@ -106,10 +103,7 @@ def context_length(
 
     Never more than ``teacher.max_length`` + 1, as longer samples are skipped; the one beyond tells that they are.
 
-    Raises
-    ------
-    TeacherError
-        The model has too few ``positions``: which samples, and by how much.
+    Raises ``TeacherError``: the model has too few ``positions``: which samples, and by how much.
     """
     cap, limit = config.teacher.max_length + 1, positions - LENGTH_MARGIN
     template, room = template_by_name(config.teacher.template), config.generation.max_new_tokens

@@ -65,10 +65,7 @@ class VllmSession:
         """``arguments`` of ``vllm.LLM``; ``sampling`` that all requests share; ``layers`` whose outputs are captured
         (0: the embeddings, L: the last layer); ``show`` makes of an image what the model sees.
 
-        Raises
-        ------
-        TeacherError
-            The engine did not start: with the cause, and what to set.
+        Raises ``TeacherError``: the engine did not start: with the cause, and what to set.
         """
         self.mode = mode
         self._unread = 0

@@ -57,11 +57,8 @@ class VllmTeacher:
     The engine starts with the first request, and again after :class:`TeacherCrashed`. Model classes that cannot hand
     out inner states answer first; then that engine is stopped and another, a ``token_embed`` pooler, scores.
 
-    Raises
-    ------
-    TeacherError
-        vLLM is missing, does not know the architecture or the weight names; the processor is missing; the context is
-        too short; there is no memory for the KV cache. Each says what to set.
+    Raises ``TeacherError``: vLLM is missing, does not know the architecture or the weight names; the processor is
+    missing; the context is too short; there is no memory for the KV cache. Each says what to set.
     """
 
     def __init__(
