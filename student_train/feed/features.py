@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tokenize
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,44 +106,38 @@ def compute_features(
     versions = [(key, *_version(key, distinct[key][0]), distinct[key][0].checksum) for key in keys]
     listed = hashlib.sha256(json.dumps([digest, versions]).encode()).hexdigest()[:16]
     target = folder / f"vision-features-{listed}"
+    damaged: dict[str, str] = {}
+
+    def shown(key: str) -> torch.Tensor:
+        try:
+            return pixels(*distinct[key])
+        except ImageError as error:
+            if blank is None:
+                raise
+            damaged[key] = str(error)
+            return blank()
+
     with waiting_for(folder / f".{target.name}.lock"):
         if not target.is_dir():
             part = folder / f".{target.name}.part"
             part.mkdir(exist_ok=True)
-            shown = _Shown(lambda key: pixels(*distinct[key]), blank)
-            _compute(part, keys, shown, tower, batch)
-            facts = {"images": keys, "digest": digest} | ({"damaged": shown.damaged} if shown.damaged else {})
+            _compute(part, keys, shown, damaged, tower, batch)
+            facts = {"images": keys, "digest": digest} | ({"damaged": damaged} if damaged else {})
             (part / _FACTS).write_text(json.dumps({**facts, "sha256": _facts_digest(facts)}), encoding="utf-8")
             flush(part / _FACTS)
             part.rename(target)
     return target
 
 
-class _Shown:
-    """Pixels of images by key; of the ``damaged`` ones, collected with their reasons, a blank."""
-
-    def __init__(self, pixels: Callable[[str], torch.Tensor], blank: Callable[[], torch.Tensor] | None) -> None:
-        self._pixels, self._blank = pixels, blank
-        self.damaged: dict[str, str] = {}
-
-    def __call__(self, key: str) -> torch.Tensor:
-        try:
-            return self._pixels(key)
-        except ImageError as error:
-            if self._blank is None:
-                raise
-            self.damaged[key] = str(error)
-            return self._blank()
-
-
 def _compute(
     part: Path,
     keys: Sequence[str],
-    pixels: _Shown,
+    pixels: Callable[[str], torch.Tensor],
+    damaged: Mapping[str, str],
     tower: Callable[[torch.Tensor], torch.Tensor],
     batch: int,
 ) -> None:
-    """Fill ``part`` from where an earlier run stopped."""
+    """Fill ``part`` from where an earlier run stopped; ``pixels`` notes the ``damaged`` images."""
     out, done = _begun(part, len(keys))
     for key, values in zip(keys[:done], () if out is None else out, strict=False):
         if np.isnan(values.flat[0]):  # damaged, or of a tower that overflows: reading it again tells
@@ -155,7 +149,7 @@ def _compute(
             chunk = keys[start : start + batch]
             with torch.inference_mode():
                 values = tower(torch.stack([pixels(key) for key in chunk])).to(torch.float16).cpu().numpy()
-            if lost := [place for place, key in enumerate(chunk) if key in pixels.damaged]:
+            if lost := [place for place, key in enumerate(chunk) if key in damaged]:
                 values = values.copy()
                 values[lost] = np.nan
             if out is None:
