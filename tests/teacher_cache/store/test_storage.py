@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -267,7 +268,7 @@ def _without_files(root: str, queue, passing: bool) -> None:
             os.close(descriptor)
             held.remove(descriptor)
 
-    storage_module.time.sleep = wait
+    time.sleep = wait
     try:
         Storage(root).commit_folder("shards/00000", FILES, "index")
         said = repr(Storage(root).read("shards/00000/index"))
