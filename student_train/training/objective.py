@@ -121,9 +121,7 @@ def check_losses(specs: Sequence[LossSpec], manifest: Manifest, url: str) -> Non
 def check_shared(specs: Sequence[LossSpec], teacher: int, student: int, visual: str, url: str) -> None:
     """Refuse what cannot be cut to the shared ids, because only sums over all of the teacher's ids are stored.
 
-    Raises
-    ------
-    ConfigError
+    Raises ``ConfigError``.
     """
     if teacher <= student:
         return

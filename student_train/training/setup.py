@@ -25,10 +25,7 @@ def make_accelerator(config: FitConfig) -> Accelerator:
     for by DDP; elsewhere there are none, and looking costs a pass over the graph. Accelerate keeps the precision of the
     first run in a process for all; a later stage has its own.
 
-    Raises
-    ------
-    ConfigError
-        float16 without a GPU.
+    Raises ``ConfigError``: float16 without a GPU.
     """
     head = any(loss.name in ("cross_entropy", *LOGIT_LOSSES) for loss in config.losses)
     unused = config.student.train_vision or not head
@@ -59,9 +56,7 @@ def computed_in(config: FitConfig) -> str | None:
 def check_tracker(name: str) -> None:
     """Refuse a tracker that would track nothing: Accelerate leaves out, with a warning, what is not installed.
 
-    Raises
-    ------
-    ConfigError
+    Raises ``ConfigError``.
     """
     known = sorted(str(kind) for kind in LOGGER_TYPE_TO_CLASS)
     if name and name not in known:

@@ -74,10 +74,7 @@ def stage_origin(config: FitConfig) -> Origin:
 def _check_begun(name: str, config: FitConfig) -> None:
     """Record what the stage is made from (``origin.json``), or compare: once a step of it is kept, that must stand.
 
-    Raises
-    ------
-    ConfigError
-        It was begun with something else.
+    Raises ``ConfigError``: it was begun with something else.
     """
     folder = Path(config.output)
     now, path = stage_origin(config), folder / "origin.json"

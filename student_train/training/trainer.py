@@ -51,14 +51,9 @@ def fit(config: FitConfig, style: Style = "auto", stop: Stop | None = None) -> F
     A signal ends it after the step in progress, with a checkpoint; ``stop``: the caller's handling of signals, if it
     has one.
 
-    Raises
-    ------
-    ConfigError, CacheError, DataError
-        before the first step, saying what to change.
-    TrainingError
-        at a step whose numbers are not finite; the last checkpoint stands and nothing is exported.
-    Stopped
-        a signal came.
+    Raises ``ConfigError``, ``CacheError``, ``DataError``: before the first step, saying what to change.
+    ``TrainingError``: at a step whose numbers are not finite; the last checkpoint stands and nothing is exported.
+    ``Stopped``: a signal came.
     """
     check_fit_config(config)
     check_tracker(config.train.tracker)
@@ -251,10 +246,7 @@ class Run:
     def _update(self, made: list[tuple[MicroBatch, dict[str, torch.Tensor]]], cpu_seconds: float) -> Agreed:
         """One step of the optimiser, if every number of the step is finite.
 
-        Raises
-        ------
-        TrainingError
-            on every rank, before any weight is changed.
+        Raises ``TrainingError``: on every rank, before any weight is changed.
         """
         train = self.config.train
         factor = learning_rate_factor(self.step, self.plan.steps, train)
@@ -290,10 +282,7 @@ class Run:
     def _after_step(self, agreed: Agreed) -> None:
         """Checkpoint where one is due.
 
-        Raises
-        ------
-        Stopped
-            a rank was sent a signal; the checkpoint is written.
+        Raises ``Stopped``: a rank was sent a signal; the checkpoint is written.
         """
         every = self.config.train.checkpoint_every
         if agreed.signal:

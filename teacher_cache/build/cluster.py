@@ -64,12 +64,9 @@ def build_on_ray(
 
     Joins the Ray cluster that is there (``RAY_ADDRESS``, or the one started on this machine), else starts one here.
 
-    Raises
-    ------
-    CacheError
-        A shard failed :data:`TRIES` times; names it and the last fault. Committed shards stand.
-    ConfigError, DataError, TeacherError, StorageError
-        As the single process does; these are not tried again.
+    Raises ``CacheError``: a shard failed :data:`TRIES` times; names it and the last fault. Committed shards stand.
+    ``ConfigError``, ``DataError``, ``TeacherError``, ``StorageError``: as the single process does; these are not tried
+    again.
     """
     begin = time.monotonic()
     check_config(config)

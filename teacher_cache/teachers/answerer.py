@@ -68,10 +68,7 @@ class AnsweringStudent:
 def with_answerer(teacher: Teacher, config: CacheConfig) -> Teacher:
     """``teacher`` as it is, or behind the student that ``teacher.answerer`` names. The student runs with torch.
 
-    Raises
-    ------
-    TeacherError
-        The student has another tokenizer: its ids would mean other words to the teacher.
+    Raises ``TeacherError``: the student has another tokenizer: its ids would mean other words to the teacher.
     """
     if not config.teacher.answerer:
         return teacher
