@@ -138,7 +138,7 @@ def _fit(config: FitConfig, operation: int) -> None:
     left = [operation]
     if operation:
         for owner, names in (
-            (checkpoint, ("save_file", "_digest", "_flush")),
+            (checkpoint, ("save_file", "_digest", "flush")),
             (features, ("_write",)),
             (features.google_crc32c, ("value",)),
             (Path, ("mkdir", "write_text", "rename")),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch.optim import Optimizer
 
 from student_train.training.settings import differences
 from teacher_cache.errors import CacheError
+from teacher_cache.files import flush
 
 KEPT = 2
 """Checkpoints of a run: the newest, and the one before in case that the newest is damaged."""
@@ -67,10 +67,10 @@ def _write(target: Path, weights: dict[str, torch.Tensor], facts: dict[str, Any]
     digests = {name: _digest(temporary / name) for name in (WEIGHTS, OPTIMIZER, STATE)}
     (temporary / DIGESTS).write_text(json.dumps(digests, indent=1), encoding="utf-8")
     for name in (*digests, DIGESTS, "."):
-        _flush(temporary / name)
+        flush(temporary / name)
     shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
     temporary.rename(target)
-    _flush(target.parent)
+    flush(target.parent)
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -89,10 +89,7 @@ def newest_sound(folder: Path, main: bool, note: Callable[[str], None]) -> Path 
     """The newest checkpoint whose files have their digests; None where there is none at all. The ``main`` rank looks,
     the others hear what it found. ``note`` gets a sentence for each damaged one that is passed over.
 
-    Raises
-    ------
-    CacheError
-        There are checkpoints, and all are damaged.
+    Raises ``CacheError``: there are checkpoints, and all are damaged.
     """
     answer: list[Any] = [None, []]
     if main:
@@ -126,10 +123,7 @@ def fault(path: Path) -> str:
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Put weights and optimiser of a sound checkpoint back and return the facts saved beside them.
 
-    Raises
-    ------
-    CacheError
-        The checkpoint belongs to a run with other settings, another cache or another model.
+    Raises ``CacheError``: the checkpoint belongs to a run with other settings, another cache or another model.
     """
     facts: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     if other := differences(facts["settings"], settings):
@@ -169,15 +163,6 @@ def _check_tensors(
 def _digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, lies on the disk and not only in the system's memory."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _flatten(state: dict[str, Any], prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -52,7 +52,7 @@ def go_on(folder: Path, notes: list[str] | None = None) -> int:
 
 
 OPERATIONS = [
-    *((checkpoint, name) for name in ("save_file", "_digest", "_flush")),
+    *((checkpoint, name) for name in ("save_file", "_digest", "flush")),
     *((Path, name) for name in ("mkdir", "write_text", "rename")),
     (shutil, "rmtree"),
 ]
