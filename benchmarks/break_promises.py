@@ -151,8 +151,8 @@ BREAKS = (
         4,
         "an answer's seed depends on its place",
         "teacher_cache/build/answers.py",
-        "drawn = answer_seed(seed, conversation.sample_id, turn)",
-        "drawn = answer_seed(seed, str(i), turn)",
+        "drawn = answer_seed(build.config.generation.seed, conversation.sample_id, turn)",
+        "drawn = answer_seed(build.config.generation.seed, str(id(self)), turn)",
         "tests/teacher_cache/build/test_build.py",
     ),
     Break(
@@ -191,8 +191,8 @@ BREAKS = (
         5,
         "images may change between answering and scoring",
         "teacher_cache/build/shards.py",
-        'if answered.image_checksum not in ("", picture.image.checksum):',
-        "if False:",
+        'answered.image_checksum not in ("", sample.picture.image.checksum):',
+        "False:",
         "tests/teacher_cache/build/test_skips.py",
     ),
     Break(
@@ -366,7 +366,7 @@ BREAKS = (
     Break(
         5,
         "samples beyond the teacher's positions are cached",
-        "teacher_cache/build/inputs.py",
+        "teacher_cache/build/context.py",
         "if positions is not None and positions < limit:",
         "if False:",
         "tests/teacher_cache/build/test_unusable_numbers.py",

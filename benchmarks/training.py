@@ -51,7 +51,7 @@ from student_train.training.inputs import open_sources, side_of
 from student_train.training.objective import DistilledStudent, TeacherSide
 from student_train.training.trainer import Run
 from teacher_cache.build.build import build_cache, open_teacher
-from teacher_cache.build.shards import make_extractor
+from teacher_cache.build.context import Build
 from teacher_cache.build.signals import Extractor, wanted_states
 from teacher_cache.config import (
     CacheConfig,
@@ -64,8 +64,9 @@ from teacher_cache.config import (
     as_plain,
     build_config,
 )
-from teacher_cache.data.conversations import Skipped, read_conversations
+from teacher_cache.data.conversations import Skipped
 from teacher_cache.data.images import load_image
+from teacher_cache.data.spool import spool
 from teacher_cache.data.tokenization import assemble, template_by_name, tokenize_answer, tokenize_prompt
 from teacher_cache.store.manifest import Manifest, read_manifest
 from teacher_cache.store.records import TeacherRecord
@@ -253,7 +254,7 @@ class PhaseOne:
     @classmethod
     def prepare(cls, case: Case) -> PhaseOne:
         config = case.cache
-        samples = read_conversations(config.data)
+        samples = spool(config.data, None)
         teacher = open_teacher(config, samples, "quiet")
         assert isinstance(teacher, TorchTeacher)
         storage = Storage(config.output)
@@ -267,7 +268,7 @@ class PhaseOne:
             answers = [tokenize_answer(a, template, teacher.tokenizer) for a in sample.answers]
             requests.append(ScoreRequest(assemble(prompt, answers), image))
             prompts.append(AnswerRequest(sample.sample_id, 0, prompt.before(0, []), image, 0))
-        extractor = make_extractor(config, storage, manifest, teacher)
+        extractor = Build(config, storage, manifest, samples, teacher).extractor
         return cls(config, teacher, manifest, extractor, requests, prompts, Storage(case.folder / "scratch"))
 
     @property

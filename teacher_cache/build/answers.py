@@ -17,17 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from teacher_cache.data.conversations import Conversation
-from teacher_cache.data.images import AnyImage
-from teacher_cache.data.rows import expanded_length
-from teacher_cache.data.tokenization import Ids, Prompt, Template, tokenize_answer
+from teacher_cache.build.context import Build
+from teacher_cache.build.inputs import ReadSample
+from teacher_cache.data.tokenization import Ids, tokenize_answer
 from teacher_cache.errors import CacheError, TeacherCrashed
-from teacher_cache.progress import Style, note
+from teacher_cache.progress import note
 from teacher_cache.store.manifest import Manifest, digest
 from teacher_cache.store.storage import Storage
 from teacher_cache.store.tables import INDEX_BYTES, json_object, parquet_file, read_table, text
 from teacher_cache.store.writer import answers_name
-from teacher_cache.teachers.teacher import OVERFLOW, AnswerRequest, Teacher
+from teacher_cache.teachers.teacher import OVERFLOW, AnswerRequest
 
 _KEY = b"teacher_cache"
 
@@ -54,73 +53,64 @@ class AnsweredSample:
         return OVERFLOW in self.finish_reasons
 
 
-def answer_conversations(
-    teacher: Teacher,
-    conversations: Sequence[Conversation],
-    prompts: Sequence[Prompt],
-    images: Sequence[AnyImage | None],
-    template: Template,
-    *,
-    history: str,
-    seed: int,
-    capture: bool,
-    max_length: int,
-    source: str = "teacher",
-    style: Style = "quiet",
-) -> list[AnsweredSample]:
+def answer_conversations(build: Build, samples: Sequence[ReadSample]) -> list[AnsweredSample]:
     """Answers for each conversation, in order; those that keep their original answers are only tokenised.
 
     The next question of a conversation is asked as soon as its last answer is there; what the teacher makes of that is
     its own business (torch: turn t of all conversations together). Where it crashes, it is started again, and only
-    what had not come yet is asked again.
-    ``history`` says whose earlier answers stand before a later question: the teacher's own or the original ones.
-    With ``capture`` a one-pass teacher hands out the states of the whole conversation with its last answer. A
-    conversation that outgrows ``max_length`` tokens is answered no further: it has fewer answers than questions.
-    ``source`` is written beside new answers: teacher or student.
+    what had not come yet is asked again. A conversation that outgrows the build's limit is answered no further: it
+    has fewer answers than questions.
     """
-    image_tokens = teacher.description.shape.image_tokens
-    originals = [
-        [tokenize_answer(a, template, teacher.tokenizer) for a in c.answers]
-        if not c.regenerate or history == "original"
-        else []
-        for c in conversations
-    ]
-    samples = [
-        AnsweredSample(c.sample_id, [], [], source)
-        if c.regenerate
-        else AnsweredSample(c.sample_id, original, ["original"] * len(original), "original")
-        for c, original in zip(conversations, originals, strict=True)
-    ]
-    places = {c.sample_id: i for i, c in enumerate(conversations)}
-
-    def ask(i: int) -> AnswerRequest | None:
-        """The next question of conversation ``i``, if there is one that fits."""
-        conversation, turn = conversations[i], len(samples[i].answers)
-        if not conversation.regenerate or turn == len(conversation.questions) or samples[i].overflowed:
-            return None
-        ids = prompts[i].before(turn, originals[i] if history == "original" else samples[i].answers)
-        shown = int(images[i] is not None)
-        if expanded_length(len(ids), shown, shown * image_tokens) >= max_length:
-            return None
-        last = turn + 1 == len(conversation.questions)
-        drawn = answer_seed(seed, conversation.sample_id, turn)
-        captured = capture and last and history == "teacher"
-        return AnswerRequest(conversation.sample_id, turn, ids, images[i], drawn, captured)
-
+    talks = {sample.sample_id: _Talk(build, sample) for sample in samples}
+    teacher = build.teacher
     for attempt in range(_TRIES):
-        open_requests = [request for i in range(len(conversations)) if (request := ask(i)) is not None]
+        open_requests = [request for talk in talks.values() if (request := talk.ask()) is not None]
         try:
-            for place, answer in teacher.answers(open_requests, lambda asked, _: ask(places[asked.sample_id])):
-                sample = samples[places[open_requests[place].sample_id]]
-                sample.answers.append(answer.token_ids)
-                sample.finish_reasons.append(answer.finish_reason)
-                sample.hidden = answer.hidden
+            for place, answer in teacher.answers(open_requests, lambda asked, _: talks[asked.sample_id].ask()):
+                answered = talks[open_requests[place].sample_id].answered
+                answered.answers.append(answer.token_ids)
+                answered.finish_reasons.append(answer.finish_reason)
+                answered.hidden = answer.hidden
             break
         except TeacherCrashed as error:
             if attempt + 1 == _TRIES:
                 raise
-            note(f"{error} Starting it again for the answers that had not come yet", style)
-    return samples
+            note(f"{error} Starting it again for the answers that had not come yet", build.style)
+    return [talk.answered for talk in talks.values()]
+
+
+class _Talk:
+    """One conversation while it is answered. ``data.history`` says whose earlier answers stand before a later
+    question: the teacher's own or the original ones."""
+
+    def __init__(self, build: Build, sample: ReadSample) -> None:
+        self._build, self._sample = build, sample
+        conversation = sample.conversation
+        self._original: list[Ids] | None = None
+        if not conversation.regenerate or build.config.data.history == "original":
+            self._original = [tokenize_answer(a, build.template, build.teacher.tokenizer) for a in conversation.answers]
+        checksum = sample.picture.image.checksum if sample.picture is not None else ""
+        source = "student" if build.config.teacher.answerer else "teacher"
+        self.answered = AnsweredSample(sample.sample_id, [], [], source, image_checksum=checksum)
+        if not conversation.regenerate and self._original is not None:
+            self.answered.answers, self.answered.source = self._original, "original"
+            self.answered.finish_reasons = ["original"] * len(self._original)
+
+    def ask(self) -> AnswerRequest | None:
+        """The next question, if there is one that fits. With its last answer a one-pass teacher hands out the states
+        of the whole conversation, where those are all that is stored."""
+        build, conversation, answered = self._build, self._sample.conversation, self.answered
+        turn, signals = len(answered.answers), build.config.signals
+        if not conversation.regenerate or turn == len(conversation.questions) or answered.overflowed:
+            return None
+        ids = self._sample.prompt.before(turn, answered.answers if self._original is None else self._original)
+        if build.length(ids) >= build.limit[0]:
+            return None
+        drawn = answer_seed(build.config.generation.seed, conversation.sample_id, turn)
+        capture = build.teacher.one_pass and not (signals.second_last or signals.attention)
+        last = turn + 1 == len(conversation.questions)
+        captured = capture and last and self._original is None
+        return AnswerRequest(conversation.sample_id, turn, ids, self._sample.picture, drawn, captured)
 
 
 _TRIES = 3

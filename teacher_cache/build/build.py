@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +20,12 @@ from safetensors.torch import save as save_safetensors
 
 from teacher_cache import __version__
 from teacher_cache.build.calibration import calibrate, scales_to_bytes
-from teacher_cache.build.inputs import Samples
-from teacher_cache.build.shards import Clock, build_shards
+from teacher_cache.build.context import Build, Tally
+from teacher_cache.build.shards import build_shards
 from teacher_cache.build.skips import allowed, check_inputs, forget_skipped
 from teacher_cache.config import CacheConfig, as_plain, check_settings
 from teacher_cache.data.data_files import data_files
-from teacher_cache.data.spool import SampleFile, spool
+from teacher_cache.data.spool import Sample, SampleFile, spool
 from teacher_cache.errors import CacheError, ConfigError
 from teacher_cache.progress import Style, note, stage
 from teacher_cache.store.arrays import safetensors_facts, tensor_entries
@@ -93,7 +95,12 @@ def build_cache(
         locked(storage, break_lock=break_lock),
         read_samples(config, storage, style, redo_skipped=redo_skipped) as samples,
     ):
-        return _build(config, storage, samples, teacher, style)
+        begin = time.monotonic()
+        with nullcontext(teacher) if teacher is not None else closing(open_teacher(config, samples, style)) as teacher:
+            build = prepare(config, storage, samples, teacher, style)
+            numbers = missing_shards(storage, build.manifest)
+            build_shards(build, numbers)
+        return finish_build(config, storage, build.manifest, build.tally, time.monotonic() - begin, len(numbers))
 
 
 def read_samples(config: CacheConfig, storage: Storage, style: Style, *, redo_skipped: bool = False) -> SampleFile:
@@ -127,50 +134,28 @@ SPOOL = ".samples"
 """Where the samples lie in the output while a build runs."""
 
 
-def _build(
-    config: CacheConfig, storage: Storage, samples: SampleFile, teacher: Teacher | None, style: Style
-) -> BuildSummary:
-    begin = time.monotonic()
-    own = teacher is None
-    teacher = teacher if teacher is not None else open_teacher(config, samples, style)
-    try:
-        manifest = prepare(config, storage, samples, teacher)
-        numbers = missing_shards(storage, manifest)
-        clock = build_shards(config, storage, manifest, samples, teacher, numbers, style)
-    finally:
-        if own:
-            teacher.close()
-    return finish_build(config, storage, manifest, clock, time.monotonic() - begin, len(numbers))
-
-
 def finish_build(
-    config: CacheConfig, storage: Storage, manifest: Manifest, clock: Clock, seconds: float, shards_made: int
+    config: CacheConfig, storage: Storage, manifest: Manifest, tally: Tally, seconds: float, shards_made: int
 ) -> BuildSummary:
     """Write the ledger and the manifest's last word once every shard is there, and say what was made."""
     counts = finish(storage, manifest, allowed(config, manifest.planned_samples)).counts
-    _add_cost(storage, clock)
+    _add_cost(storage, tally)
+    made = {name: counts[name] for name in ("samples", "skipped", "rows", "bytes")}
     return BuildSummary(
-        samples=counts["samples"],
-        skipped=counts["skipped"],
-        rows=counts["rows"],
-        bytes=counts["bytes"],
-        seconds=seconds,
-        answer_seconds=clock.answering,
-        score_seconds=clock.scoring,
-        shards_made=shards_made,
+        **made, seconds=seconds, answer_seconds=tally.answering, score_seconds=tally.scoring, shards_made=shards_made
     )
 
 
-def _add_cost(storage: Storage, clock: Clock) -> None:
+def _add_cost(storage: Storage, tally: Tally) -> None:
     """``cost.json``: what the teacher took, over all runs that made the cache. Not content: no checksum, no promise."""
     cost: dict[str, Any] = {}
     if storage.exists(COST):
         with contextlib.suppress(CacheError):  # not content: what cannot be read is counted anew
             cost = json_object(storage.read(COST, JSON_BYTES), f"{storage.url}/{COST}")
     cost = {"answer_seconds": 0.0, "score_seconds": 0.0} | cost
-    cost["answer_seconds"] += clock.answering
-    cost["score_seconds"] += clock.scoring
-    cost["one_pass"] = cost.get("one_pass", False) or clock.one_pass
+    cost["answer_seconds"] += tally.answering
+    cost["score_seconds"] += tally.scoring
+    cost["one_pass"] = cost.get("one_pass", False) or tally.one_pass
     storage.write(COST, [json.dumps(cost).encode()])
 
 
@@ -183,18 +168,14 @@ def answer_only(
     """Write the answers of every shard that has none yet; returns how many shards that were."""
     check_config(config)
     storage = Storage(config.output, options)
-    with locked(storage, break_lock=break_lock), read_samples(config, storage, style) as samples:
-        return _answer_missing(config, storage, samples, style)
-
-
-def _answer_missing(config: CacheConfig, storage: Storage, samples: SampleFile, style: Style) -> int:
-    teacher = open_teacher(config, samples, style)
-    try:
-        manifest = prepare(config, storage, samples, teacher)
-        numbers = [n for n in missing_shards(storage, manifest) if not storage.exists(answers_name(n))]
-        build_shards(config, storage, manifest, samples, teacher, numbers, style, answers_only=True)
-    finally:
-        teacher.close()
+    with (
+        locked(storage, break_lock=break_lock),
+        read_samples(config, storage, style) as samples,
+        closing(open_teacher(config, samples, style)) as teacher,
+    ):
+        build = prepare(config, storage, samples, teacher, style)
+        numbers = [n for n in missing_shards(storage, build.manifest) if not storage.exists(answers_name(n))]
+        build_shards(build, numbers, answers_only=True)
     return len(numbers)
 
 
@@ -210,7 +191,7 @@ def check_answered(config: CacheConfig, options: dict[str, Any] | None = None) -
         )
 
 
-def open_teacher(config: CacheConfig, samples: Samples, style: Style = "auto") -> Teacher:
+def open_teacher(config: CacheConfig, samples: Sequence[Sample], style: Style = "auto") -> Teacher:
     """The teacher of ``config.teacher.backend``; ``auto`` takes vLLM where it is installed and holds the model.
 
     With ``teacher.answerer`` a student answers in its place.
@@ -219,7 +200,7 @@ def open_teacher(config: CacheConfig, samples: Samples, style: Style = "auto") -
     return with_answerer(_open_backend(config, samples, style), config)
 
 
-def _open_backend(config: CacheConfig, samples: Samples, style: Style) -> Teacher:
+def _open_backend(config: CacheConfig, samples: Sequence[Sample], style: Style) -> Teacher:
     if config.teacher.backend != "torch":
         from teacher_cache.teachers.vllm.choice import choose
 
@@ -254,17 +235,13 @@ def check_config(config: CacheConfig) -> None:
         raise ConfigError("signals: neither hidden states nor a top-k would be stored; set signals.top_k")
 
 
-def prepare(config: CacheConfig, storage: Storage, samples: SampleFile, teacher: Teacher) -> Manifest:
-    """Write manifest, head and channel scales, or check that those of an earlier run fit."""
+def prepare(
+    config: CacheConfig, storage: Storage, samples: SampleFile, teacher: Teacher, style: Style = "auto"
+) -> Build:
+    """Write manifest, head and channel scales, or check that those of an earlier run fit; what the shards need."""
     check_config(config)
-    data = as_plain(config.data) | {"files": samples.files, "image_reading": IMAGE_READING}
-    data |= answerer_facts(config)
-    for place in _PLACES:
-        data.pop(place)
-    manifest = new_manifest(config, dataclasses.asdict(teacher.description), data, len(samples))
-    names = ", ".join(path.name for path in data_files(config.data.path))
-    manifest = dataclasses.replace(manifest, made_with=_versions() | {"data": names})
-    if storage.exists("manifest.json"):
+    manifest = _manifest(config, samples, teacher)
+    if storage.exists(MANIFEST):
         old = read_manifest(storage)
         check_same_content(old, manifest, storage.url)
         manifest = dataclasses.replace(old, complete=False, counts={}, files={})
@@ -273,13 +250,21 @@ def prepare(config: CacheConfig, storage: Storage, samples: SampleFile, teacher:
         refuse_foreign_shards(storage, manifest)
         write_manifest(storage, manifest)
         redo_broken(storage, manifest)
+    build = Build(config, storage, manifest, samples, teacher, style)
     if manifest.signals_config.hidden != "none" or manifest.image_arrays:
         _keep_head(storage, save_safetensors({"head": teacher.head().cpu().contiguous()}))
-        if not _scales_stand(storage, manifest):
-            scales = calibrate(config, samples, teacher)
-            if scales:
-                storage.write(SCALES, [scales_to_bytes(scales, manifest.fingerprint)])
-    return manifest
+        if not _scales_stand(storage, manifest) and (scales := calibrate(build)):
+            storage.write(SCALES, [scales_to_bytes(scales, manifest.fingerprint)])
+    return build
+
+
+def _manifest(config: CacheConfig, samples: SampleFile, teacher: Teacher) -> Manifest:
+    """What this configuration, these samples and this teacher make."""
+    data = as_plain(config.data) | {"files": samples.files, "image_reading": IMAGE_READING} | answerer_facts(config)
+    data = {name: value for name, value in data.items() if name not in _PLACES}
+    manifest = new_manifest(config, dataclasses.asdict(teacher.description), data, len(samples))
+    names = ", ".join(path.name for path in data_files(config.data.path))
+    return dataclasses.replace(manifest, made_with=_versions() | {"data": names})
 
 
 def _keep_head(storage: Storage, head: bytes) -> None:

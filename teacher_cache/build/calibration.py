@@ -9,22 +9,23 @@ import numpy as np
 import torch
 from safetensors.torch import save as save_safetensors
 
-from teacher_cache.build.inputs import Samples, ShardInput, unfit_sample
+from teacher_cache.build.context import Build
+from teacher_cache.build.inputs import ShardInput, unfit_sample
 from teacher_cache.build.signals import finite_logits, finite_states, wanted_states
-from teacher_cache.config import CacheConfig
 from teacher_cache.data.conversations import Conversation, SkipCount, Skipped
-from teacher_cache.data.tokenization import assemble, template_by_name, tokenize_answer
+from teacher_cache.data.tokenization import assemble, tokenize_answer
 from teacher_cache.errors import DataError, TeacherError
 from teacher_cache.store.codecs import ChannelScales, fit_channel_scales
-from teacher_cache.teachers.teacher import SampleStates, ScoreRequest, Teacher
+from teacher_cache.teachers.teacher import SampleStates, ScoreRequest
 
 
-def calibrate(config: CacheConfig, samples: Samples, teacher: Teacher) -> dict[str, ChannelScales]:
+def calibrate(build: Build) -> dict[str, ChannelScales]:
     """Channel scales and principal components from the first samples' original answers, teacher-forced."""
+    config, teacher = build.config, build.teacher
     signals = config.signals
     if signals.codec in ("float32", "float16", "bfloat16") and not signals.pca:
         return {}
-    requests = _usable(config, samples, teacher)
+    requests = _usable(build)
     states: list[SampleStates] = []
     head = teacher.head()
     for _, batch in teacher.score(requests, wanted_states(signals)):
@@ -51,7 +52,7 @@ def calibrate(config: CacheConfig, samples: Samples, teacher: Teacher) -> dict[s
     return fitted
 
 
-def _usable(config: CacheConfig, samples: Samples, teacher: Teacher) -> list[ScoreRequest]:
+def _usable(build: Build) -> list[ScoreRequest]:
     """The first ``calibration_samples`` usable samples with their original answers, wherever they begin; where visual
     states are fitted, also the first as many with an image.
 
@@ -60,30 +61,31 @@ def _usable(config: CacheConfig, samples: Samples, teacher: Teacher) -> list[Sco
     DataError
         Not one sample can be used; says why, with counts.
     """
-    count, template = config.signals.calibration_samples, template_by_name(config.teacher.template)
-    visual, skips = config.signals.visual == "states", SkipCount()
+    signals, skips = build.config.signals, SkipCount()
+    count, visual = signals.calibration_samples, signals.visual == "states"
     found: list[ScoreRequest] = []
     shown = 0
-    waiting = iter(samples)
+    waiting = iter(build.samples)
     while len(found) < count or (visual and shown < count):
         chosen = list(itertools.islice(waiting, 2 * count))
         if not chosen:
             break
         if len(found) >= count:  # only images are missing: a part without any is passed over unread
             chosen = [s for s in chosen if isinstance(s, Conversation) and s.image is not None]
-        shard = ShardInput.load(config, teacher, chosen)
-        for sample in shard.skipped:
-            skips.add(sample)
-        for conversation, prompt, picture in zip(shard.conversations, shard.prompts, shard.images, strict=True):
-            answers = [tokenize_answer(a, template, teacher.tokenizer) for a in conversation.answers]
-            tokenized = assemble(prompt, answers)
-            if reason := unfit_sample(config, teacher, tokenized):
-                skips.add(Skipped(conversation.sample_id, reason))
-            elif len(found) < count or (visual and shown < count and picture is not None):
-                found.append(ScoreRequest(tokenized, picture))
-                shown += picture is not None
+        shard = ShardInput.load(build, chosen)
+        for left_out in shard.skipped:
+            skips.add(left_out)
+        for sample in shard.samples:
+            original = sample.conversation.answers
+            answers = [tokenize_answer(a, build.template, build.teacher.tokenizer) for a in original]
+            tokenized = assemble(sample.prompt, answers)
+            if reason := unfit_sample(build, tokenized):
+                skips.add(Skipped(sample.sample_id, reason))
+            elif len(found) < count or (visual and shown < count and sample.picture is not None):
+                found.append(ScoreRequest(tokenized, sample.picture))
+                shown += sample.picture is not None
     if not found:
-        raise DataError(f"none of {len(samples):,} samples can be used, so there is nothing to cache: {skips}")
+        raise DataError(f"none of {len(build.samples):,} samples can be used, so there is nothing to cache: {skips}")
     return found
 
 

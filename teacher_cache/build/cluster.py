@@ -14,6 +14,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from teacher_cache.build.build import (
     prepare,
     read_samples,
 )
-from teacher_cache.build.shards import Clock, build_shards
+from teacher_cache.build.context import Build, Tally, shard_size
+from teacher_cache.build.shards import build_shards
 from teacher_cache.build.skips import check_share
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.spool import SampleFile, spool
@@ -34,7 +36,6 @@ from teacher_cache.errors import CacheError, ConfigError, TeacherError
 from teacher_cache.progress import Style, note, stage
 from teacher_cache.stopping import handlers_kept
 from teacher_cache.store.locks import locked
-from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.storage import Storage
 from teacher_cache.teachers.teacher import Teacher
 
@@ -70,7 +71,7 @@ def build_on_ray(
     """
     begin = time.monotonic()
     check_config(config)
-    storage, clock = Storage(config.output, options), Clock()
+    storage, tally = Storage(config.output, options), Tally()
     with (
         locked(storage, break_lock=break_lock),
         read_samples(config, storage, style, redo_skipped=redo_skipped) as read,
@@ -81,13 +82,13 @@ def build_on_ray(
         with Fleet(start, min(workers, max(planned, 1)), config.output, style) as fleet:
             (manifest,) = [result for _, result in fleet.run([PREPARE])]
             numbers = missing_shards(storage, manifest)
-            samples = sum(_size(manifest, n) for n in numbers)
+            samples = sum(shard_size(manifest, n) for n in numbers)
             with stage("caching", samples, "samples", style) as progress:
                 for number, made in fleet.run(numbers):
-                    clock.add(made)
-                    check_share(config, manifest.planned_samples, clock.skips)
-                    progress.advance(_size(manifest, number), workers=fleet.ready, lost=fleet.lost)
-    return finish_build(config, storage, manifest, clock, time.monotonic() - begin, len(numbers))
+                    tally.add(made)
+                    check_share(config, manifest.planned_samples, tally.skips)
+                    progress.advance(shard_size(manifest, number), workers=fleet.ready, lost=fleet.lost)
+    return finish_build(config, storage, manifest, tally, time.monotonic() - begin, len(numbers))
 
 
 class ShardWorker:
@@ -98,7 +99,7 @@ class ShardWorker:
         down the samples; a worker on another machine, which does not see that folder, reads the data itself."""
         self._config, self._options, self._folder, self._laid = config, options, folder, samples
         self._teacher: Teacher | None = None
-        self._manifest: Manifest | None = None
+        self._build: Build | None = None
 
     def open(self) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -109,13 +110,15 @@ class ShardWorker:
 
     def run(self, job: int) -> Result:
         """``PREPARE`` gives the manifest; a shard's number makes that shard and gives the time it took
-        (:class:`Clock`). Every worker compares its own teacher and data with the manifest before its first shard."""
+        (:class:`Tally`). Every worker compares its own teacher and data with the manifest before its first shard."""
         assert self._teacher is not None
-        if self._manifest is None:
-            self._manifest = prepare(self._config, self._storage, self._samples, self._teacher)
+        if self._build is None:
+            self._build = prepare(self._config, self._storage, self._samples, self._teacher, "quiet")
         if job == PREPARE:
-            return self._manifest
-        return build_shards(self._config, self._storage, self._manifest, self._samples, self._teacher, [job], "quiet")
+            return self._build.manifest
+        build = replace(self._build, tally=Tally())
+        build_shards(build, [job])
+        return build.tally
 
 
 class Fleet:
@@ -197,12 +200,6 @@ def _doing(job: int | None) -> str:
 def _summary(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def _size(manifest: Manifest, number: int) -> int:
-    """Samples that shard ``number`` covers."""
-    size = int(manifest.layout["shard_samples"])
-    return min(size, manifest.planned_samples - number * size)
 
 
 def _starter(config: CacheConfig, options: dict[str, Any] | None, samples: Path) -> Callable[[], Any]:

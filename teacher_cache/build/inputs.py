@@ -1,24 +1,20 @@
-"""The usable part of one shard's input: conversations with prompts and images, and what was left out, with reasons."""
+"""The usable part of some samples: conversations with prompts and images, and what was left out, with reasons."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from teacher_cache.config import CacheConfig
+from teacher_cache.build.context import Build
 from teacher_cache.data.conversations import Conversation, Skipped
 from teacher_cache.data.images import Picture, open_picture
-from teacher_cache.data.rows import expanded_length
-from teacher_cache.data.tokenization import Prompt, TokenizedSample, template_by_name, tokenize_prompt
+from teacher_cache.data.tokenization import Prompt, TokenizedSample, tokenize_prompt
 from teacher_cache.errors import ImageError
-from teacher_cache.teachers.teacher import Teacher
 
-Samples = Sequence[Conversation | Skipped]
 KEPT_BYTES = 256 << 20
 """Of decoded images in a shard; those beyond it are decoded again when they are shown to the teacher. 512 photographs
 of 640 × 480 take 600 MB, of 12 megapixels 25 GB."""
@@ -42,45 +38,56 @@ class _Room:
         return found
 
 
+@dataclass(frozen=True)
+class ReadSample:
+    """A conversation as the teacher will see it."""
+
+    conversation: Conversation
+    prompt: Prompt
+    picture: Picture | None
+
+    @property
+    def sample_id(self) -> str:
+        return self.conversation.sample_id
+
+    @property
+    def image_id(self) -> str:
+        """Empty without an image."""
+        return self.conversation.image.image_id if self.conversation.image is not None else ""
+
+
 @dataclass
 class ShardInput:
-    """One shard's usable conversations with their prompts and images, and the samples left out with the reason."""
+    """The usable ``samples`` of a shard, and those that were left out."""
 
-    conversations: list[Conversation]
-    prompts: list[Prompt]
-    images: list[Picture | None]
-    skipped: list[Skipped]
+    samples: list[ReadSample] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
     left_out: list[Conversation] = field(default_factory=list)
     """Conversations that were read but cannot be cached; their images may serve other shards."""
 
     @classmethod
-    def load(cls, config: CacheConfig, teacher: Teacher, chosen: Samples) -> ShardInput:
-        shard = cls([], [], [], [])
-        template = template_by_name(config.teacher.template)
-        room = _Room(KEPT_BYTES)
-        with ThreadPoolExecutor(config.speed.loader_threads) as threads:
-            images = list(threads.map(lambda c: room.settle(image_or_reason(c, config.data.image_folder)), chosen))
+    def load(cls, build: Build, chosen: Sequence[Conversation | Skipped]) -> ShardInput:
+        shard, room, folder = cls(), _Room(KEPT_BYTES), build.config.data.image_folder
+        with ThreadPoolExecutor(build.config.speed.loader_threads) as threads:
+            images = list(threads.map(lambda c: room.settle(image_or_reason(c, folder)), chosen))
         for sample, image in zip(chosen, images, strict=True):
             if isinstance(sample, Skipped) or isinstance(image, Skipped):
                 shard.skipped.append(sample if isinstance(sample, Skipped) else image)  # type: ignore[arg-type]
-                continue
-            prompt = tokenize_prompt(sample, template, teacher.tokenizer)
-            shard.conversations.append(sample)
-            shard.prompts.append(prompt)
-            shard.images.append(image)
-        shard.skip(lambda i: _unfit_prompt(config, teacher, shard.prompts[i]))
+            else:
+                prompt = tokenize_prompt(sample, build.template, build.teacher.tokenizer)
+                shard.samples.append(ReadSample(sample, prompt, image))
+        shard.skip(lambda sample: _unfit_prompt(build, sample.prompt))
         return shard
 
-    def skip(self, reason_of: Any) -> list[int]:
-        """Move samples with a reason to ``skipped``; returns the kept places."""
-        reasons = [reason_of(i) for i in range(len(self.conversations))]
-        self.skipped += [Skipped(c.sample_id, r) for c, r in zip(self.conversations, reasons, strict=True) if r]
-        self.left_out += [c for c, r in zip(self.conversations, reasons, strict=True) if r]
-        kept = [i for i, reason in enumerate(reasons) if not reason]
-        self.conversations = [self.conversations[i] for i in kept]
-        self.prompts = [self.prompts[i] for i in kept]
-        self.images = [self.images[i] for i in kept]
-        return kept
+    def skip(self, reason_of: Callable[[ReadSample], str]) -> None:
+        """Move the samples that have a reason to ``skipped``."""
+        samples, self.samples = self.samples, []
+        for sample in samples:
+            if reason := reason_of(sample):
+                self.skipped.append(Skipped(sample.sample_id, reason))
+                self.left_out.append(sample.conversation)
+            else:
+                self.samples.append(sample)
 
 
 def image_or_reason(sample: Conversation | Skipped, folder: str) -> Picture | Skipped | None:
@@ -93,34 +100,17 @@ def image_or_reason(sample: Conversation | Skipped, folder: str) -> Picture | Sk
         return Skipped(sample.sample_id, str(error))
 
 
-def _unfit_prompt(config: CacheConfig, teacher: Teacher, prompt: Prompt) -> str:
+def _unfit_prompt(build: Build, prompt: Prompt) -> str:
     """Why a conversation cannot be answered, or an empty text."""
-    length = sum(_expanded_length(teacher, np.asarray(segment)) for segment in prompt.segments)
-    limit, what = length_limit(config, teacher)
-    if length >= limit:
-        return f"questions alone take {length} tokens, {what}: {length - limit + 1} over"
-    return ""
+    length, (limit, what) = sum(map(build.length, prompt.segments)), build.limit
+    return f"questions alone take {length} tokens, {what}: {length - limit + 1} over" if length >= limit else ""
 
 
-def length_limit(config: CacheConfig, teacher: Teacher) -> tuple[int, str]:
-    """Tokens of the longest conversation that can be cached (image expanded), and what sets that limit."""
-    limit, positions = config.teacher.max_length, teacher.positions
-    if positions is not None and positions < limit:
-        return positions, f"the model has {positions} positions"
-    return limit, f"teacher.max_length is {limit}"
-
-
-def unfit_sample(config: CacheConfig, teacher: Teacher, sample: TokenizedSample) -> str:
+def unfit_sample(build: Build, sample: TokenizedSample) -> str:
     """Why an answered conversation cannot be cached, or an empty text."""
-    length = _expanded_length(teacher, sample.input_ids)
-    limit, what = length_limit(config, teacher)
+    length, (limit, what) = build.length(sample.input_ids), build.limit
     if length > limit:
         return f"{length} tokens with answers, {what}: {length - limit} over"
-    if np.count_nonzero(sample.input_ids == teacher.description.image_token) > 1:
+    if np.count_nonzero(sample.input_ids == build.teacher.description.image_token) > 1:
         return "the text of a question or an answer holds the image token"
     return ""
-
-
-def _expanded_length(teacher: Teacher, ids: np.ndarray[Any, Any]) -> int:
-    images = int(np.count_nonzero(ids == teacher.description.image_token))
-    return int(expanded_length(len(ids), images, images * teacher.description.shape.image_tokens))

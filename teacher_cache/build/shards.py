@@ -9,220 +9,144 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-
-import numpy as np
 
 from teacher_cache.build.answers import AnsweredSample, answer_conversations, answer_text, read_answers, write_answers
-from teacher_cache.build.image_owners import owned_images, plan_images
-from teacher_cache.build.inputs import Samples, ShardInput, length_limit, unfit_sample
-from teacher_cache.build.signals import NOT_FINITE, Extractor, finite_arrays, finite_states, wanted_states
+from teacher_cache.build.context import Build, shard_size
+from teacher_cache.build.image_owners import image_lines, owned_images
+from teacher_cache.build.inputs import ReadSample, ShardInput, unfit_sample
+from teacher_cache.build.signals import NOT_FINITE, finite_arrays, finite_states, wanted_states
 from teacher_cache.build.skips import check_share
 from teacher_cache.config import CacheConfig
-from teacher_cache.data.conversations import SkipCount, Skipped
+from teacher_cache.data.conversations import Skipped
 from teacher_cache.data.image_files import OtherImageError
-from teacher_cache.data.images import Picture
 from teacher_cache.data.rows import positions_of
-from teacher_cache.data.tokenization import TokenizedSample, assemble, template_by_name
+from teacher_cache.data.tokenization import TokenizedSample, assemble
 from teacher_cache.errors import TeacherCrashed, TeacherError
-from teacher_cache.progress import Stage, Style, note, stage
-from teacher_cache.store.codecs import ChannelScales
-from teacher_cache.store.manifest import Manifest
-from teacher_cache.store.reader import scales_from_bytes
+from teacher_cache.progress import note, stage
 from teacher_cache.store.records import Array, TeacherRecord
-from teacher_cache.store.storage import Storage
-from teacher_cache.store.tables import INDEX_BYTES
-from teacher_cache.store.writer import SCALES, ImagePlace, answers_name, write_images, write_shard
-from teacher_cache.teachers.teacher import SampleStates, ScoreRequest, Teacher, pick
+from teacher_cache.store.writer import ImagePlace, answers_name, write_images, write_shard
+from teacher_cache.teachers.teacher import SampleStates, ScoreRequest, pick
+
+Answered = dict[str, AnsweredSample]
+Tokenized = dict[str, TokenizedSample]
+Arrays = dict[str, dict[str, Array]]
+"""Of a shard's samples by sample_id, of images by image_id."""
+Scored = tuple[list[TeacherRecord], list[tuple[str, dict[str, Array] | None]]]
+"""A shard's records, and the lines of its images."""
 
 
-@dataclass
-class Clock:
-    """Seconds the teacher took."""
-
-    answering: float = 0.0
-    scoring: float = 0.0
-    one_pass: bool = False
-    """Some states were captured while answering, so ``scoring`` is not all that scoring takes."""
-    skips: SkipCount = field(default_factory=SkipCount)
-    """What the shards left out."""
-
-    def add(self, other: Clock) -> None:
-        self.answering += other.answering
-        self.scoring += other.scoring
-        self.one_pass |= other.one_pass
-        self.skips.merge(other.skips)
-
-
-def build_shards(
-    config: CacheConfig,
-    storage: Storage,
-    manifest: Manifest,
-    samples: Samples,
-    teacher: Teacher,
-    numbers: Iterable[int],
-    style: Style = "auto",
-    *,
-    answers_only: bool = False,
-) -> Clock:
+def build_shards(build: Build, numbers: Iterable[int], *, answers_only: bool = False) -> None:
     """Make the shards ``numbers``; writing runs behind the teacher, one shard back, and its errors surface here."""
-    numbers, clock = list(numbers), Clock()
-    if teacher.two_engines and not answers_only:  # a change of engines costs minutes: one for all shards, not one each
-        bare = [n for n in numbers if not storage.exists(answers_name(n))]
-        clock = build_shards(config, storage, manifest, samples, teacher, bare, style, answers_only=True)
-    size = config.layout.shard_samples
-    extractor = make_extractor(config, storage, manifest, teacher)
-    places = plan_images(samples, size) if manifest.image_arrays else {}
-    total = sum(len(samples[n * size : (n + 1) * size]) for n in numbers)
-
-    def make(number: int) -> tuple[ShardInput, Scored | None]:
-        shard = ShardInput.load(config, teacher, samples[number * size : (number + 1) * size])
-        answered = answer_shard(config, storage, manifest, teacher, number, shard, clock, style)
-        if answers_only:
-            return shard, None
-        return shard, score_shard(config, manifest, teacher, extractor, number, shard, answered, places, clock)
-
+    numbers, tally = list(numbers), build.tally
+    if build.teacher.two_engines and not answers_only:  # a change of engines costs minutes: one for all shards
+        bare = [n for n in numbers if not build.storage.exists(answers_name(n))]
+        build_shards(build, bare, answers_only=True)
+    total = sum(shard_size(build.manifest, n) for n in numbers)
     with (
         ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer,
-        stage("answering" if answers_only else "caching", total, "samples", style) as progress,
+        stage("answering" if answers_only else "caching", total, "samples", build.style) as progress,
     ):
         pending: Future[None] | None = None
         for number in numbers:
             try:
-                shard, scored = make(number)
+                shard, scored = _make(build, number, answers_only)
             except TeacherCrashed as error:  # once: its answers are on disk by now, or will not come
-                note(f"{error} Starting it again for shard {number:05d}", style)
-                shard, scored = make(number)
+                note(f"{error} Starting it again for shard {number:05d}", build.style)
+                shard, scored = _make(build, number, answers_only)
             for sample in shard.skipped:
-                clock.skips.add(sample)
-            check_share(config, len(samples), clock.skips)
+                tally.skips.add(sample)
+            check_share(build.config, len(build.samples), tally.skips)
             if scored is not None:
                 if pending is not None:
                     pending.result()
-                pending = writer.submit(_commit, storage, manifest, number, *scored, shard.skipped, places)
-            _advance(progress, len(samples[number * size : (number + 1) * size]), clock)
+                pending = writer.submit(_commit, build, number, scored, shard.skipped)
+            busy = tally.answering + tally.scoring
+            share = f"{100 * tally.answering / busy:.0f} %" if busy else "-"
+            progress.advance(shard_size(build.manifest, number), answering=share)
         if pending is not None:
             pending.result()
-    return clock
 
 
-def answer_shard(
-    config: CacheConfig,
-    storage: Storage,
-    manifest: Manifest,
-    teacher: Teacher,
-    number: int,
-    shard: ShardInput,
-    clock: Clock,
-    style: Style = "auto",
-) -> list[AnsweredSample]:
+def _make(build: Build, number: int, answers_only: bool) -> tuple[ShardInput, Scored | None]:
+    shard = ShardInput.load(build, build.chosen(number))
+    answered = answer_shard(build, number, shard)
+    return shard, None if answers_only else score_shard(build, number, shard, answered)
+
+
+def answer_shard(build: Build, number: int, shard: ShardInput) -> Answered:
     """The shard's answers: those already on disk, and new ones, which are written before anything is scored.
 
     Samples that could not be read when the file was made, and can be now, are answered in addition.
     """
-    begin = time.monotonic()
-    stored = read_answers(storage, manifest, number) or {}
-    absent = [i for i, c in enumerate(shard.conversations) if c.sample_id not in stored]
-    for conversation, picture in zip(shard.conversations, shard.images, strict=True):
-        if conversation.sample_id in stored and picture is not None:
-            _check_same_image(stored[conversation.sample_id], picture, f"{storage.url}/{answers_name(number)}")
-    if absent or not storage.exists(answers_name(number)):
-        answered = answer_conversations(
-            teacher,
-            [shard.conversations[i] for i in absent],
-            [shard.prompts[i] for i in absent],
-            [shard.images[i] for i in absent],
-            template_by_name(config.teacher.template),
-            history=config.data.history,
-            seed=config.generation.seed,
-            capture=teacher.one_pass and not (config.signals.second_last or config.signals.attention),
-            max_length=length_limit(config, teacher)[0],
-            source="student" if config.teacher.answerer else "teacher",
-            style=style,
-        )
-        for i, sample in zip(absent, answered, strict=True):
-            picture = shard.images[i]
-            sample.image_checksum = picture.image.checksum if picture is not None else ""
-        stored |= {sample.sample_id: sample for sample in answered}
-        ordered = [stored[c.sample_id] for c in shard.conversations]
-        write_answers(storage, manifest, number, ordered, teacher.tokenizer)
-        clock.answering += time.monotonic() - begin
-        clock.one_pass |= any(sample.hidden is not None for sample in answered)
-    return [stored[c.sample_id] for c in shard.conversations]
+    begin, name = time.monotonic(), answers_name(number)
+    stored = read_answers(build.storage, build.manifest, number)
+    answered: Answered = stored or {}
+    for sample in shard.samples:
+        if sample.sample_id in answered:
+            _check_same_image(answered[sample.sample_id], sample, f"{build.storage.url}/{name}")
+    absent = [sample for sample in shard.samples if sample.sample_id not in answered]
+    if absent or stored is None:
+        made = answer_conversations(build, absent)
+        answered |= {sample.sample_id: sample for sample in made}
+        ordered = [answered[sample.sample_id] for sample in shard.samples]
+        write_answers(build.storage, build.manifest, number, ordered, build.teacher.tokenizer)
+        build.tally.answering += time.monotonic() - begin
+        build.tally.one_pass |= any(sample.hidden is not None for sample in made)
+    return answered
 
 
-def _check_same_image(answered: AnsweredSample, picture: Picture, where: str) -> None:
-    if answered.image_checksum not in ("", picture.image.checksum):
+def _check_same_image(answered: AnsweredSample, sample: ReadSample, where: str) -> None:
+    if sample.picture is not None and answered.image_checksum not in ("", sample.picture.image.checksum):
         raise OtherImageError(
-            f"{where}: sample {answered.sample_id} was answered about other bytes of image {picture.image.image_id} "
-            f"(checksum {answered.image_checksum}) than lie there now ({picture.image.checksum}). Give the image "
-            "folder the answers were made with, or delete that file: its shard is answered anew"
+            f"{where}: sample {answered.sample_id} was answered about other bytes of image {sample.image_id} "
+            f"(checksum {answered.image_checksum}) than lie there now ({sample.picture.image.checksum}). Give the "
+            "image folder the answers were made with, or delete that file: its shard is answered anew"
         )
 
 
-def score_shard(
-    config: CacheConfig,
-    manifest: Manifest,
-    teacher: Teacher,
-    extractor: Extractor,
-    number: int,
-    shard: ShardInput,
-    answered: list[AnsweredSample],
-    places: dict[str, ImagePlace],
-    clock: Clock,
-) -> Scored:
+def score_shard(build: Build, number: int, shard: ShardInput, answered: Answered) -> Scored:
     """Records of the shard in input order, and the lines of the images that this shard owns."""
-    begin = time.monotonic()
-    turns = [len(p.segments) for p in shard.prompts]
-    _, limited = length_limit(config, teacher)
-    read = len(shard.conversations)
+    begin, read = time.monotonic(), len(shard.samples)
 
-    def unanswered(i: int) -> str:
-        if answered[i].overflowed:
+    def unanswered(sample: ReadSample) -> str:
+        answers = answered[sample.sample_id]
+        if answers.overflowed:
             return NOT_FINITE
-        return f"too long before its last question: {limited}" if len(answered[i].answers) < turns[i] else ""
+        whole = len(answers.answers) == len(sample.prompt.segments)
+        return "" if whole else f"too long before its last question: {build.limit[1]}"
 
-    kept = shard.skip(unanswered)
-    failed = sum(sample.overflowed for sample in answered)
-    answered = [answered[i] for i in kept]
-    tokenized = [assemble(p, a.answers) for p, a in zip(shard.prompts, answered, strict=True)]
-    kept = shard.skip(lambda i: unfit_sample(config, teacher, tokenized[i]))
-    answered, tokenized = [answered[i] for i in kept], [tokenized[i] for i in kept]
-    owned = {image_id: place.row for image_id, place in places.items() if place.shard == number}
-    arrays, visual = _scored_arrays(teacher, shard, answered, tokenized, extractor, owned)
-    kept = shard.skip(lambda i: "" if arrays[i] is not None else NOT_FINITE)
-    _refuse_overflow(config, number, failed + len(tokenized) - len(kept), read)
+    shard.skip(unanswered)
+    tokenized = {s.sample_id: assemble(s.prompt, answered[s.sample_id].answers) for s in shard.samples}
+    shard.skip(lambda sample: unfit_sample(build, tokenized[sample.sample_id]))
+    arrays, visual = _scored_arrays(build, number, shard, answered, tokenized)
+    shard.skip(lambda sample: "" if sample.sample_id in arrays else NOT_FINITE)
+    _refuse_overflow(build.config, number, sum(s.reason == NOT_FINITE for s in shard.skipped), read)
     records = [
-        _record(manifest, teacher, shard, place, answered[i], tokenized[i], arrays[i]) for place, i in enumerate(kept)
+        _record(build, s, answered[s.sample_id], tokenized[s.sample_id], arrays[s.sample_id]) for s in shard.samples
     ]
-    images = owned_images(config, teacher, extractor, shard, owned, visual)
-    clock.scoring += time.monotonic() - begin
+    images = image_lines(build, number, shard, visual)
+    build.tally.scoring += time.monotonic() - begin
     return records, images
 
 
 def _scored_arrays(
-    teacher: Teacher,
-    shard: ShardInput,
-    answered: list[AnsweredSample],
-    tokenized: list[TokenizedSample],
-    extractor: Extractor,
-    owned: dict[str, int],
-) -> tuple[list[dict[str, Array] | None], dict[str, dict[str, Array]]]:
-    """What is stored of each sample, None where a number of it is not finite; and of each image in ``owned``."""
-    arrays: list[dict[str, Array] | None] = [None] * len(tokenized)
-    visual: dict[str, dict[str, Array]] = {}
-    for batch, states in _states(teacher, shard, answered, tokenized, extractor):
-        made = extractor.records([tokenized[i].sample_id for i in batch], states)
-        for i, state, record in zip(batch, states, made, strict=True):
-            image = shard.conversations[i].image
-            first = image is not None and image.image_id in owned and image.image_id not in visual
+    build: Build, number: int, shard: ShardInput, answered: Answered, tokenized: Tokenized
+) -> tuple[Arrays, Arrays]:
+    """What is stored of each sample, and of each image that this shard owns; nothing where a number is not finite."""
+    arrays: Arrays = {}
+    visual: Arrays = {}
+    owned, extractor = owned_images(build, number), build.extractor
+    for batch, states in _states(build, shard, answered, tokenized):
+        made = extractor.records([sample.sample_id for sample in batch], states)
+        for sample, state, record in zip(batch, states, made, strict=True):
+            first = sample.image_id in owned and sample.image_id not in visual
             assert not first or state.visual is not None
             shown = extractor.image(state.visual) if first and state.visual is not None else {}
             if not (finite_states(state) and finite_arrays(record) and finite_arrays(shown)):
                 continue
-            arrays[i] = record
-            if first and image is not None:
-                visual[image.image_id] = shown
+            arrays[sample.sample_id] = record
+            if first:
+                visual[sample.image_id] = shown
     return arrays, visual
 
 
@@ -236,50 +160,25 @@ def _refuse_overflow(config: CacheConfig, number: int, failed: int, read: int) -
         )
 
 
-Scored = tuple[list[TeacherRecord], list[tuple[str, dict[str, Array] | None]]]
-"""A shard's records, and the lines of its images."""
-
-
-def make_extractor(config: CacheConfig, storage: Storage, manifest: Manifest, teacher: Teacher) -> Extractor:
-    shape, scales = manifest.shape, {}
-    if storage.exists(SCALES):
-        data, where = storage.read(SCALES, INDEX_BYTES), f"{storage.url}/{SCALES}"
-        scales = scales_from_bytes(data, where, shape.hidden_size, config.signals.pca)
-    none = ChannelScales(np.ones(shape.hidden_size, np.float32))
-    names = ("hidden", "hidden_second_last", "visual")
-    return Extractor(
-        signals=config.signals,
-        shape=shape,
-        head=teacher.head(),
-        scales={name: scales.get(name, none) for name in names},
-        seed=config.generation.seed,
-        head_rows=config.speed.head_rows,
-    )
-
-
 def _states(
-    teacher: Teacher,
-    shard: ShardInput,
-    answered: list[AnsweredSample],
-    tokenized: list[TokenizedSample],
-    extractor: Extractor,
-) -> Iterator[tuple[list[int], list[SampleStates]]]:
+    build: Build, shard: ShardInput, answered: Answered, tokenized: Tokenized
+) -> Iterator[tuple[list[ReadSample], list[SampleStates]]]:
     """States of every sample: those captured while answering, the rest from a scoring pass."""
-    wanted = wanted_states(extractor.signals)
-    description = teacher.description
-    captured = [i for i, sample in enumerate(answered) if sample.hidden is not None]
+    wanted, description = wanted_states(build.config.signals), build.teacher.description
+    captured = [s for s in shard.samples if answered[s.sample_id].hidden is not None]
+    rest = [s for s in shard.samples if answered[s.sample_id].hidden is None]
     for begin in range(0, len(captured), _CAPTURED_BATCH):
         batch, states = captured[begin : begin + _CAPTURED_BATCH], []
-        for i in batch:
-            hidden, answered[i].hidden = answered[i].hidden, None  # freed as soon as it is used
+        for sample in batch:
+            answers, whole = answered[sample.sample_id], tokenized[sample.sample_id]
+            hidden, answers.hidden = answers.hidden, None  # freed as soon as it is used
             assert hidden is not None
-            ids, mask = tokenized[i].input_ids, tokenized[i].loss_mask
-            positions = positions_of(ids, mask, description.image_token, description.shape.image_tokens)
-            states.append(pick(positions, wanted, hidden.to(extractor.head.device)))
+            tokens, image_tokens = description.image_token, description.shape.image_tokens
+            positions = positions_of(whole.input_ids, whole.loss_mask, tokens, image_tokens)
+            states.append(pick(positions, wanted, hidden.to(build.extractor.head.device)))
         yield batch, states
-    rest = sorted(set(range(len(answered))) - set(captured))
-    requests = [ScoreRequest(tokenized[i], shard.images[i]) for i in rest]
-    for places, scored in teacher.score(requests, wanted) if requests else ():
+    requests = [ScoreRequest(tokenized[s.sample_id], s.picture) for s in rest]
+    for places, scored in build.teacher.score(requests, wanted) if requests else ():
         yield [rest[place] for place in places], scored
 
 
@@ -287,44 +186,25 @@ _CAPTURED_BATCH = 32
 
 
 def _record(
-    manifest: Manifest,
-    teacher: Teacher,
-    shard: ShardInput,
-    place: int,
-    answered: AnsweredSample,
-    sample: TokenizedSample,
-    arrays: dict[str, Array] | None,
+    build: Build, sample: ReadSample, answered: AnsweredSample, whole: TokenizedSample, arrays: dict[str, Array]
 ) -> TeacherRecord:
-    conversation, picture = shard.conversations[place], shard.images[place]
-    assert arrays is not None, f"the teacher scored no states for {sample.sample_id}"
-    ids = sample.input_ids.astype(manifest.shape.id_dtype)
+    ids = whole.input_ids.astype(build.manifest.shape.id_dtype)
     return TeacherRecord(
-        sample_id=conversation.sample_id,
-        image_id=conversation.image.image_id if conversation.image is not None else "",
-        questions=conversation.questions,
-        answers=tuple(answer_text(teacher.tokenizer, a) for a in answered.answers),
-        original_answers=conversation.answers,
+        sample_id=sample.sample_id,
+        image_id=sample.image_id,
+        questions=sample.conversation.questions,
+        answers=tuple(answer_text(build.teacher.tokenizer, a) for a in answered.answers),
+        original_answers=sample.conversation.answers,
         source=answered.source,
-        image_checksum=picture.image.checksum if picture is not None else "",
-        arrays={"input_ids": ids, "loss_mask": sample.loss_mask, **arrays},
+        image_checksum=sample.picture.image.checksum if sample.picture is not None else "",
+        arrays={"input_ids": ids, "loss_mask": whole.loss_mask, **arrays},
     )
 
 
-def _commit(
-    storage: Storage,
-    manifest: Manifest,
-    number: int,
-    records: list[TeacherRecord],
-    images: list[tuple[str, dict[str, Array] | None]],
-    skipped: list[Skipped],
-    places: dict[str, ImagePlace],
-) -> None:
+def _commit(build: Build, number: int, scored: Scored, skipped: list[Skipped]) -> None:
     """Images first: a committed shard never points at image lines that are not there yet."""
-    if manifest.image_arrays:
-        write_images(storage, manifest, number, images)
-    write_shard(storage, manifest, number, records, [places.get(r.image_id, ImagePlace()) for r in records], skipped)
-
-
-def _advance(progress: Stage, count: int, clock: Clock) -> None:
-    busy = clock.answering + clock.scoring
-    progress.advance(count, answering=f"{100 * clock.answering / busy:.0f} %" if busy else "-")
+    records, images = scored
+    places = [build.image_places.get(record.image_id, ImagePlace()) for record in records]
+    if build.manifest.image_arrays:
+        write_images(build.storage, build.manifest, number, images)
+    write_shard(build.storage, build.manifest, number, records, places, skipped)

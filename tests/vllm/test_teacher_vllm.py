@@ -27,10 +27,11 @@ from student_train.students.export import export_run
 from student_train.training.trainer import fit
 from teacher_cache.build.answers import AnsweredSample, answer_conversations
 from teacher_cache.build.build import build_cache
+from teacher_cache.build.inputs import ShardInput
 from teacher_cache.build.signals import row_signals, stable_topk
 from teacher_cache.config import CacheConfig, as_plain
 from teacher_cache.data.conversations import Conversation
-from teacher_cache.data.images import load_image
+from teacher_cache.data.images import Picture, load_image
 from teacher_cache.data.rows import positions_of
 from teacher_cache.data.tokenization import Prompt, TokenizedSample, assemble, template_by_name, tokenize_prompt
 from teacher_cache.errors import TeacherCrashed, TeacherError
@@ -43,6 +44,7 @@ from teacher_cache.teachers.vllm.jobs import Mode, VllmOptions
 from teacher_cache.teachers.vllm.processes import environment
 from teacher_cache.teachers.vllm.session import VllmSession
 from teacher_cache.teachers.vllm.vllm_teacher import VllmTeacher
+from tests.fixtures.building import build_of
 from tests.fixtures.rounding import MODEL, within
 from tests.fixtures.training import tiny_fit, weights
 from tests.fixtures.waiting import PATIENCE, until
@@ -60,27 +62,17 @@ class Answered:
 
     samples: list[AnsweredSample]
     tokenized: list[TokenizedSample]
-    images: list[PillowImage.Image | None]
+    images: list[Picture | None]
     prompts: list[Prompt]
 
 
-def answer_all(teacher: Teacher, config: CacheConfig, conversations: Sequence[Conversation], capture: bool) -> Answered:
-    template = template_by_name(config.teacher.template)
-    prompts = [tokenize_prompt(c, template, teacher.tokenizer) for c in conversations]
-    images = [load_image(c.image, config.data.image_folder) if c.image is not None else None for c in conversations]
-    samples = answer_conversations(
-        teacher,
-        conversations,
-        prompts,
-        images,
-        template,
-        history="teacher",
-        seed=0,
-        capture=capture,
-        max_length=config.teacher.max_length,
-    )
-    tokenized = [assemble(p, s.answers) for p, s in zip(prompts, samples, strict=True)]
-    return Answered(samples, tokenized, images, prompts)
+def answer_all(teacher: Teacher, config: CacheConfig, conversations: Sequence[Conversation]) -> Answered:
+    build = build_of(config, teacher)
+    read = ShardInput.load(build, conversations).samples
+    assert len(read) == len(conversations)
+    samples = answer_conversations(build, read)
+    tokenized = [assemble(r.prompt, s.answers) for r, s in zip(read, samples, strict=True)]
+    return Answered(samples, tokenized, [r.picture for r in read], [r.prompt for r in read])
 
 
 def captured_states(teacher: Teacher, answered: Answered) -> list[SampleStates]:
@@ -132,13 +124,13 @@ def first_difference(one: Sequence[tuple[int, ...]], other: Sequence[tuple[int, 
 
 @pytest.fixture(scope="module")
 def one_pass(vllm_teacher: VllmTeacher, config: CacheConfig, conversations: list[Conversation]) -> Answered:
-    return answer_all(vllm_teacher, config, conversations, capture=True)
+    return answer_all(vllm_teacher, config, conversations)
 
 
 def test_greedy_answers_equal_those_of_torch(
     one_pass: Answered, torch_teacher: TorchTeacher, config: CacheConfig, conversations: list[Conversation]
 ) -> None:
-    oracle = answer_all(torch_teacher, config, conversations, capture=False)
+    oracle = answer_all(torch_teacher, config, conversations)
     pairs = list(zip(one_pass.samples, oracle.samples, strict=True))
     different = [i for i, (a, b) in enumerate(pairs) if a.answers != b.answers]
     assert len(different) <= 0.005 * len(conversations), f"{len(different)} of {len(conversations)} differ"
@@ -198,7 +190,7 @@ def longest_request(teacher: VllmTeacher, config: CacheConfig, conversations: li
     ids = prompt.before(3, [(5, 2)] * 3)
     assert conversation.image is not None
     image = load_image(conversation.image, config.data.image_folder)
-    return AnswerRequest(conversation.sample_id, 3, ids, image, 0, capture=True)
+    return AnswerRequest(conversation.sample_id, 3, ids, image, 0)
 
 
 def test_conversations_that_go_on_at_once_give_the_same_answers(
@@ -333,10 +325,10 @@ def test_hostile_scheduling_changes_nothing(
     hostile = VllmOptions(max_sequences=32, prefill_tokens=64, cache_blocks=20, block_tokens=32, count_events=True)
     twice = replace(config, signals=replace(config.signals, second_last=True))
     wanted = replace(WANTED, second_last=True)
-    oracle = answer_all(torch_teacher, twice, hard_conversations, capture=False)
+    oracle = answer_all(torch_teacher, config, hard_conversations)
     expected = scored_states(torch_teacher, oracle, wanted)
     with VllmTeacher(twice, hard_conversations, hostile) as teacher:
-        answered = answer_all(teacher, twice, hard_conversations, capture=True)
+        answered = answer_all(teacher, config, hard_conversations)
         events = teacher.events()
         assert [s.answers for s in answered.samples] == [s.answers for s in oracle.samples]
         without = [replace(s, rows_second_last=None, text_second_last=None) for s in expected]
@@ -350,7 +342,7 @@ def test_hostile_scheduling_changes_nothing(
 def die_and_go_on(teacher: VllmTeacher, oracle: Answered) -> None:
     """An EngineCore killed in the middle of a batch is an ``TeacherCrashed``; the same teacher then goes on."""
     requests = [
-        AnswerRequest(prompt.sample_id, 0, prompt.before(0, []), image, 0, capture=True)
+        AnswerRequest(prompt.sample_id, 0, prompt.before(0, []), image, 0)
         for prompt, image in zip(oracle.prompts, oracle.images, strict=True)
     ]
     seen = 0

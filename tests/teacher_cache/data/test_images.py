@@ -29,6 +29,7 @@ from teacher_cache.data.image_files import MAX_BYTES
 from teacher_cache.data.images import FORMATS, MAX_SIDE, Picture, decode, load_image, open_picture
 from teacher_cache.errors import DataError, ImageError
 from teacher_cache.teachers.torch_teacher import TorchTeacher
+from tests.fixtures.building import build_of
 from tests.teacher_cache.build.test_build import contents
 
 LEVELS = np.add.outer(np.arange(12), 3 * np.arange(16)).astype(np.uint8) * 3  # (12, 16), no two rows or columns alike
@@ -192,8 +193,8 @@ def test_the_images_of_a_shard_are_not_all_decoded_at_once(
     side = PillowImage.open(world / "images" / names[0]).size[0]
     monkeypatch.setattr(inputs, "KEPT_BYTES", 3 * 4 * side * side)
     chosen = [Conversation(name, ("what",), ("a circle",), Image(name, name)) for name in names]
-    shard = ShardInput.load(cache_config, teacher, chosen)
-    pictures = [image for image in shard.images if image is not None]
+    shard = ShardInput.load(build_of(cache_config, teacher), chosen)
+    pictures = [s.picture for s in shard.samples if s.picture is not None]
     assert len(pictures) == 8
     assert sum(picture.kept is not None for picture in pictures) == 3
     for picture, name in zip(pictures, names, strict=True):

@@ -361,8 +361,7 @@ def test_an_image_that_could_be_read_too_late_is_found(cache_config, teacher, wo
     storage = Storage(config.output)
     hidden = (tmp_path / "images" / name).rename(tmp_path / "hidden.png")
     samples = spool(config.data, None)
-    manifest = prepare(config, storage, samples, teacher)
-    build_shards(config, storage, manifest, samples, teacher, [0], "quiet")
+    build_shards(prepare(config, storage, samples, teacher, "quiet"), [0])
     hidden.rename(tmp_path / "images" / name)
     with pytest.raises(CacheError, match=r"could not be read when images/00000 was made.*--redo-skipped"):
         build_cache(config, teacher=teacher, style="quiet")
