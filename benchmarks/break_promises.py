@@ -365,6 +365,14 @@ BREAKS = (
     ),
     Break(
         5,
+        "a cut student's layers attend as the teacher's first ones",
+        "student_train/students/student.py",
+        "[text.layer_types[number] for number in kept]",
+        "text.layer_types[:wanted]",
+        "tests/student_train/students/test_student.py",
+    ),
+    Break(
+        5,
         "samples beyond the teacher's positions are cached",
         "teacher_cache/build/context.py",
         "if positions is not None and positions < limit:",

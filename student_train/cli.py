@@ -87,7 +87,7 @@ def evaluate(
     cache: Annotated[str, typer.Option(help="held-out teacher cache: agreement with the teacher")] = "",
     max_new_tokens: int = 64,
 ) -> Any:
-    """A student's accuracy by question type, yes/no scores, and its agreement with the teacher."""
+    """A student's accuracy by question type, figures of yes/no questions, and its agreement with the teacher."""
     from student_train.evaluation.evaluate import evaluate_model
 
     return evaluate_model(model, data, image_folder, template, output, cache, max_new_tokens)
@@ -110,7 +110,7 @@ def lmms_eval(
     from student_train.evaluation.lmms import LmmsSettings, run_lmms_eval
 
     how = LmmsSettings(python, include, device, offline=offline)
-    return run_lmms_eval(model, tasks.split(","), output, how).scores
+    return run_lmms_eval(model, tasks.split(","), output, how).metrics
 
 
 @app.command()

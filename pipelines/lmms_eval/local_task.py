@@ -1,7 +1,7 @@
 """Writes questions with short answers as a task that lmms-eval finds with `--include_path`.
 
 The score is lmms-eval's own `exact_match`, case and punctuation aside, as its GQA task takes it. That is what
-`student_train.evaluation.scores.vqa_accuracy` computes, so the two give the same figure.
+`student_train.evaluation.metrics.vqa_accuracy` computes, so the two give the same figure.
 
     python -m pipelines.lmms_eval.local_task WORLD/test.json WORLD/images TASK_FOLDER
 """

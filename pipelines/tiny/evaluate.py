@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pipelines.tiny.questions import VISUAL_QUESTIONS, parse_caption
 from pipelines.tiny.tokenizer import IMAGE, prompt_text
-from student_train.evaluation.scores import hallucination
+from student_train.evaluation.metrics import hallucination
 
 LONGEST_ANSWER = 24  # four objects of three words, three "and", `</s>`, and room to go wrong
 

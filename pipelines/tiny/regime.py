@@ -64,7 +64,7 @@ def _ablation(folder: Path, seeds: int) -> AblationConfig:
     text = (HERE / "demo.yaml").read_text(encoding="utf-8").replace("runs/tiny/", f"{folder}/")
     tree = yaml.safe_load(text)
     tree["arms"] = {name: tree["arms"][name] for name in ("regenerated", "hidden")}
-    tree["score_options"] = {"world": str(folder / "world"), "split": "dev"}
+    tree["measure_options"] = {"world": str(folder / "world"), "split": "dev"}
     tree |= {"output": str(folder / "ablation"), "seeds": list(range(seeds)), "metrics": list(METRICS)}
     return build_config(AblationConfig, tree, "regime")
 

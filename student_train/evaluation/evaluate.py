@@ -11,8 +11,8 @@ from student_train.config import SourceConfig
 from student_train.evaluation.agreement import agreement
 from student_train.evaluation.answers import Student, answer_questions
 from student_train.evaluation.certainty import certainty
+from student_train.evaluation.metrics import YES_NO, plain_answer, vqa_accuracy, yes_no
 from student_train.evaluation.questions import read_questions
-from student_train.evaluation.scores import YES_NO, plain_answer, vqa_accuracy, yes_no_scores
 from teacher_cache.data.conversations import IMAGE_TAG, Conversation
 from teacher_cache.store.reader import TeacherCache
 
@@ -40,7 +40,7 @@ def evaluate_model(
     closed = [(a, plain_answer(r)) for a, r in zip(answers, references, strict=True) if plain_answer(r) in YES_NO]
     if closed:
         facts |= {"yes/no questions": len(closed)}
-        facts |= yes_no_scores([a for a, _ in closed], [r for _, r in closed]).as_dict()
+        facts |= yes_no([a for a, _ in closed], [r for _, r in closed]).as_dict()
     facts |= certainty(student, questions, answers, image_folder, template).as_facts()
     if cache:
         facts |= agreement(student, SourceConfig(cache=cache, image_folder=str(image_folder))).as_facts()

@@ -1,4 +1,4 @@
-"""Scores an exported student with lmms-eval, which lives in an environment of its own (pipelines/install_lmms_eval.py).
+"""Measures an exported student with lmms-eval, which has an environment of its own (pipelines/install_lmms_eval.py).
 
 lmms-eval logs its errors and exits with 0: a run that crashed looks like one that went well, and an answer that failed
 counts as "". So success is a new results file and no logged error, and everything else is raised.
@@ -30,9 +30,9 @@ class LmmsAnswer:
 
 @dataclass(frozen=True)
 class LmmsResults:
-    """`scores`: task → metric → value · `answers`: task → answers · `path`: lmms-eval's own results file."""
+    """`metrics`: task → metric → value · `answers`: task → answers · `path`: lmms-eval's own results file."""
 
-    scores: dict[str, dict[str, float]]
+    metrics: dict[str, dict[str, float]]
     answers: dict[str, list[LmmsAnswer]]
     path: Path
 
@@ -81,7 +81,7 @@ def run_lmms_eval(
 def read_results(path: Path) -> LmmsResults:
     """A results file of lmms-eval (`*_results.json`) with the samples beside it. Numbers only: "N/A" is left out."""
     tasks: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]
-    scores = {
+    metrics = {
         task: {name.removesuffix(",none"): value for name, value in row.items() if isinstance(value, int | float)}
         for task, row in tasks.items()
     }
@@ -91,7 +91,7 @@ def read_results(path: Path) -> LmmsResults:
         samples = path.with_name(f"{stamp}_samples_{task}.jsonl")
         if samples.exists():  # a group of tasks has none
             answers[task] = _read_answers(samples)
-    return LmmsResults(scores, answers, path)
+    return LmmsResults(metrics, answers, path)
 
 
 def _read_answers(path: Path) -> list[LmmsAnswer]:

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from student_train.config import SourceConfig
 from student_train.feed.features import image_key
+from student_train.feed.skipped import check_share, usable
 from student_train.feed.tokenizer import check_tokenizer
-from student_train.feed.usable import check_share, usable
 from teacher_cache.config import DataConfig
 from teacher_cache.data.conversations import Conversation, Image, Skipped
 from teacher_cache.data.rows import rows_among_text, text_positions

@@ -47,24 +47,24 @@ def export_run(run: Path, output: Path) -> Path:
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(run / "model", temporary)
-    scores = run / "scores.json"
-    found = json.loads(scores.read_text(encoding="utf-8"))["scores"] if scores.is_file() else {}
+    file = run / "metrics.json"
+    metrics = json.loads(file.read_text(encoding="utf-8"))["metrics"] if file.is_file() else {}
     shown = json.loads((temporary / "processor_config.json").read_text(encoding="utf-8"))["image_processor"]
-    card = model_card(output.name, json.loads(facts.read_text(encoding="utf-8")), found, bool(shown.get("do_pad")))
+    card = model_card(output.name, json.loads(facts.read_text(encoding="utf-8")), metrics, bool(shown.get("do_pad")))
     (temporary / "README.md").write_text(card, encoding="utf-8")
     temporary.rename(output)
     return output
 
 
-def model_card(name: str, run: dict[str, Any], scores: dict[str, float], pads: bool) -> str:
-    """Markdown with the hub's metadata: caches by fingerprint, losses, training settings, scores, and how images were
+def model_card(name: str, run: dict[str, Any], metrics: dict[str, float], pads: bool) -> str:
+    """Markdown with the hub's metadata: caches by fingerprint, losses, training settings, metrics, and how images were
     shown (``pads``: as padded squares)."""
     losses = "\n".join(
         f"- {loss['weight']:g} × {loss['name']} ({loss['source']}, T = {loss['temperature']:g}, on {loss['tokens']})"
         for loss in run["config"]["losses"]
     )
     caches = "\n".join(f"- {c['teacher']}: {c['samples']:,} samples, cache `{c['fingerprint']}`" for c in run["caches"])
-    table = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in scores.items())
+    table = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in metrics.items())
     train = run["config"]["train"]
     images = "padded to a square with the mean colour" if pads else "not padded: the tower's own resizing and cropping"
     return f"""---
@@ -89,7 +89,7 @@ seed {train["seed"]}.
 Images were {images}. The processor does the same (Transformers' `LlavaImageProcessor`), and its chat template writes
 conversations as in training; another processor shows the student images that it was not trained on.
 
-{f"| score | value |{chr(10)}|---|---|{chr(10)}{table}" if table else "Not scored yet."}
+{f"| metric | value |{chr(10)}|---|---|{chr(10)}{table}" if table else "Not measured yet."}
 
 ```python
 from transformers import AutoProcessor, LlavaForConditionalGeneration

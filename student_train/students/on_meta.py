@@ -10,7 +10,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from student_train.config import StudentConfig
-from student_train.students.student import choose_trainable, composed_config, composed_vocabulary
+from student_train.students.student import choose_trainable, composed_config, composed_vocabulary, keep_layers
 from teacher_cache.models.model_config import load_model_config
 from teacher_cache.models.pretrained import check_llava, check_tower
 
@@ -31,10 +31,7 @@ def student_architecture(config: StudentConfig) -> Any:
     if config.layers_from:
         llava = load_model_config(config.layers_from, setting="student.layers_from")
         check_llava("student.layers_from", config.layers_from, llava)
-        text = llava.get_text_config()
-        text.num_hidden_layers = config.layers or text.num_hidden_layers // 2
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[: text.num_hidden_layers]
+        keep_layers(llava, config)
         return llava
     if not config.language_model or (config.model and (Path(config.model) / "config.json").is_file()):
         llava = load_model_config(config.model, setting="student.model")

@@ -95,9 +95,8 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def _load_llava(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, Any]:
-    name, setting = (
-        (config.layers_from, "student.layers_from") if config.layers_from else (config.model, "student.model")
-    )
+    setting = "layers_from" if config.layers_from else "model"
+    name, setting = getattr(config, setting), f"student.{setting}"
     model = load_llava(
         setting,
         name,
@@ -118,7 +117,8 @@ def compose(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, Any]:
     vision = getattr(vision, "vision_model", vision)
     tokenizer = read_tokenizer("student.tokenizer", config.tokenizer or config.language_model)
     token = _image_token(tokenizer)
-    size = composed_vocabulary(language.config, _tokenizer_config(config), token)
+    taken = read_config("student.tokenizer", config.tokenizer) if config.tokenizer else None
+    size = composed_vocabulary(language.config, taken, token)
     if size > language.get_input_embeddings().num_embeddings:
         language.resize_token_embeddings(size)
     llava = composed_config(language.config, read_config("student.vision_tower", config.vision_tower), token)
@@ -162,10 +162,6 @@ def composed_vocabulary(text: Any, tokenizer_model: Any | None, image_token: int
     return max(int(text.vocab_size), taken, image_token + 1)
 
 
-def _tokenizer_config(config: StudentConfig) -> Any | None:
-    return read_config("student.tokenizer", config.tokenizer) if config.tokenizer else None
-
-
 def _image_token(tokenizer: Any) -> int:
     """The id of ``<image>``, added where the tokenizer has none."""
     if IMAGE_TAG not in tokenizer.get_vocab():
@@ -193,22 +189,29 @@ def cut_layers(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, An
     """
     if not Path(config.layers_from).exists() and "/" not in config.layers_from:
         raise ConfigError(f"student.layers_from={config.layers_from}: no such folder")
-    model, processor = _load_llava(
-        StudentConfig(layers_from=config.layers_from, dtype=config.dtype, attention=config.attention)
-    )
+    model, processor = _load_llava(config)
     decoder = model.model.language_model
-    total = len(decoder.layers)
+    decoder.layers = nn.ModuleList([decoder.layers[number] for number in keep_layers(model.config, config)])
+    for number, layer in enumerate(decoder.layers):
+        layer.self_attn.layer_idx = number
+    return model, processor
+
+
+def keep_layers(llava: Any, config: StudentConfig) -> list[int]:
+    """The numbers of the layers that a cut student keeps; ``llava``, the teacher's configuration, becomes its own.
+
+    Each keeps its kind of attention (``layer_types``), which is not the same for all layers of every model.
+    """
+    text = llava.get_text_config()
+    total = text.num_hidden_layers
     wanted = config.layers or total // 2
     if not 1 <= wanted <= total:
         raise ConfigError(f"student.layers={config.layers}: the teacher has {total} layers")
-    decoder.layers = nn.ModuleList([decoder.layers[i * total // wanted] for i in range(wanted)])
-    for number, layer in enumerate(decoder.layers):
-        layer.self_attn.layer_idx = number
-    text = model.config.text_config
+    kept = [i * total // wanted for i in range(wanted)]
     text.num_hidden_layers = wanted
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:wanted]
-    return model, processor
+        text.layer_types = [text.layer_types[number] for number in kept]
+    return kept
 
 
 def _four_bit(config: StudentConfig) -> Any:

@@ -52,7 +52,7 @@ def ablate(config: AblationConfig, style: Style = "auto") -> dict[str, Any]:
 
 
 def run_one(config: AblationConfig, run: RunSpec, stop: Stop | None = None) -> None:
-    """Prepare, train and score one student, in this process."""
+    """Prepare, train and measure one student, in this process."""
     from student_train.training.trainer import fit
 
     arm = config.arms[run.arm]
@@ -61,9 +61,9 @@ def run_one(config: AblationConfig, run: RunSpec, stop: Stop | None = None) -> N
         _function(options.pop("call"))(**options)
     fit_config = build_config(FitConfig, run.tree, f"arms.{run.arm}")
     summary = fit(fit_config, "quiet", stop)
-    options = filled(config.score_options, seed=run.seed, runs=str(run.folder.parent))
-    scores = _function(config.score)(summary.model, **options) if config.score else {}
-    write_json(run.folder / "scores.json", {"scores": scores, "origin": run_origin(config, run)})
+    options = filled(config.measure_options, seed=run.seed, runs=str(run.folder.parent))
+    metrics = _function(config.measure)(summary.model, **options) if config.measure else {}
+    write_json(run.folder / "metrics.json", {"metrics": metrics, "origin": run_origin(config, run)})
 
 
 class Children:

@@ -22,10 +22,10 @@ def plan_file(path: Path, overrides: Sequence[str]) -> list[tuple[str, Any]]:
     """
     found = sections(path)
     if "arms" in found:
-        return _ablation_rows(load_config(AblationConfig, path, overrides))
+        return _ablation_lines(load_config(AblationConfig, path, overrides))
     if "stages" in found:
-        return _stage_rows(load_config(StagesConfig, path, overrides))
-    return [*plan_fit(load_config(FitConfig, path, overrides)).rows(), ASSUMPTION]
+        return _stage_lines(load_config(StagesConfig, path, overrides))
+    return [*plan_fit(load_config(FitConfig, path, overrides)).lines(), ASSUMPTION]
 
 
 def plan_stages(config: StagesConfig) -> dict[str, RunPlan]:
@@ -50,13 +50,13 @@ def plan_ablation(config: AblationConfig) -> dict[str, RunPlan]:
     return plans
 
 
-def _ablation_rows(config: AblationConfig) -> list[tuple[str, Any]]:
+def _ablation_lines(config: AblationConfig) -> list[tuple[str, Any]]:
     plans, seeds = plan_ablation(config), len(config.seeds)
-    rows: list[tuple[str, Any]] = [("runs", f"{len(plans) * seeds}: {len(plans)} arms × {seeds} seeds")]
+    lines: list[tuple[str, Any]] = [("runs", f"{len(plans) * seeds}: {len(plans)} arms × {seeds} seeds")]
     for name, plan in plans.items():
         arm = config.arms[name]
         prepared = f", {arm.prepare['call']} before it (not in the hours)" if arm.prepare else ""
-        rows.append(
+        lines.append(
             (
                 f"{arm.table}: {name}" if arm.table else name,
                 f"{seeds} × {plan.steps:,} steps, {plan.trained:,} trained, {bytes_text(plan.memory_bytes)} a GPU "
@@ -64,14 +64,14 @@ def _ablation_rows(config: AblationConfig) -> list[tuple[str, Any]]:
                 f"{plan.gpu_hours:,.1f} GPU hours{'' if plan.half else IN_FLOAT32}{prepared}",
             )
         )
-    rows.append(("steps, all", sum(p.steps for p in plans.values()) * seeds))
-    rows.append(("most memory of one GPU", bytes_text(max(p.memory_bytes for p in plans.values()))))
-    rows.append(("GPU hours, all", f"{sum(p.gpu_hours for p in plans.values()) * seeds:,.1f}"))
-    rows.append(("  an online teacher would add", f"{sum(p.online_hours for p in plans.values()) * seeds:,.1f}"))
-    return [*rows, ASSUMPTION]
+    lines.append(("steps, all", sum(p.steps for p in plans.values()) * seeds))
+    lines.append(("most memory of one GPU", bytes_text(max(p.memory_bytes for p in plans.values()))))
+    lines.append(("GPU hours, all", f"{sum(p.gpu_hours for p in plans.values()) * seeds:,.1f}"))
+    lines.append(("  an online teacher would add", f"{sum(p.online_hours for p in plans.values()) * seeds:,.1f}"))
+    return [*lines, ASSUMPTION]
 
 
-def _stage_rows(config: StagesConfig) -> list[tuple[str, Any]]:
+def _stage_lines(config: StagesConfig) -> list[tuple[str, Any]]:
     plans = plan_stages(config)
-    rows = [(f"{stage}: {name.strip()}", value) for stage, plan in plans.items() for name, value in plan.rows()]
-    return [*rows, ("GPU hours, all", f"{sum(p.gpu_hours for p in plans.values()):,.1f}"), ASSUMPTION]
+    lines = [(f"{stage}: {name.strip()}", value) for stage, plan in plans.items() for name, value in plan.lines()]
+    return [*lines, ("GPU hours, all", f"{sum(p.gpu_hours for p in plans.values()):,.1f}"), ASSUMPTION]

@@ -72,9 +72,9 @@ def _lower_is_better(metric: str) -> bool:
 
 
 def _best(table: dict[str, Any], metric: str) -> dict[str, Any] | None:
-    scored = [arm for arm in table["arms"] if arm["mean"].get(metric) is not None]
+    measured = [arm for arm in table["arms"] if arm["mean"].get(metric) is not None]
     sign = -1 if _lower_is_better(metric) else 1
-    return max(scored, key=lambda arm: sign * arm["mean"][metric]) if len(scored) > 1 else None
+    return max(measured, key=lambda arm: sign * arm["mean"][metric]) if len(measured) > 1 else None
 
 
 def _curves(experiment: Experiment, arm: str, part: str, style: int) -> list[Series]:

@@ -14,7 +14,7 @@ STUDENTS = 32
 
 
 def quality_against_cost(experiment: Experiment) -> list[Card]:
-    """The first metric against seconds, memory and bytes of the cache; nothing where no run was scored."""
+    """The first metric against seconds, memory and bytes of the cache; nothing where no run was measured."""
     table = experiment.table
     if not table["metrics"]:
         return []
@@ -43,7 +43,7 @@ def teacher_share(experiment: Experiment) -> Card | None:
     teacher = experiment.table["teacher"]
     if "answer_seconds" not in teacher or "score_seconds" not in teacher:
         return None
-    answer, score = float(teacher["answer_seconds"]), float(teacher["score_seconds"])
+    answering, scoring = float(teacher["answer_seconds"]), float(teacher["score_seconds"])
     seconds = [a["seconds"] for a in experiment.table["arms"] if a["seconds"] is not None]
     if not seconds:
         return None
@@ -52,14 +52,14 @@ def teacher_share(experiment: Experiment) -> Card | None:
     passes = statistics.fmean(known) if known else 1.0
     counts = range(1, STUDENTS + 1)
     lines = [
-        Series("teacher once, from the cache", [(n, (answer + score) / n + student) for n in counts], 0),
-        Series("teacher in every run", [(n, answer / n + passes * score + student) for n in counts], 1),
+        Series("teacher once, from the cache", [(n, (answering + scoring) / n + student) for n in counts], 0),
+        Series("teacher in every run", [(n, answering / n + passes * scoring + student) for n in counts], 1),
         Series("student alone", [(n, student) for n in counts], 2),
     ]
     top = max(y for line in lines for _, y in line.points)
     chart = line_chart(lines, "students", "seconds a student", log_x=True, y_range=(0.0, top * 1.05))
     words = (
-        f"Measured: {seconds_text(answer)} of answering and {seconds_text(score)} of scoring for "
+        f"Measured: {seconds_text(answering)} of answering and {seconds_text(scoring)} of scoring for "
         f"{bytes_text(teacher.get('bytes', 0))} of cache; a student trains for {seconds_text(student)} on average. "
         f"A run that keeps the teacher in memory would score its {passes:,.1f} passes over the data again; that line "
         "is computed from these times, not measured."

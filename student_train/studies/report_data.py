@@ -214,14 +214,14 @@ def _table_of(paths: Sequence[Path], runs: Sequence[RunData]) -> dict[str, Any]:
     """The table of runs that no ablation file put together; the first arm is the baseline."""
     results: dict[tuple[str, int], dict[str, Any]] = {}
     for path, run in zip(paths, runs, strict=True):
-        file = path / "scores.json"
-        scores = read_json(file) if file.is_file() else {}
+        file = path / "metrics.json"
+        found = read_json(file) if file.is_file() else {}
         costs = {cost: float(run.summary.get(cost, math.nan)) for cost in COSTS}
-        results[run.arm, run.seed] = {"scores": scores.get("scores", scores), **costs}
+        results[run.arm, run.seed] = {"metrics": found.get("metrics", found), **costs}
     config = AblationConfig(
         arms={run.arm: ArmConfig() for run in runs},
         seeds=tuple(sorted({run.seed for run in runs})),
-        metrics=tuple(dict.fromkeys(m for r in results.values() for m in r["scores"])),
+        metrics=tuple(dict.fromkeys(m for r in results.values() for m in r["metrics"])),
     )
     return make_table(config, results)
 

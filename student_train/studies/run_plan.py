@@ -92,7 +92,7 @@ class RunPlan:
     def online_hours(self) -> float:
         return self.teacher_flops / HALF_FLOPS / 3600
 
-    def rows(self) -> list[tuple[str, Any]]:
+    def lines(self) -> list[tuple[str, Any]]:
         shape = f"width {self.width:,}, {self.layers} layers, {self.vocabulary:,} ids, {self.image_tokens} image tokens"
         one_gpu = f"{bytes_text(self.memory_bytes)}; sharded over {SHARDED_OVER}: {bytes_text(self.sharded_bytes)}"
         return [

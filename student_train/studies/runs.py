@@ -1,6 +1,6 @@
 """The runs of an ablation: its file, which arms and seeds it makes, and whether one is done already.
 
-A run is done when its ``scores.json`` is there and was made with the same settings, from the same caches and after the
+A run is done when its ``metrics.json`` is there and was made with the same settings, from the same caches and after the
 same runs of the arms it needs.
 """
 
@@ -55,12 +55,12 @@ class AblationConfig:
     arms: dict[str, ArmConfig] = field(default_factory=dict)
     baseline: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
-    score: str = ""
-    """``module:function``; called with the model folder and ``score_options``, returns metric → value (and may write
+    measure: str = ""
+    """``module:function``; called with the model folder and ``measure_options``, returns metric → value (and may write
     predictions.jsonl beside it)."""
-    score_options: dict[str, Any] = field(default_factory=dict)
+    measure_options: dict[str, Any] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
-    """Columns of the table; empty: all that the score function returns."""
+    """Columns of the table; empty: all that the measuring function returns."""
     teacher: str = ""
     """The cache whose cost is shown; found from the first source when empty."""
     workers: int = 0
@@ -105,12 +105,12 @@ def plan_runs(config: AblationConfig) -> list[RunSpec]:
 
 
 def load_result(folder: Path) -> dict[str, Any]:
-    """summary.json and scores.json of a finished run."""
-    return {**read_json(folder / "summary.json"), "scores": read_json(folder / "scores.json")["scores"]}
+    """summary.json and metrics.json of a finished run."""
+    return {**read_json(folder / "summary.json"), "metrics": read_json(folder / "metrics.json")["metrics"]}
 
 
 def is_done(config: AblationConfig, run: RunSpec) -> bool:
-    path = run.folder / "scores.json"
+    path = run.folder / "metrics.json"
     if not path.is_file():
         return False
     other = changed(recorded(run.folder), run_origin(config, run))
@@ -142,29 +142,25 @@ def matched(config: AblationConfig, run: RunSpec) -> RunSpec:
 
 
 def run_origin(config: AblationConfig, run: RunSpec) -> Origin:
-    """What decides the scores of a run: settings, caches (the one that scores, too), and the runs that it needs, each
-    with what that was made from."""
+    """What decides the metrics of a run: settings, caches (the held-out one, too), and the runs that it needs, by what
+    those were made from."""
     runs = run.folder.parent
     arm = config.arms[run.arm]
-    options = filled(config.score_options, seed=run.seed, runs=str(runs))
-    score_cache = options.get("cache", "")
-    decides = [run.tree, config.score, config.score_options, as_plain(arm)["prepare"]]
+    options = filled(config.measure_options, seed=run.seed, runs=str(runs))
+    held_out = options.get("cache", "")
+    decides = [run.tree, config.measure, config.measure_options, as_plain(arm)["prepare"]]
     needed = {f"run {other}-seed{run.seed}": recorded(runs / f"{other}-seed{run.seed}") for other in needs(arm)}
     return {
         "settings": digest(without_secrets_in(decides)),
         **sources_origin(build_config(FitConfig, run.tree, f"arms.{run.arm}").sources),
-        **(
-            {f"score_options.cache ({without_secrets(score_cache)})": cache_fingerprint(score_cache)}
-            if score_cache
-            else {}
-        ),
+        **({f"measure_options.cache ({without_secrets(held_out)})": cache_fingerprint(held_out)} if held_out else {}),
         **{name: digest(origin) for name, origin in needed.items()},
     }
 
 
 def recorded(folder: Path) -> Origin:
     """The origin of the finished run in ``folder``; empty where none is recorded."""
-    origin: Origin = read_json(folder / "scores.json").get("origin", {})
+    origin: Origin = read_json(folder / "metrics.json").get("origin", {})
     return origin
 
 

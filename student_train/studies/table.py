@@ -35,13 +35,13 @@ def write_table(config: AblationConfig, results: Results) -> dict[str, Any]:
 
 def make_table(config: AblationConfig, results: Results) -> dict[str, Any]:
     """Plain data: arms with every seed's metrics and costs, mean, deviation, paired difference to the baseline."""
-    metrics = list(config.metrics) or sorted({m for r in results.values() for m in r["scores"]})
+    metrics = list(config.metrics) or sorted({m for r in results.values() for m in r["metrics"]})
     baseline = config.baseline or next(iter(config.arms))
     arms = []
     for name, arm in config.arms.items():
         seeds = {seed: results[name, seed] for seed in config.seeds}
-        values = {s: {m: r["scores"].get(m) for m in metrics} for s, r in seeds.items()}
-        base = {s: results[baseline, s]["scores"] for s in config.seeds}
+        values = {s: {m: r["metrics"].get(m) for m in metrics} for s, r in seeds.items()}
+        base = {s: results[baseline, s]["metrics"] for s in config.seeds}
         arms.append(
             {
                 "name": name,
@@ -115,21 +115,21 @@ def teacher_text(table: Mapping[str, Any]) -> str:
 
 def as_text(table: Mapping[str, Any]) -> str:
     """For the terminal: one table of all arms, columns padded."""
-    rows = [_head(table), *(_row(table, arm) for arm in table["arms"])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = [_titles(table), *(_cells(table, arm) for arm in table["arms"])]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def as_markdown(table: Mapping[str, Any]) -> str:
     """mean ± deviation, and in brackets the paired difference to the baseline ± its deviation; * where the mean
     difference is more than twice that deviation. Arms that name a ``table`` stand in one of that title each, below the
     baseline."""
-    head = _head(table)
-    rule = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    titles = _titles(table)
+    rule = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     lines: list[str] = []
     for title, arms in _groups(table):
-        rows = [f"| {' | '.join(_row(table, arm))} |" for arm in arms]
-        lines += [*([f"## {title}", ""] if title else []), *rule, *rows, ""]
+        cells = [f"| {' | '.join(_cells(table, arm))} |" for arm in arms]
+        lines += [*([f"## {title}", ""] if title else []), *rule, *cells, ""]
     lines = lines[:-1]
     notes = [f"- {arm['name']}: {arm['note']}" for arm in table["arms"] if arm["note"]]
     seeds = len(table["seeds"])
@@ -140,11 +140,11 @@ def as_markdown(table: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", legend, teacher_text(table), "", *notes]).rstrip() + "\n"
 
 
-def _head(table: Mapping[str, Any]) -> list[str]:
+def _titles(table: Mapping[str, Any]) -> list[str]:
     return ["arm", *table["metrics"], "CPU s", "MB"]
 
 
-def _row(table: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str]:
+def _cells(table: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str]:
     cells = [_cell(arm, m, arm["name"] == table["baseline"]) for m in table["metrics"]]
     return [arm["name"], *cells, f"{arm['cpu_seconds']:.0f}", f"{arm['peak_megabytes']:.0f}"]
 
@@ -174,12 +174,12 @@ def as_csv(table: Mapping[str, Any]) -> str:
 def draw(table: Mapping[str, Any], path: Path) -> None:
     """One panel a metric: mean, deviation and every seed of each arm."""
     panels: dict[str, list[Interval]] = {m: [] for m in table["metrics"]}
-    for row, arm in enumerate(table["arms"]):
+    for line, arm in enumerate(table["arms"]):
         style = GREY if arm["name"] == table["baseline"] else 0
         for metric, intervals in panels.items():
             seeds = [v[metric] for v in arm["seeds"].values() if v[metric] is not None and math.isfinite(v[metric])]
             if seeds:
-                intervals.append(Interval(row, arm["mean"][metric], arm["deviation"][metric], seeds, style))
+                intervals.append(Interval(line, arm["mean"][metric], arm["deviation"][metric], seeds, style))
     path.write_text(picture([arm["name"] for arm in table["arms"]], panels), encoding="utf-8")
 
 

@@ -12,8 +12,8 @@ from accelerate.utils import broadcast_object_list
 
 from student_train.config import LOGIT_LOSSES, FitConfig
 from student_train.feed.features import ImageFeatures, compute_features
+from student_train.feed.skipped import SkippedFile
 from student_train.feed.sources import CacheSource, PlainSource, Source, check_images, leave_out_damaged, open_source
-from student_train.feed.usable import SkippedFile
 from student_train.losses.image_losses import head_square
 from student_train.losses.shared_ids import shared_count
 from student_train.students.preprocessor import Preprocessor

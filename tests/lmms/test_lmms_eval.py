@@ -17,7 +17,7 @@ from pipelines.tiny.models import load_llava, save_llava
 from pipelines.tiny.tokenizer import build_processor
 from pipelines.tiny.world import write_world
 from student_train.evaluation.lmms import LmmsSettings, run_lmms_eval
-from student_train.evaluation.scores import vqa_accuracy
+from student_train.evaluation.metrics import vqa_accuracy
 from teacher_cache.errors import EvaluationError
 
 PROJECT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def test_lmms_eval_scores_what_our_evaluation_scores(world, student, task, tmp_p
     theirs = run_lmms_eval(student, ["tiny_world"], tmp_path / "out", how)
 
     assert [row.text for row in theirs.answers["tiny_world"]] == ours
-    assert theirs.scores["tiny_world"]["exact_match"] == expected.overall
+    assert theirs.metrics["tiny_world"]["exact_match"] == expected.overall
 
 
 def test_answers_that_failed_inside_lmms_eval_are_an_error(student, task, tmp_path):

@@ -270,8 +270,8 @@ def test_hours_in_float32_are_not_those_of_bf16() -> None:
     )
     assert plain.gpu_hours == pytest.approx(16 * mixed.gpu_hours, rel=0.01)
     assert plain.activation_bytes == pytest.approx(2 * mixed.activation_bytes, abs=1)
-    assert "float32" in dict(plain.rows())["GPU hours, estimated"]
-    assert "float32" not in dict(mixed.rows())["GPU hours, estimated"]
+    assert "float32" in dict(plain.lines())["GPU hours, estimated"]
+    assert "float32" not in dict(mixed.lines())["GPU hours, estimated"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)

@@ -74,7 +74,7 @@ def test_results_are_read_with_answers_in_the_task_s_order(tmp_path):
     rows = [{"doc_id": 1, "target": 2, "filtered_resps": "b"}, {"doc_id": 0, "target": "a", "filtered_resps": "a"}]
     (tmp_path / "20260101_000000_samples_mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     results = read_results(path)
-    assert results.scores == {"mine": {"exact_match": 0.5}, "group": {}}
+    assert results.metrics == {"mine": {"exact_match": 0.5}, "group": {}}
     assert results.answers == {"mine": [LmmsAnswer("a", "a"), LmmsAnswer("2", "b")]}
 
 

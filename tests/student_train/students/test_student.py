@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -35,6 +37,7 @@ from pipelines.tiny.models import vision_config
 from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfig
 from student_train.evaluation.answers import Student
 from student_train.students.export import export_run, save_student
+from student_train.students.on_meta import student_on_meta
 from student_train.students.preprocessor import preprocessor_of
 from student_train.students.processor import prepare_processor
 from student_train.students.student import load_student
@@ -155,6 +158,21 @@ def test_cut_student_starts_from_every_nth_layer_and_everything_else(layers: int
         if ".language_model.layers." not in name:
             assert torch.equal(mine[name], theirs[name]), name
     assert [layer.self_attn.layer_idx for layer in student.model.language_model.layers] == list(range(len(taken)))
+
+
+def test_cut_layers_keep_their_kind_of_attention(tmp_path: Path) -> None:
+    """Sliding and full attention take turns: every other layer of this teacher is a sliding one."""
+    config = LlavaConfig.from_pretrained(TEACHER)
+    kinds = ["sliding_attention", "full_attention"] * 2
+    text = {"vocab_size": config.text_config.vocab_size, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4}
+    config.text_config = Qwen2Config(**text, **heads, use_sliding_window=True, sliding_window=8, layer_types=kinds)
+    shutil.copytree(TEACHER, tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors"))
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "teacher")
+    wanted = StudentConfig(layers_from=str(tmp_path / "teacher"), layers=2)
+    student, _ = load_student(wanted, 0)
+    assert student.config.text_config.layer_types == ["sliding_attention"] * 2
+    assert student_on_meta(wanted).config.text_config.layer_types == ["sliding_attention"] * 2
 
 
 def test_wrong_parts_are_named(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_wrong_file_is_refused_before_anything_is_trained(tmp_path: Path, over
 def test_table_means_deviations_and_paired_differences(tmp_path: Path) -> None:
     costs = {"cpu_seconds": 2.0, "seconds": 3.0, "peak_megabytes": 4.0, "steps": 5}
     scores = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 2.0, ("b", 1): 4.5}
-    results = {key: {**costs, "scores": {"vqa": value}} for key, value in scores.items()}
+    results = {key: {**costs, "metrics": {"vqa": value}} for key, value in scores.items()}
     table = make_table(ablation(tmp_path), results)
     a, b = table["arms"]
     assert (a["mean"]["vqa"], b["mean"]["vqa"]) == (2.0, 3.25)
@@ -76,7 +76,7 @@ def test_table_means_deviations_and_paired_differences(tmp_path: Path) -> None:
 
 def test_arms_of_several_tables_stand_below_the_baseline_each(tmp_path: Path) -> None:
     costs = {"cpu_seconds": 2.0, "seconds": 3.0, "peak_megabytes": 4.0, "steps": 5}
-    results = {(arm, seed): {**costs, "scores": {"vqa": 1.0}} for arm in "abc" for seed in (0, 1)}
+    results = {(arm, seed): {**costs, "metrics": {"vqa": 1.0}} for arm in "abc" for seed in (0, 1)}
     arms = {"a": ArmConfig(table="all"), "b": ArmConfig(table="table 1"), "c": ArmConfig(table="table 2")}
     table = make_table(replace(ablation(tmp_path), arms=arms), results)
     text = as_markdown(table)
@@ -87,7 +87,7 @@ def test_arms_of_several_tables_stand_below_the_baseline_each(tmp_path: Path) ->
 
 
 def count_files(model: str) -> dict[str, float]:
-    """A score function: how many files the exported student has."""
+    """A measuring function: how many files the exported student has."""
     return {"files": float(len(list(Path(model).iterdir())))}
 
 
@@ -106,10 +106,10 @@ def test_an_ablation_goes_on_where_it_was_and_refuses_other_settings(
         "base": base,
         "arms": arms,
         "seeds": [0],
-        "score": "tests.student_train.studies.test_ablate:count_files",
+        "measure": "tests.student_train.studies.test_ablate:count_files",
     }
     table = ablate(ablation(tmp_path / "out", **settings), "quiet")
-    mark = tmp_path / "out/runs/a-seed0/scores.json"
+    mark = tmp_path / "out/runs/a-seed0/metrics.json"
     before = mark.stat().st_mtime_ns
     arms["b"] = {"match_cpu": "a", "steps_like": "a"}
     table = ablate(ablation(tmp_path / "out", **settings), "quiet")
@@ -128,7 +128,7 @@ def test_online_cost_is_that_of_the_longest_distilled_arm(tmp_path: Path) -> Non
     arms = {"a": ArmConfig(), "long": ArmConfig(), "kl": ArmConfig(set={"losses": losses})}
     costs = {"cpu_seconds": 2.0, "seconds": 3.0, "peak_megabytes": 4.0}
     steps = {"a": 600, "long": 770, "kl": 600}
-    results = {(a, s): {**costs, "steps": n, "scores": {"vqa": 1.0}} for a, n in steps.items() for s in (0, 1)}
+    results = {(a, s): {**costs, "steps": n, "metrics": {"vqa": 1.0}} for a, n in steps.items() for s in (0, 1)}
     teacher = {"answer_seconds": 3.8, "score_seconds": 1.929, "samples": 638}
     table = make_table(replace(ablation(tmp_path), arms=arms), results) | {"teacher": teacher, "global_batch": 32}
     assert "30 epochs × 1.9 s = 58 s for each distilled student" in teacher_text(table)
@@ -178,7 +178,7 @@ def test_finished_runs_stand_on_their_cache_and_on_the_runs_they_need(
         "base": base,
         "arms": arms,
         "seeds": [0],
-        "score": "tests.student_train.studies.test_ablate:count_files",
+        "measure": "tests.student_train.studies.test_ablate:count_files",
         "workers": 1,
     }
     monkeypatch.setattr("student_train.studies.ablate._spawn", lambda config, run, *_: run_one(config, run))

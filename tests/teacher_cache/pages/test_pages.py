@@ -139,8 +139,8 @@ def _write_run(run: Path, cache: Path, world: Path, distilled: bool, seed: int) 
         )
     (run / "predictions.jsonl").write_text("".join(json.dumps(p) + "\n" for p in predictions))
     scores = {"vqa": 80.0 + 5 * distilled + 0.1 * seed, "kl": 0.5 - 0.2 * distilled + 0.01 * seed}
-    (run / "scores.json").write_text(json.dumps({"scores": scores, "settings": ""}))
-    return {**costs, "scores": scores}
+    (run / "metrics.json").write_text(json.dumps({"metrics": scores, "settings": ""}))
+    return {**costs, "metrics": scores}
 
 
 @pytest.fixture(scope="module")
@@ -437,7 +437,7 @@ def test_report_of_single_runs_needs_only_their_log(open_page: Opened, ablation:
         ("log.jsonl", '{"step": 1}\n{"loss": 1}\n', "log.jsonl: line 2: expected a step"),
         ("log.jsonl", '{"step": 1}\nstep\n', "log.jsonl: line 2: not JSON"),
         ("summary.json", "{", "summary.json: not JSON"),
-        ("scores.json", "[]", "scores.json: expected an object, found list"),
+        ("metrics.json", "[]", "metrics.json: expected an object, found list"),
         ("predictions.jsonl", '{"id": 1}\n', "predictions.jsonl: line 1: without answer, question, reference"),
         ("table.json", '{"arms": []}', "table.json: without baseline, metrics, seeds, teacher"),
     ],

@@ -1,4 +1,4 @@
-"""The tiny world's ground truth as a score function for ablations: the truth is used here and nowhere else."""
+"""The tiny world's ground truth as the measuring function of ablations: the truth is used here and nowhere else."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from student_train.config import SourceConfig
 from student_train.evaluation.agreement import agreement
 from student_train.evaluation.answers import Student, answer_questions
 from student_train.evaluation.evaluate import teacher_answers, write_predictions
+from student_train.evaluation.metrics import yes_no
 from student_train.evaluation.questions import read_questions
-from student_train.evaluation.scores import yes_no_scores
 
 
-def score_student(model: str, world: str, split: str, cache: str = "") -> dict[str, float]:
+def measure_student(model: str, world: str, split: str, cache: str = "") -> dict[str, float]:
     """Percentages on ``split`` of the world at ``world``: VQA, each question type, POPE's figures on the existence
     questions, hallucinated objects of descriptions; with a held-out ``cache`` also KL and top-1 to the teacher.
 
@@ -29,7 +29,7 @@ def score_student(model: str, world: str, split: str, cache: str = "") -> dict[s
     write_predictions(Path(model).parent / "predictions.jsonl", questions, answers, known)
     found = score(samples, answers)
     exist = [(a, s["conversations"][1]["value"]) for s, a in zip(samples, answers, strict=True) if _is_exist(s)]
-    pope = yes_no_scores([a for a, _ in exist], [truth for _, truth in exist])
+    pope = yes_no([a for a, _ in exist], [truth for _, truth in exist])
     facts = {
         "vqa": 100 * found.vqa,
         "pope_f1": 100 * pope.f1,

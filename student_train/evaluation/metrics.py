@@ -1,4 +1,4 @@
-"""Scores of answers whose truth is known: exact match, yes/no, hallucinated objects. None of this needs torch.
+"""What answers are worth whose truth is known: exact match, yes/no, hallucinated objects. None of this needs torch.
 
 They are what the tiny world and ``student-train evaluate`` need, as fractions between 0 and 1. Official benchmarks are
 lmms-eval's alone (``student-train lmms-eval``), with its images, prompts and scorers.
@@ -45,7 +45,7 @@ def vqa_accuracy(predictions: Sequence[str], references: Sequence[str], question
 
 
 @dataclass(frozen=True)
-class YesNoScores:
+class YesNo:
     """Counts with "yes" as the positive class, and what follows from them."""
 
     true_positives: int
@@ -103,7 +103,7 @@ def says_yes(text: str) -> bool:
     return not {"No", "no", "not"} & set(words)
 
 
-def yes_no_scores(answers: Sequence[str], labels: Sequence[str]) -> YesNoScores:
+def yes_no(answers: Sequence[str], labels: Sequence[str]) -> YesNo:
     """Counts over M free-text answers and their labels ("yes" or "no").
 
     ValueError: another label, or as many answers as labels are not there.
@@ -115,7 +115,7 @@ def yes_no_scores(answers: Sequence[str], labels: Sequence[str]) -> YesNoScores:
             f"labels: {wrong[0]!r} at {list(labels).index(wrong[0])}; expected 'yes' or 'no'. Convert."
         )
     pairs = Counter((says_yes(answer), label == "yes") for answer, label in zip(answers, labels, strict=True))
-    return YesNoScores(
+    return YesNo(
         true_positives=pairs[True, True],
         false_positives=pairs[True, False],
         true_negatives=pairs[False, False],
@@ -164,4 +164,4 @@ def _check_lengths(**sequences: Sequence[object]) -> None:
     lengths = {name: len(values) for name, values in sequences.items()}
     if len(set(lengths.values())) != 1 or not next(iter(lengths.values())):
         found = ", ".join(f"{length} {name}" for name, length in lengths.items())
-        raise EvaluationError(f"scores: {found}; expected as many of each, and at least one. Pass one a question.")
+        raise EvaluationError(f"metrics: {found}; expected as many of each, and at least one. Pass one a question.")
