@@ -21,12 +21,13 @@ from safetensors.torch import save as save_safetensors
 from teacher_cache import __version__
 from teacher_cache.build.calibration import calibrate, scales_to_bytes
 from teacher_cache.build.context import Build, Tally
+from teacher_cache.build.prove import prove
 from teacher_cache.build.shards import build_shards
 from teacher_cache.build.skips import allowed, check_inputs, forget_skipped
 from teacher_cache.config import CacheConfig, as_plain, check_settings
 from teacher_cache.data.data_files import data_files
 from teacher_cache.data.spool import Sample, SampleFile, spool
-from teacher_cache.errors import CacheError, ConfigError
+from teacher_cache.errors import CacheError, ConfigError, TeacherError
 from teacher_cache.progress import Style, note, stage
 from teacher_cache.store.arrays import safetensors_facts, tensor_entries
 from teacher_cache.store.broken import redo_broken
@@ -197,7 +198,13 @@ def open_teacher(config: CacheConfig, samples: Sequence[Sample], style: Style = 
     With ``teacher.answerer`` a student answers in its place.
     """
     check_config(config)
-    return with_answerer(_open_backend(config, samples, style), config)
+    teacher = with_answerer(_open_backend(config, samples, style), config)
+    try:
+        prove(config, teacher, samples)
+    except TeacherError:
+        teacher.close()
+        raise
+    return teacher
 
 
 def _open_backend(config: CacheConfig, samples: Sequence[Sample], style: Style) -> Teacher:

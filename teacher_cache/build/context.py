@@ -14,6 +14,7 @@ from teacher_cache.data.conversations import Conversation, SkipCount, Skipped
 from teacher_cache.data.rows import expanded_length
 from teacher_cache.data.spool import SampleFile
 from teacher_cache.data.tokenization import Ids, Template, template_by_name
+from teacher_cache.errors import TeacherError
 from teacher_cache.progress import Style
 from teacher_cache.store.codecs import ChannelScales
 from teacher_cache.store.manifest import Manifest
@@ -77,6 +78,11 @@ class Build:
     def extractor(self) -> Extractor:
         """Turns states into what is stored, by the scales that lie in the cache."""
         config, shape, scales = self.config, self.manifest.shape, {}
+        if config.signals.visual == "gram" and self.manifest.logit_rule.cap:
+            raise TeacherError(
+                f"signals.visual=gram: teacher.model={config.teacher.model} soft-caps its logits, and the Gram of such "
+                "logits would need all of them. Set signals.visual=states or topk"
+            )
         if self.storage.exists(SCALES):
             data, where = self.storage.read(SCALES, INDEX_BYTES), f"{self.storage.url}/{SCALES}"
             scales = scales_from_bytes(data, where, shape.hidden_size, config.signals.pca)
@@ -88,6 +94,7 @@ class Build:
             scales={name: scales.get(name, none) for name in ("hidden", "hidden_second_last", "visual")},
             seed=config.generation.seed,
             head_rows=config.speed.head_rows,
+            rule=self.manifest.logit_rule,
         )
 
     @cached_property

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from teacher_cache.config import SignalsConfig
+from teacher_cache.data.logit_rule import AS_THEY_ARE, LogitRule
 from teacher_cache.store.codecs import ChannelScales, encode
 from teacher_cache.store.records import Array, TeacherShape
 from teacher_cache.teachers.teacher import SampleStates, Wanted
@@ -65,6 +66,7 @@ class Extractor:
     scales: dict[str, ChannelScales]
     seed: int = 0
     head_rows: int = 2048
+    rule: LogitRule = AS_THEY_ARE
 
     @torch.inference_mode()
     def records(self, sample_ids: Sequence[str], states: Sequence[SampleStates]) -> list[dict[str, Array]]:
@@ -114,7 +116,7 @@ class Extractor:
     def _logits(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
         """float32 logits of ``head_rows`` rows at a time."""
         for start in range(0, max(len(rows), 1), self.head_rows):
-            yield (rows[start : start + self.head_rows] @ self.head.T).float()
+            yield self.rule.apply((rows[start : start + self.head_rows] @ self.head.T).float())
 
     def _topk(self, rows: torch.Tensor, k: int) -> dict[str, torch.Tensor]:
         parts = [row_signals(logits, k, self.signals.temperatures) for logits in self._logits(rows)]
@@ -141,7 +143,8 @@ class Extractor:
     def _gram(self, visual: torch.Tensor) -> dict[str, torch.Tensor]:
         """Upper triangles of H·Hᵀ and of logits·logitsᵀ = H(WᵀW)Hᵀ, each over its largest entry (float32 scale).
 
-        The relation loss is a cosine of Grams, so the scale is free there; it is stored so that nothing is lost.
+        The relation loss is a cosine of Grams, so the scale is free there; it is stored so that nothing is lost. Logits
+        that are soft-capped have no such short form: ``context.Build.extractor`` refuses them.
         """
         states, head = visual.float(), self.head.float()
         grams = [states @ states.T, states @ (head.T @ head) @ states.T]

@@ -53,15 +53,20 @@ def size_of(config: Any) -> ModelSize:
 @lru_cache(maxsize=8)
 def _size_of(plain: str) -> ModelSize:
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
+
+    from teacher_cache.models.parts import parts_of
+    from teacher_cache.models.pretrained import model_class
 
     fields = json.loads(plain)
+    kind = fields.pop("model_type")
+    config = AutoConfig.for_model(kind, **fields)
     with torch.device("meta"):
-        made = AutoModelForImageTextToText.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+        made = model_class("model_type", kind, config)._from_config(config)
+    decoder, ends = parts_of(made).decoder, (made.get_input_embeddings(), made.get_output_embeddings())
+    ids = {id(end.weight) for end in ends}
     parts = {"linear": 0, "embeddings": 0, "vision": 0}
     for name, weight in made.named_parameters():
-        if "language_model" not in name and "lm_head" not in name:
-            parts["vision"] += weight.numel()
-        else:
-            parts["embeddings" if "embed_tokens" in name or "lm_head" in name else "linear"] += weight.numel()
+        part = "embeddings" if id(weight) in ids else "linear" if name.startswith(f"{decoder}.") else "vision"
+        parts[part] += weight.numel()
     return ModelSize(**parts)

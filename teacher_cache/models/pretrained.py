@@ -68,6 +68,48 @@ def read_processor(setting: str, name: str, revision: str = "", trust: bool = Fa
         return processor
 
 
+def model_class(setting: str, name: str, config: Any) -> Any:
+    """The Transformers class of a model that reads images and text, or text, and writes on from its left.
+
+    Raises
+    ------
+    ModelError
+        There is none for this ``model_type``, or it writes in another way.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    classes = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+    found = next((kinds[type(config)] for kinds in classes if type(config) in kinds), None)
+    if found is None:
+        what = "has no class that reads images and text, or text, and writes text"
+    elif config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
+        what = "is an encoder-decoder, whose answers have states apart from the text that they follow"
+    elif "Diffusion" in found.__name__:
+        what = "writes by diffusion, so that no state predicts the next token"
+    else:
+        return found
+    raise ModelError(
+        f"{setting}={name}: model_type {getattr(config, 'model_type', '')!r} {what} in Transformers; expected one of "
+        "AutoModelForImageTextToText or AutoModelForCausalLM that predicts token by token. Name another"
+    )
+
+
+def load_model(setting: str, name: str, revision: str = "", **arguments: Any) -> Any:
+    """The model of ``name`` by its own class, every weight from its checkpoint; its head is one matrix.
+
+    Raises
+    ------
+    ModelError, TeacherError
+        See :func:`model_class` and ``parts.check_head``; or weights are missing, unexpected or of another shape.
+    """
+    from teacher_cache.models.parts import check_head
+
+    found = model_class(setting, name, read_config(setting, name, revision))
+    model = _weights(found.from_pretrained, setting, name, revision=revision or None, **arguments)
+    check_head(setting, name, model)
+    return model
+
+
 def check_llava(setting: str, name: str, config: Any) -> None:
     """Refuse a configuration of another type than LLaVA-1.5's: its weights would be taken and run otherwise.
 

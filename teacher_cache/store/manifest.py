@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from teacher_cache.config import CacheConfig, SignalsConfig, as_plain, build_config
+from teacher_cache.data.logit_rule import LogitRule
 from teacher_cache.errors import CacheError, CacheVersionError
 from teacher_cache.store.manifest_rules import check_manifest
 from teacher_cache.store.names import MANIFEST as MANIFEST
@@ -58,6 +59,11 @@ class Manifest:
     @property
     def image_token(self) -> int:
         return int(self.teacher["image_token"])
+
+    @property
+    def logit_rule(self) -> LogitRule:
+        """How the teacher's logits follow from ``hidden @ head.T``."""
+        return LogitRule(**self.teacher["logit_rule"])
 
     @property
     def signals_config(self) -> SignalsConfig:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from teacher_cache.data.images import AnyImage
+from teacher_cache.data.logit_rule import AS_THEY_ARE, LogitRule
 from teacher_cache.data.rows import Positions
 from teacher_cache.data.tokenization import Ids, TokenizedSample
 from teacher_cache.store.records import TeacherShape
@@ -31,6 +32,7 @@ class TeacherDescription:
     """A digest of the image preprocessing: size, crop, mean, std, pad or crop."""
     vocabulary: dict[str, Any] = field(default_factory=dict)
     """What its ids mean: ``data.vocabulary.describe_vocabulary``."""
+    logit_rule: LogitRule = AS_THEY_ARE
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,10 @@ class Teacher(Protocol):
         """Whether answering and scoring take turns on the device, each with a start of its own."""
         ...
 
+    def prove(self, request: AnswerRequest) -> bool:
+        """Whether ``request`` could be tried; refuses a model that scores otherwise than it answers."""
+        ...
+
     def answers(self, requests: Sequence[AnswerRequest], then: Then | None = None) -> Iterator[tuple[int, Answer]]:
         """Each answer as soon as it is there, with the place of its request.
 
@@ -138,7 +144,7 @@ class Teacher(Protocol):
         ...
 
     def head(self) -> torch.Tensor:
-        """(V, d) the output projection: logits = hidden @ head.T."""
+        """(V, d) the output projection: logits = description.logit_rule.apply(hidden @ head.T)."""
         ...
 
     def close(self) -> None:

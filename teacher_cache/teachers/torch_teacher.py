@@ -1,4 +1,4 @@
-"""The reference teacher: a Transformers LLaVA run by torch, on a GPU or a CPU."""
+"""The reference teacher: a Transformers model run by torch, on a GPU or a CPU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from teacher_cache.config import GenerationConfig, SpeedConfig, TeacherConfig
 from teacher_cache.data.images import AnyImage, image_tokens_of, square
+from teacher_cache.data.logit_rule import LogitRule
 from teacher_cache.data.rows import expand, positions_of
 from teacher_cache.data.tokenization import end_token_id, image_token_id, template_by_name, tokenizer_fingerprint
 from teacher_cache.data.vocabulary import describe_vocabulary
@@ -20,7 +21,16 @@ from teacher_cache.errors import TeacherError
 from teacher_cache.models.checkpoint import checkpoint_digest
 from teacher_cache.models.generation import Decoding, forward, generate
 from teacher_cache.models.model_config import position_limit
-from teacher_cache.models.pretrained import check_llava, load_llava, read_config, read_processor
+from teacher_cache.models.parts import media_tokens
+from teacher_cache.models.pretrained import (
+    check_llava,
+    load_model,
+    model_class,
+    read_config,
+    read_processor,
+    read_tokenizer,
+)
+from teacher_cache.models.probe import TOKENS, probe
 from teacher_cache.store.records import TeacherShape
 from teacher_cache.teachers.teacher import (
     OVERFLOW,
@@ -37,12 +47,12 @@ from teacher_cache.teachers.teacher import (
 
 
 class TorchTeacher:
-    """A ``LlavaForConditionalGeneration`` as :class:`~teacher_cache.teachers.teacher.Teacher`.
+    """A model of LLaVA-1.5's kind, or of text alone, as :class:`~teacher_cache.teachers.teacher.Teacher`.
 
     Raises
     ------
     TeacherError
-        The folder or name holds no LLaVA checkpoint, or its processor is missing.
+        The folder or name holds no such checkpoint, or its processor is missing.
     """
 
     one_pass = False
@@ -60,14 +70,15 @@ class TorchTeacher:
         self._generation, self._speed = generation, speed
         self._device = device_of(speed)
         self._processor, self._tokenizer = load_processor(config)
-        model = load_llava(
+        model = load_model(
             "teacher.model",
             config.model,
             config.revision,
             dtype=getattr(torch, config.dtype),
-            attn_implementation="eager" if attention else "sdpa",
+            **({"attn_implementation": "eager"} if attention else {}),
         )
         self._model = model.to(self._device).eval()
+        self._name, self._never = config.model, media_tokens(model.config)
         self._mode = config.image_mode
         self._description = describe_teacher(config, self._tokenizer, self._processor)
 
@@ -91,6 +102,14 @@ class TorchTeacher:
         del self._model
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def prove(self, request: AnswerRequest) -> bool:
+        """See ``models.probe``; False where the model has no positions left behind the prompt."""
+        fields = self._fields(request.input_ids, request.image)
+        if self.positions is not None and len(fields["input_ids"]) + TOKENS > self.positions:
+            return False
+        probe("teacher.model", self._name, self._model, fields, self._pad, self._description.logit_rule)
+        return True
 
     def answers(self, requests: Sequence[AnswerRequest], then: Then | None = None) -> Iterator[tuple[int, Answer]]:
         return answers_in_rounds(self.answer, requests, then)
@@ -149,8 +168,7 @@ class TorchTeacher:
 
     def _generate(self, requests: list[AnswerRequest], room: int) -> list[Answer]:
         generation, end = self._generation, self._description.end_token
-        never = (self._description.image_token,)
-        how = Decoding(end, self._pad, room, never, generation.temperature, generation.top_p)
+        how = Decoding(end, self._pad, room, self._never, generation.temperature, generation.top_p)
         samples = [self._fields(r.input_ids, r.image) for r in requests]
         return [
             Answer((), OVERFLOW)
@@ -184,6 +202,11 @@ class TorchTeacher:
         description = self._description
         ids = expand(np.asarray(input_ids, np.int64), description.image_token, description.shape.image_tokens)
         fields = {"input_ids": torch.from_numpy(ids)}
+        if image is not None and not description.shape.image_tokens:
+            raise TeacherError(
+                f"teacher.model={self._name}: a model that reads text alone, and a sample has an image. Take a model "
+                "with a vision tower, or data without images"
+            )
         if image is not None:
             shown = square(image, tuple(self._image_processor.image_mean), self._mode)
             fields["pixel_values"] = self._image_processor([shown], return_tensors="pt")["pixel_values"]
@@ -209,7 +232,9 @@ def load_processor(config: TeacherConfig) -> tuple[Any, Any]:
     ------
     TeacherError
     """
-    read_teacher_config(config)
+    if reads_text_alone(read_teacher_config(config)):
+        tokenizer = read_tokenizer("teacher.model", config.model, config.revision)
+        return tokenizer, tokenizer
     processor = read_processor("teacher.model", config.model, config.revision, config.trust_remote_code)
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or getattr(processor, "image_processor", None) is None:
@@ -228,8 +253,16 @@ def read_teacher_config(config: TeacherConfig) -> Any:
     TeacherError
     """
     model = read_config("teacher.model", config.model, config.revision, config.trust_remote_code)
-    check_llava("teacher.model", config.model, model)
+    if reads_text_alone(model):
+        model_class("teacher.model", config.model, model)
+    else:
+        check_llava("teacher.model", config.model, model)
     return model
+
+
+def reads_text_alone(model: Any) -> bool:
+    """Whether a Transformers configuration is that of a language model by itself."""
+    return model.get_text_config() is model
 
 
 def describe_teacher(config: TeacherConfig, tokenizer: Any, processor: Any) -> TeacherDescription:
@@ -237,17 +270,20 @@ def describe_teacher(config: TeacherConfig, tokenizer: Any, processor: Any) -> T
     model = read_teacher_config(config)
     text = model.get_text_config()
     template = template_by_name(config.template)
+    sees = not reads_text_alone(model)
+    processing = {"mode": config.image_mode, **_processing(processor.image_processor)} if sees else {}
     return TeacherDescription(
         model=Path(config.model).name if Path(config.model).is_dir() else config.model,
         weights=checkpoint_digest(config.model, config.revision),
         tokenizer=tokenizer_fingerprint(tokenizer),
-        shape=TeacherShape(text.hidden_size, text.vocab_size, image_tokens_of(model)),
+        shape=TeacherShape(text.hidden_size, text.vocab_size, image_tokens_of(model) if sees else 0),
         layers=text.num_hidden_layers,
         dtype=config.dtype,
-        image_token=image_token_id(tokenizer),
+        image_token=image_token_id(tokenizer) if sees else -1,
         end_token=end_token_id(tokenizer, template),
-        image_processing=_digest({"mode": config.image_mode, **_processing(processor.image_processor)}),
+        image_processing=_digest(processing),
         vocabulary=describe_vocabulary(tokenizer),
+        logit_rule=LogitRule.of(model),
     )
 
 

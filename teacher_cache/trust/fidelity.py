@@ -10,14 +10,16 @@ bounds it from below. A cache without states reports captured mass and entropy a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from teacher_cache.config import CacheConfig
+from teacher_cache.data.logit_rule import LogitRule
 from teacher_cache.data.rows import rows_among_text
 from teacher_cache.store.codecs import decode, is_coarse, with_exact_head
 from teacher_cache.store.manifest import Manifest
@@ -103,10 +105,11 @@ def cache_fidelity(
         stored = [_row_states(cache, r) for r in records]
         if head is None and stored and stored[0] is not None:
             head = cache.head.astype(np.float32)
+        logits = None if head is None else partial(_logits, head, cache.manifest.logit_rule)
         columns = list(cache.manifest.stats_names)
         coarse = is_coarse(cache.manifest.signals_config.codec, cache.scales_of("hidden"))
         lines = [
-            _Lines.of(r, columns, head, exact[i] if exact is not None else None, stored[i], coarse)
+            _Lines.of(r, columns, logits, exact[i] if exact is not None else None, stored[i], coarse)
             for i, r in enumerate(records)
         ]
         bytes_per_row = cache.manifest.counts["bytes"] / max(cache.manifest.counts["rows"], 1)
@@ -131,7 +134,7 @@ class _Lines:
         cls,
         record: TeacherRecord,
         columns: list[str],
-        head: Array | None,
+        logits: Callable[[Array], Array] | None,
         exact: Array | None,
         stored: Array | None,
         coarse: bool,
@@ -144,16 +147,16 @@ class _Lines:
         mass = np.exp(logprobs).sum(-1).clip(0, 1) if logprobs is not None else np.full(len(place), np.nan)
         unknown = np.full(len(place), np.nan)
         reference = exact if exact is not None else stored
-        if reference is None or head is None:
+        if reference is None or logits is None:
             return cls(entropy, mass, unknown, unknown, unknown, place, length)
         topk, states, same = unknown.copy(), unknown.copy(), unknown.copy()
         for start in range(0, len(place), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
-            p = log_softmax(reference[part] @ head.T)
+            p = log_softmax(logits(reference[part]))
             if ids is not None and logprobs is not None:
                 topk[part] = kl_to_topk(p, ids[part], logprobs[part])
             if exact is not None and stored is not None:
-                q = log_softmax(stored[part] @ head.T)
+                q = log_softmax(logits(stored[part]))
                 if coarse and ids is not None and logprobs is not None:
                     q = _with_exact_head(q, ids[part], logprobs[part])
                 states[part] = (np.exp(p) * (p - q)).sum(-1)
@@ -172,6 +175,10 @@ def answer_places(loss_mask: Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     place = np.concatenate([np.arange(e - s) for s, e in zip(starts, ends, strict=True)])
     return place, np.repeat(ends - starts, ends - starts)
+
+
+def _logits(head: Array, rule: LogitRule, states: Array) -> Array:
+    return rule.apply(states @ head.T)
 
 
 def log_softmax(logits: Array) -> Floats:

@@ -233,7 +233,9 @@ def _states_give_logprobs(folder: ShardFolder, manifest: Manifest, head: Array, 
         rows = int(folder.numbers[line, 3])
         if not rows:
             continue
-        exact = log_softmax(_row_states(folder, manifest, scales, line) @ head.astype(np.float32).T)
+        exact = log_softmax(
+            manifest.logit_rule.apply(_row_states(folder, manifest, scales, line) @ head.astype(np.float32).T)
+        )
         ids, stored = (folder.lines(n, int(folder.numbers[line, 2]), rows) for n in ("topk_ids", "topk_logprobs"))
         given = np.take_along_axis(exact, ids.astype(np.int64), -1)
         # what is far down the tail says little, and bfloat16 logits are coarse there

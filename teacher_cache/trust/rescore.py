@@ -125,7 +125,7 @@ def _difference(record: TeacherRecord, states: SampleStates, teacher: Teacher) -
 
     ids = record.arrays["topk_ids"].astype(np.int64)
     stored = record.arrays["topk_logprobs"].astype(np.float64)
-    logits = (states.rows @ teacher.head().T).float()
+    logits = teacher.description.logit_rule.apply((states.rows @ teacher.head().T).float())
     anew = row_signals(logits, ids.shape[1], (1.0,))
     given = np.take_along_axis(logits.double().log_softmax(-1).cpu().numpy(), ids, -1)
     first = int((anew["topk_ids"][:, :1].cpu().numpy() != ids[:, :1]).sum())

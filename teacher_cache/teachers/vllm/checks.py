@@ -7,10 +7,9 @@ import numpy.typing as npt
 import torch
 
 from teacher_cache.errors import TeacherError
+from teacher_cache.models.probe import LOGIT_TOLERANCE
+from teacher_cache.teachers.teacher import TeacherDescription
 from teacher_cache.teachers.vllm.jobs import Outcome
-
-LOGIT_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
-"""How far head(norm(h)) may lie from the engine's logit, as a share of the largest logit (at least 1)."""
 
 
 def check_ids(name: str, expected: npt.NDArray[np.int64], read: npt.NDArray[np.int64] | None) -> None:
@@ -28,7 +27,7 @@ def check_ids(name: str, expected: npt.NDArray[np.int64], read: npt.NDArray[np.i
     )
 
 
-def check_logits(name: str, rows: torch.Tensor, head: torch.Tensor, outcome: Outcome, dtype: str) -> None:
+def check_logits(name: str, rows: torch.Tensor, head: torch.Tensor, outcome: Outcome, of: TeacherDescription) -> None:
     """The invariant head(norm(h)) = the engine's logits, on the engine's most likely ids of every row."""
     if outcome.top_ids is None or outcome.top_logits is None:
         return
@@ -36,9 +35,9 @@ def check_logits(name: str, rows: torch.Tensor, head: torch.Tensor, outcome: Out
     theirs = torch.from_numpy(outcome.top_logits).to(rows.device)
     if not bool(torch.isfinite(rows).all()) or bool(torch.isinf(theirs).any()):
         return  # too large for the dtype, here or there: what becomes of it is looked at before it is stored
-    ours = torch.einsum("rd,rkd->rk", rows.float(), head[ids].float())
+    ours = of.logit_rule.apply(torch.einsum("rd,rkd->rk", rows.float(), head[ids].float()))
     off = (ours - theirs).abs().amax(-1)
-    allowed = LOGIT_TOLERANCE[dtype] * max(1.0, float(theirs.abs().max()))
+    allowed = LOGIT_TOLERANCE[of.dtype] * max(1.0, float(theirs.abs().max()))
     if bool((off <= allowed).all()):  # also false where the engine alone has NaN
         return
     row = int((~(off <= allowed)).nonzero()[0])

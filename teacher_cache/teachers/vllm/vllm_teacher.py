@@ -131,6 +131,10 @@ class VllmTeacher:
         """The connector's files that nobody has read yet."""
         return self._session.scratch_files() if self._session is not None else []
 
+    def prove(self, request: AnswerRequest) -> bool:
+        """Nothing to try by itself: every captured answer is compared with the engine's own logits."""
+        return True
+
     def answer(self, requests: Sequence[AnswerRequest]) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(requests)
         for place, answer in self.answers(requests):
@@ -303,7 +307,7 @@ class VllmTeacher:
             return raw[:, 0].to(self._dtype), None
         hidden = self._normed(raw[:, -1])
         rows = hidden[len(job.expanded) - 1 :]
-        check_logits(job.sample_id, rows, self._head, outcome, self._config.teacher.dtype)
+        check_logits(job.sample_id, rows, self._head, outcome, self._description)
         return hidden, raw[:, 0] if self._second_last else None
 
     def _normed(self, raw: torch.Tensor) -> torch.Tensor:

@@ -205,6 +205,8 @@ def test_a_folder_of_another_model_type_is_refused(
 ) -> None:
     with pytest.raises(ModelError, match="a llava_next checkpoint, expected model_type llava"):
         door(llava_next)
+    if door is as_teacher:  # of text alone
+        return
     with pytest.raises(ModelError, match="a llama model without a vision tower, expected model_type llava"):
         door(text_only)
 
