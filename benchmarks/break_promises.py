@@ -542,6 +542,22 @@ BREAKS = (
     ),
     Break(
         2,
+        "a setting that a loss does not read is taken all the same",
+        "student_train/losses/catalogue.py",
+        "if key not in _read(SPECS[name], tree):",
+        "if key not in known:",
+        "tests/student_train/losses/test_catalogue.py",
+    ),
+    Break(
+        2,
+        "a loss on text reads the lines of answer rows",
+        "student_train/training/objective.py",
+        "places = [_Places(rows, replace(stored, lines=None), weight, batch.text_sample)]",
+        "places = [_Places(rows[: len(stored)], stored, weight[: len(stored)], batch.text_sample[: len(stored)])]",
+        "tests/promises/test_offline_online.py",
+    ),
+    Break(
+        2,
         "draws of an id that the student does not have count",
         "student_train/losses/shared_ids.py",
         "counts * inside",

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.head_loss import peak, reset_peak
-from student_train.config import LossSpec
 from student_train.losses import image_losses as relations
+from student_train.losses.by_source import exact_loss
+from student_train.losses.catalogue import LossSpec
 from student_train.losses.head_loss import head_losses
-from student_train.losses.row_losses import forward_kl
 from student_train.losses.targets import ImageTargets, StoredStates, scales_on
 from teacher_cache.store.codecs import encode, fit_channel_scales
 
@@ -40,6 +40,7 @@ class Sizes:
     teacher_width: int
 
 
+KL = LossSpec("forward_kl", source="exact")
 FULL = Sizes(images=8, tokens=576, vocabulary=32_000, width=2560, teacher_width=5120)
 SMALL = Sizes(images=2, tokens=16, vocabulary=4_000, width=64, teacher_width=128)
 
@@ -74,20 +75,18 @@ class Inputs:
 
 
 def visual_kl(inputs: Inputs) -> Tensor:
-    spec = LossSpec("forward_kl", source="exact")
     rows = inputs.student.flatten(0, 1)
     ones = torch.ones(len(rows), device=rows.device)
-    value, _ = head_losses(rows, inputs.head, relations.visual_rows(inputs.images), [spec], {spec.name: 1.0}, ones)
+    value, _ = head_losses(rows, inputs.head, relations.visual_rows(inputs.images), [KL], {KL.name: 1.0}, ones)
     return value
 
 
 def visual_kl_naive(inputs: Inputs) -> Tensor:
-    return forward_kl(_teacher_logits(inputs), (inputs.student @ inputs.head.T).flatten(0, 1)).sum()
+    return exact_loss(KL, _teacher_logits(inputs), (inputs.student @ inputs.head.T).flatten(0, 1)).sum()
 
 
 def relation(inputs: Inputs) -> Tensor:
-    teacher = relations.teacher_gram(inputs.images, "logits")
-    return relations.relation_loss(teacher, relations.student_gram(inputs.student, inputs.head, "logits")).sum()
+    return relations.relation(inputs.images, inputs.student, inputs.head).sum()
 
 
 def relation_naive(inputs: Inputs) -> Tensor:

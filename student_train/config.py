@@ -2,67 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import WithJsonSchema
 
+from student_train.losses.catalogue import DEFAULT_LOSS, Answers, Attention, LossSpec
 from teacher_cache.config import CHECKED, AtLeast0, AtLeast1, NotNegative, Positive, Seed, Share, check_settings
 from teacher_cache.errors import ConfigError
-
-RowLoss = Literal["forward_kl", "reverse_kl", "jsd", "logit_mse", "forward_kl_standardised"]
-LossName = Literal[
-    "cross_entropy",
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "logit_mse",
-    "forward_kl_standardised",
-    "hidden_mse",
-    "hidden_cosine",
-    "attention_mse",
-    "similarity_mse",
-    "visual_kl",
-    "relation",
-]
-LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jsd", "logit_mse", "forward_kl_standardised")
-HIDDEN_LOSSES = ("hidden_mse", "hidden_cosine")
-
-
-@dataclass(frozen=True)
-class LossSpec:
-    """One term of the loss.
-
-    ``source`` of a logit loss: ``topk`` (top-k + one tail bucket), ``sampled`` (Random Sampling KD) or ``exact``
-    (hidden states × the teacher's head). ``tokens``: answer rows, all text positions, or text and image positions.
-    ``rows``: ``predicting`` is the row rule; ``llavadi`` leaves out the first token of every answer, as LLAVADI's code
-    does by comparing one position late. (In exchange it distils what follows the end token, for which a cache has no
-    row.) The average is still over all rows.
-    """
-
-    name: LossName
-    weight: float = 1.0
-    source: Literal["topk", "sampled", "exact"] = "topk"
-    temperature: Positive = 1.0
-    temperature_squared: bool = False
-    beta: Share = 0.5
-    tokens: Literal["answer", "text", "all"] = "answer"
-    rows: Literal["predicting", "llavadi"] = "predicting"
-    layer: Literal["last", "second_last"] = "last"
-    space: Literal["logits", "hidden"] = "logits"
-    """For ``relation``: the Gram of the logits (LLaVA-KD's code) or of the final hidden states."""
-
-    __pydantic_config__ = CHECKED
-    average: Literal["row", "sample"] = "row"
-    """``row``: every row (position, image) of the global batch weighs the same; ``sample``: every sample does, as
-    LLAVADI's code divides its distillation losses. Cross-entropy is the mean over rows there and here."""
-    pool: AtLeast0 = 0
-    """Where the student has fewer image positions: the side its grid has, to which the teacher's is mean-pooled."""
-
-    @property
-    def label(self) -> str:
-        """How the term is called in logs: its name, and what sets it apart from a second one of that name."""
-        return self.name if self.layer == "last" else f"{self.name}_{self.layer}"
 
 
 @dataclass(frozen=True)
@@ -207,50 +154,8 @@ class FitConfig:
     output: str = ""
     sources: tuple[SourceConfig, ...] = ()
     student: StudentConfig = field(default_factory=StudentConfig)
-    losses: tuple[LossSpec, ...] = (LossSpec("cross_entropy"),)
+    losses: tuple[LossSpec, ...] = (DEFAULT_LOSS,)
     train: TrainConfig = field(default_factory=TrainConfig)
-
-
-_LOGIT_FIELDS = ("source", "temperature", "temperature_squared", "tokens", "average")
-_READS: dict[str, tuple[str, ...]] = {
-    "cross_entropy": (),
-    **dict.fromkeys(LOGIT_LOSSES, _LOGIT_FIELDS),
-    **dict.fromkeys(HIDDEN_LOSSES, ("tokens", "layer", "average")),
-    "jsd": (*_LOGIT_FIELDS, "beta"),
-    "attention_mse": ("average",),
-    "similarity_mse": ("tokens", "average", "pool"),
-    "visual_kl": ("temperature", "temperature_squared", "average", "pool"),
-    "relation": ("space", "average", "pool"),
-}
-
-
-def fields_read(spec: LossSpec) -> set[str]:
-    """The settings that this term reads: rows are those of answers, and only image positions can be pooled."""
-    by_tokens = {"answer": {"rows"}, "text": set(), "all": {"pool"}}[spec.tokens]
-    on_tokens = spec.name in (*LOGIT_LOSSES, *HIDDEN_LOSSES)
-    return {"name", "weight", *_READS[spec.name], *(by_tokens if on_tokens else ())}
-
-
-def check_loss_settings(spec: LossSpec) -> None:
-    """Refuse a setting that the term would not read: it would train something else than the file says.
-
-    Raises
-    ------
-    ConfigError
-    """
-    known = fields_read(spec)
-    for setting in fields(LossSpec):
-        value = getattr(spec, setting.name)
-        if setting.name not in known and value != setting.default:
-            reads = ", ".join(sorted(known - {"name"}))
-            raise ConfigError(
-                f"losses: {spec.label} (tokens: {spec.tokens}) does not read {setting.name}, found "
-                f"{setting.name}: {value}; it reads {reads}. Leave {setting.name} out, or take another loss"
-            )
-    if spec.name == "similarity_mse" and spec.tokens == "all":
-        raise ConfigError(
-            "losses: similarity_mse compares image positions with text ones, found tokens: all; expected answer or text"
-        )
 
 
 def check_fit_config(config: FitConfig) -> None:
@@ -276,21 +181,21 @@ def check_fit_config(config: FitConfig) -> None:
         )
     if config.student.layers and not config.student.layers_from:
         raise ConfigError("student.layers says how many layers to take from layers_from, which is not set")
-    for loss in config.losses:
-        check_loss_settings(loss)
     if not config.losses:
-        raise ConfigError("losses: none; at least {name: cross_entropy}")
-    distilled = [loss.name for loss in config.losses if loss.name != "cross_entropy"]
+        raise ConfigError(f"losses: none; at least {{name: {DEFAULT_LOSS.name}}}")
+    distilled = [loss.name for loss in config.losses if not isinstance(loss.entry, Answers)]
     plain = [i for i, s in enumerate(config.sources) if s.data or s.answers == "original"]
     if distilled and plain:
         raise ConfigError(
             f"losses: {', '.join(distilled)} need a teacher's signals, but sources[{plain[0]}] has none. "
-            "Cache those answers first (data.regenerate=none scores original answers), or keep cross_entropy alone"
+            "Cache those answers first (data.regenerate=none scores original answers), or keep "
+            f"{DEFAULT_LOSS.name} alone"
         )
-    if any(loss.name == "attention_mse" for loss in config.losses) and config.student.attention != "eager":
-        raise ConfigError("losses: attention_mse needs the attention maps; set student.attention=eager")
-    if config.train.pack and any(loss.name in ("attention_mse", "similarity_mse") for loss in config.losses):
-        raise ConfigError("train.pack: attention_mse and similarity_mse look at whole lines; set train.pack=false")
+    for loss in config.losses:
+        if isinstance(loss.entry, Attention) and config.student.attention != "eager":
+            raise ConfigError(f"losses: {loss.name} needs the attention maps; set student.attention=eager")
+        if loss.entry.whole_lines and config.train.pack:
+            raise ConfigError(f"train.pack: {loss.name} looks at whole lines; set train.pack=false")
     labels = [loss.label for loss in config.losses]
     if len(set(labels)) < len(labels):
         raise ConfigError(f"losses: one term of each name, found {', '.join(labels)}")

@@ -253,8 +253,10 @@ _EXPECTED = {
 
 def _explained(cls: type[Any], error: Any) -> str:
     """One of pydantic's errors in our words: the key, what was expected and what was found."""
-    keys = [k for k in error["loc"] if not str(k).startswith(("str", "tuple[", "function-"))]
+    keys = [k for k in error["loc"] if not str(k).startswith(("str", "tuple[", "function-", "tag:"))]
     name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
+    if isinstance(error.get("ctx", {}).get("error"), ConfigError):
+        return f"{name}: {error['ctx']['error']}"
     if error["type"] == "unexpected_keyword_argument":
         known = {f.name for f in dataclasses.fields(_section(cls, keys[:-1]))}
         near = difflib.get_close_matches(str(keys[-1]), known, n=1)

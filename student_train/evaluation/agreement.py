@@ -9,13 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from student_train.config import LossSpec, SourceConfig
+from student_train.config import SourceConfig
 from student_train.evaluation.answers import Student
 from student_train.evaluation.rows import answer_rows, in_batches
 from student_train.feed.sources import CacheSource
+from student_train.losses.by_source import row_loss
+from student_train.losses.catalogue import MEASURED_BY, LossSpec
+from student_train.losses.needs import needed_arrays
 from student_train.losses.shared_ids import shared_count, shared_topk
-from student_train.losses.targets import RowTargets, row_loss
-from student_train.training.objective import needed_arrays, teacher_side
+from student_train.losses.targets import RowTargets
+from student_train.training.objective import teacher_side
 from teacher_cache.store.manifest import read_manifest
 from teacher_cache.store.storage import Storage
 
@@ -45,7 +48,7 @@ def agreement(
     """Over the samples of the source's cache whose id is one of ``only``, ``batch`` at a time."""
     manifest = read_manifest(Storage(source.cache))
     exact = manifest.signals["hidden"] != "none"
-    spec = LossSpec("forward_kl", source="exact" if exact else "topk")
+    spec = LossSpec(MEASURED_BY, source="exact" if exact else "topk")
     opened = CacheSource(source, student.processor.tokenizer, *needed_arrays([spec], manifest))
     model, vocabulary = student.model, student.model.get_output_embeddings().weight.shape[0]
     teacher = teacher_side(opened.cache, vocabulary, model.device, model.dtype, exact)

@@ -12,8 +12,8 @@ from student_train.feed.batch import NOTHING, StudentBatch
 from student_train.feed.loader import MicroBatches
 from student_train.feed.sources import Source
 from student_train.feed.step_plan import MicroBatch
-from student_train.losses.targets import RowTargets
-from student_train.training.objective import DistilledStudent, TeacherSide
+from student_train.losses.targets import RowTargets, TeacherSide
+from student_train.training.objective import DistilledStudent
 
 
 @torch.inference_mode()

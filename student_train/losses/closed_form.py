@@ -9,7 +9,7 @@ serves them all, and a top-k target touches k entries where autograd would make 
     forward KL, sampled  q − count / N
 
 times 1/T where T ≠ 1. ``head_loss.head_losses`` uses it where every loss is one of these. The oracle is autograd over
-``targets.row_loss``.
+``by_source.row_loss``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from student_train.losses import row_losses as losses
 from student_train.losses import topk
-from student_train.losses.shared_ids import shared_count, shared_draws, shared_topk
-from student_train.losses.targets import LogitLoss, RowTargets, check_sampled, check_vocabulary
+from student_train.losses.by_source import check_vocabulary, draws_of, scale_of
+from student_train.losses.catalogue import Answers, Drawable, LossSpec
+from student_train.losses.shared_ids import shared_count, shared_topk
+from student_train.losses.targets import RowTargets
 
 SMALLEST_TAIL = 1e-30
 """Below this share of the student's largest probability its tail has no gradient left in float32."""
@@ -58,14 +59,14 @@ class DenseTarget:
 Target = SparseTarget | DenseTarget
 
 
-def supported(specs: Sequence[LogitLoss]) -> bool:
-    """Whether these are at most one cross-entropy and at most one forward KL, and nothing else."""
-    names = [spec.name for spec in specs]
-    return len(set(names)) == len(names) and set(names) <= {"cross_entropy", "forward_kl"}
+def supported(specs: Sequence[LossSpec]) -> bool:
+    """Whether these are at most one loss of the answers and at most one forward KL, and nothing else."""
+    kinds = [type(spec.entry) for spec in specs]
+    return set(kinds) <= {Answers, Drawable} and len(set(kinds)) == len(kinds)
 
 
 def losses_and_gradient(
-    specs: Sequence[LogitLoss], weights: Mapping[str, float], stored: RowTargets, rows: slice, logits: Tensor
+    specs: Sequence[LossSpec], weights: Mapping[str, float], stored: RowTargets, rows: slice, logits: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Student ``logits`` (R, V) float32 of ``rows`` → losses (R,) by name, and d(Σ weight·loss) / d(logits) (R, V).
 
@@ -74,14 +75,14 @@ def losses_and_gradient(
     shared = shared_count(stored.vocabulary, logits.shape[-1])
     teacher = {spec.name: _target(spec, stored, rows, shared) for spec in specs}
     fewer = shared < logits.shape[-1]
-    apart = [s for s in specs if _temperature(s) != 1 or (fewer and s.name != "cross_entropy")]
+    apart = [s for s in specs if s.temperature != 1 or (fewer and not isinstance(s.entry, Answers))]
     values: dict[str, Tensor] = {}
     gradients = []
     for spec in apart:  # before the softmax at temperature 1 over all ids overwrites the logits
         gradients.append(logits[:, :shared] / spec.temperature)
-        scale = {spec.name: weights[spec.name] * _factor(spec) / spec.temperature}
+        scale = {spec.name: weights[spec.name] * scale_of(spec) / spec.temperature}
         values |= _soft_target_losses(gradients[-1], {spec.name: teacher.pop(spec.name)}, scale)
-        values[spec.name] *= _factor(spec)
+        values[spec.name] *= scale_of(spec)
     if teacher:
         values |= _soft_target_losses(logits, teacher, weights)
     elif not fewer:
@@ -180,9 +181,9 @@ def _mass(target: SparseTarget) -> Tensor:
     return mass if target.tail is None else mass + target.tail
 
 
-def _target(spec: LogitLoss, stored: RowTargets, rows: slice, vocabulary: int) -> Target:
+def _target(spec: LossSpec, stored: RowTargets, rows: slice, vocabulary: int) -> Target:
     """What the student is drawn to, at the loss's temperature."""
-    if spec.name == "cross_entropy":
+    if isinstance(spec.entry, Answers):
         ids = stored.answers(rows).unsqueeze(-1)
         ones = torch.ones(ids.shape, device=ids.device)
         return SparseTarget(ids, ones, ones.new_zeros(len(ids)))
@@ -191,7 +192,8 @@ def _target(spec: LogitLoss, stored: RowTargets, rows: slice, vocabulary: int) -
         check_vocabulary(spec.name, logits.shape[-1], vocabulary)
         return DenseTarget(logits if spec.temperature == 1 else logits.div_(spec.temperature))
     if spec.source == "sampled":
-        return _sampled_target(spec, stored, rows, vocabulary)
+        ids, shares, entropy = draws_of(spec, stored, rows, vocabulary)
+        return SparseTarget(ids, shares, -entropy)
     ids, logprobs, stats = stored.kept(rows)
     head = topk.topk_at_temperature(logprobs, stats, spec.temperature)
     ids, head, inside = shared_topk(ids, head, stored.vocabulary, vocabulary)
@@ -200,22 +202,3 @@ def _target(spec: LogitLoss, stored: RowTargets, rows: slice, vocabulary: int) -
         return SparseTarget(ids, head.exp(), constant)
     tail = topk.tail_mass(head, vocabulary, inside)
     return SparseTarget(ids, head.exp(), constant + (tail * tail.log()).squeeze(-1), tail, inside)
-
-
-def _sampled_target(spec: LogitLoss, stored: RowTargets, rows: slice, vocabulary: int) -> SparseTarget:
-    check_sampled(spec)
-    ids, counts, entropy = stored.draws(rows)
-    ids, counts = shared_draws(ids, counts, stored.vocabulary, vocabulary)
-    if stored.sampled_from == "all":
-        return SparseTarget(ids, losses.draw_shares(counts), -entropy)
-    head_ids, logprobs, _ = stored.kept(rows)
-    head_ids, head, inside = shared_topk(head_ids, topk.wide(logprobs), stored.vocabulary, vocabulary)
-    return SparseTarget(*losses.hybrid_target(head_ids, head, ids, counts, vocabulary, inside), -entropy)
-
-
-def _temperature(spec: LogitLoss) -> float:
-    return 1.0 if spec.name == "cross_entropy" else spec.temperature
-
-
-def _factor(spec: LogitLoss) -> float:
-    return spec.temperature**2 if spec.name != "cross_entropy" and spec.temperature_squared else 1.0

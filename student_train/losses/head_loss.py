@@ -12,13 +12,16 @@ Sums, never means: the trainer divides once, by the rows of the global batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from student_train.losses import closed_form
-from student_train.losses.targets import LogitLoss, RowTargets, row_loss
+from student_train.losses.by_source import row_loss
+from student_train.losses.catalogue import LossSpec
+from student_train.losses.targets import RowTargets
 from student_train.losses.topk import wide
 
 RowLosses = Callable[[Tensor, slice], dict[str, Tensor]]
@@ -39,14 +42,14 @@ def head_losses(
     hidden: Tensor,
     head_weight: Tensor,
     stored: RowTargets,
-    specs: Sequence[LogitLoss],
+    specs: Sequence[LossSpec],
     weights: Mapping[str, float],
     row_weight: Tensor,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of ``specs`` over the rows, by written-out gradients where there are some, else by autograd.
 
-    Same result as :func:`chunked_row_losses` over ``targets.row_loss``; see there.
+    Same result as :func:`chunked_row_losses` over ``by_source.row_loss``; see there.
     """
     if not closed_form.supported(specs):
         return chunked_row_losses(hidden, head_weight, losses_of(specs, stored), weights, row_weight, chunk_rows)
@@ -57,8 +60,8 @@ def head_losses(
     return _apply(hidden, head_weight, gradient, [spec.name for spec in specs], weights, row_weight, chunk_rows)
 
 
-def losses_of(specs: Sequence[LogitLoss], stored: RowTargets) -> RowLosses:
-    """``targets.row_loss`` of each spec, by its name."""
+def losses_of(specs: Sequence[LossSpec], stored: RowTargets) -> RowLosses:
+    """``by_source.row_loss`` of each spec, by its name."""
     return lambda logits, rows: {spec.name: row_loss(spec, stored, logits, rows) for spec in specs}
 
 
@@ -122,9 +125,14 @@ def _apply(
     row_weight: Tensor,
     chunk_rows: int | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    chunks = _slices(len(hidden), chunk_rows or default_chunk_rows(len(head_weight), hidden.device))
-    how = _product_dtype(hidden, head_weight), torch.is_grad_enabled()
-    sums = cast(Any, _HeadLoss).apply(hidden, head_weight, row_weight, gradient, names, weights, chunks, *how)
+    sweep = _Sweep(
+        gradient,
+        {name: weights[name] for name in names},
+        _slices(len(hidden), chunk_rows or default_chunk_rows(len(head_weight), hidden.device)),
+        _product_dtype(hidden, head_weight),
+        torch.is_grad_enabled(),
+    )
+    sums = cast(Any, _HeadLoss).apply(hidden, head_weight, row_weight, sweep)
     return sums[-1], dict(zip(names, sums[:-1], strict=True))
 
 
@@ -135,6 +143,18 @@ def _product_dtype(hidden: Tensor, head_weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, head_weight.dtype)
 
 
+@dataclass(frozen=True)
+class _Sweep:
+    """How the rows are gone through: what gives a chunk's losses and gradient, the weight of each loss by name, the
+    chunks, the dtype of products, whether gradients are wanted."""
+
+    gradient: ChunkGradient
+    weights: Mapping[str, float]
+    chunks: Sequence[slice]
+    dtype: torch.dtype
+    grad_enabled: bool
+
+
 class _HeadLoss(torch.autograd.Function):
     """Forward sums the losses and, chunk by chunk, both gradients; backward multiplies them by its scalar.
 
@@ -142,33 +162,22 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head_weight: Tensor,
-        row_weight: Tensor,
-        gradient: ChunkGradient,
-        names: Sequence[str],
-        weights: Mapping[str, float],
-        chunks: Sequence[slice],
-        dtype: torch.dtype,
-        grad_enabled: bool,
-    ) -> tuple[Tensor, ...]:
-        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:2]]
-        sums = torch.zeros(len(names), device=hidden.device, dtype=wide(hidden[:0]).dtype)
+    def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, row_weight: Tensor, sweep: _Sweep) -> tuple[Tensor, ...]:
+        weights, needs = sweep.weights, [sweep.grad_enabled and needed for needed in ctx.needs_input_grad[:2]]
+        sums = torch.zeros(len(weights), device=hidden.device, dtype=wide(hidden[:0]).dtype)
         grads = _Gradients(hidden, head_weight, *needs)
         with torch.autocast(hidden.device.type, enabled=False):
-            head = head_weight.detach().to(dtype)
-            for rows in chunks:
-                states, weight = hidden.detach()[rows].to(dtype), row_weight[rows]
-                values, grad_logits = gradient(wide(states @ head.T), rows, any(needs))
-                sums += torch.stack([(values[name].detach() * weight).sum() for name in names])
+            head = head_weight.detach().to(sweep.dtype)
+            for rows in sweep.chunks:
+                states, weight = hidden.detach()[rows].to(sweep.dtype), row_weight[rows]
+                values, grad_logits = sweep.gradient(wide(states @ head.T), rows, any(needs))
+                sums += torch.stack([(values[name].detach() * weight).sum() for name in weights])
                 if any(needs) and grad_logits is not None:
-                    grads.add(rows, grad_logits.to(dtype), states, head, weight.unsqueeze(-1))
+                    grads.add(rows, grad_logits.to(sweep.dtype), states, head, weight.unsqueeze(-1))
         ctx.gradients = grads
         parts = sums.unbind()
         ctx.mark_non_differentiable(*parts)
-        return *parts, sum((weights[name] * part for name, part in zip(names, parts, strict=True)), sums.new_zeros(()))
+        return *parts, sum((w * part for w, part in zip(weights.values(), parts, strict=True)), sums.new_zeros(()))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -178,7 +187,7 @@ class _HeadLoss(torch.autograd.Function):
                 "Compute the loss again, or add the losses and call backward once."
             )
         grads, ctx.gradients = ctx.gradients, None
-        return *grads.scaled(grad_outputs[-1]), *([None] * 7)
+        return *grads.scaled(grad_outputs[-1]), None, None
 
 
 class _Gradients:

@@ -14,16 +14,30 @@ A student with another number of image positions is refused, or matched by a nam
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from student_train.losses.shared_ids import shared_count
 from student_train.losses.targets import ImageTargets, RowTargets, StoredStates, decoded
 from student_train.losses.topk import wide
 from teacher_cache.errors import LossError
 
 Space = Literal["logits", "hidden"]
+
+
+def relation(
+    images: ImageTargets, student: Tensor, head: Tensor, grid: tuple[int, int] | None = None, space: Space = "logits"
+) -> Tensor:
+    """RDist of the stored teacher and the student's states (B, N, d) → (B,).
+
+    Both Grams are over the ids that both sides have; a stored one has no others (``needs.check_shared``).
+    """
+    shared = shared_count(images.vocabulary, len(head))
+    images = replace(images, head=None if images.head is None else images.head[:shared])
+    return relation_loss(teacher_gram(images, space, grid), student_gram(student, head[:shared], space))
 
 
 def relation_loss(teacher_gram: Tensor, student_gram: Tensor) -> Tensor:

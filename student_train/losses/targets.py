@@ -1,4 +1,4 @@
-"""What a student is compared with: the cache's arrays as tensors on a device, and one loss out of them.
+"""What a student is compared with: the cache's arrays as tensors on a device.
 
 States stay quantised until a chunk of rows is asked for, so a batch's targets take the bytes they take on disk.
 """
@@ -7,42 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from student_train.losses import row_losses as losses
 from student_train.losses import topk
-from student_train.losses.shared_ids import shared_count, shared_draws, shared_topk
 from teacher_cache.config import SignalsConfig
 from teacher_cache.errors import LossError
 from teacher_cache.store.codecs import ChannelScales, decode, is_coarse, with_exact_head
 from teacher_cache.store.records import stats_names
-
-LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jsd", "logit_mse", "forward_kl_standardised")
-
-
-class LogitLoss(Protocol):
-    """What :func:`row_loss` reads of a loss's settings."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def source(self) -> str:
-        """topk, exact or sampled."""
-        ...
-
-    @property
-    def temperature(self) -> float: ...
-
-    @property
-    def temperature_squared(self) -> bool: ...
-
-    @property
-    def beta(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -100,7 +75,7 @@ class RowTargets:
 
     def answers(self, rows: slice) -> Tensor:
         """(rows,) int64 the answer tokens."""
-        return _present(self.answer_ids, "answer tokens", "cross_entropy")[rows]
+        return _present(self.answer_ids, "answer tokens", "answers")[rows]
 
     def exact_logits(self, rows: slice, shared: int | None = None) -> Tensor:
         """(rows, V) float32: the teacher's full-vocabulary logits, formed from the states and the head; of the first
@@ -154,75 +129,75 @@ class ImageTargets:
     vocabulary: int | None = None
 
 
-def row_targets(
-    arrays: Mapping[str, Tensor],
-    answer_ids: Tensor | None,
-    signals: SignalsConfig,
-    scales: Mapping[str, ChannelScales],
-    head: Tensor | None,
-    row_index: Tensor | None = None,
-    vocabulary: int | None = None,
-) -> RowTargets:
-    """The targets of a batch whose tensors are on the device already.
+@dataclass(frozen=True)
+class TeacherSide:
+    """What the losses need of one cache beside its batches.
 
-    arrays: by the names of ``records.record_arrays``, as stored, samples one after another · scales: by the name of the
-    states, from :func:`scales_on` · row_index (R,): with ``signals.hidden: text``, which of the batch's lines of
-    ``hidden`` are rows' (``rows.rows_among_text``, shifted by the samples before).
+    scales: by the name of the states, from :func:`scales_on` · head (V, d): on the device, without gradient ·
+    vocabulary: how many ids the teacher's logits have, where the student may have another number · head_square: WᵀW
+    over the ids that both have, for Grams of logits from visual states: once a run.
     """
-    lines = row_index if signals.hidden == "text" else None
-    return RowTargets(
-        answer_ids=answer_ids,
-        topk_ids=_ids(arrays.get("topk_ids")),
-        topk_logprobs=_float(arrays.get("topk_logprobs")),
-        stats=named_columns(arrays.get("stats"), signals),
-        sampled_ids=_ids(arrays.get("sampled_ids")),
-        sampled_counts=arrays.get("sampled_counts"),
-        sampled_from=signals.sampled_from,
-        hidden=stored_states("hidden", arrays, signals.codec, scales, lines),
-        hidden_second_last=stored_states("hidden_second_last", arrays, signals.codec, scales, lines),
-        attention=_float(arrays.get("attention")),
-        head=head,
-        vocabulary=vocabulary,
-    )
 
+    signals: SignalsConfig
+    scales: Mapping[str, ChannelScales]
+    head: Tensor | None
+    hidden_size: int
+    image_tokens: int
+    vocabulary: int | None = None
+    head_square: Tensor | None = None
 
-def image_targets(
-    arrays: Mapping[str, Tensor],
-    signals: SignalsConfig,
-    scales: Mapping[str, ChannelScales],
-    image_tokens: int,
-    head: Tensor | None,
-    head_square: Tensor | None = None,
-    vocabulary: int | None = None,
-) -> ImageTargets:
-    """The targets of a batch of distinct images; arrays by the names of ``records.image_arrays``, a line an image."""
-    return ImageTargets(
-        tokens=image_tokens,
-        states=stored_states("visual", arrays, signals.codec, scales),
-        topk_ids=_ids(arrays.get("visual_topk_ids")),
-        topk_logprobs=_float(arrays.get("visual_topk_logprobs")),
-        stats=named_columns(arrays.get("visual_stats"), signals),
-        gram_hidden=arrays.get("gram_hidden"),
-        gram_logits=arrays.get("gram_logits"),
-        gram_scale=arrays.get("gram_scale"),
-        head=head,
-        head_square=head_square,
-        vocabulary=vocabulary,
-    )
+    def rows(
+        self, arrays: Mapping[str, Tensor], answer_ids: Tensor | None, row_index: Tensor | None = None
+    ) -> RowTargets:
+        """The targets of a batch whose tensors are on the device already.
 
+        arrays: by the names of ``records.record_arrays``, as stored, samples one after another · row_index (R,): with
+        ``signals.hidden: text``, which of the batch's lines of ``hidden`` are rows' (``rows.rows_among_text``, shifted
+        by the samples before).
+        """
+        lines = row_index if self.signals.hidden == "text" else None
+        return RowTargets(
+            answer_ids=answer_ids,
+            topk_ids=_ids(arrays.get("topk_ids")),
+            topk_logprobs=_float(arrays.get("topk_logprobs")),
+            stats=self._columns(arrays.get("stats")),
+            sampled_ids=_ids(arrays.get("sampled_ids")),
+            sampled_counts=arrays.get("sampled_counts"),
+            sampled_from=self.signals.sampled_from,
+            hidden=self._states("hidden", arrays, lines),
+            hidden_second_last=self._states("hidden_second_last", arrays, lines),
+            attention=_float(arrays.get("attention")),
+            head=self.head,
+            vocabulary=self.vocabulary,
+        )
 
-def stored_states(
-    name: str,
-    arrays: Mapping[str, Tensor],
-    codec: str,
-    scales: Mapping[str, ChannelScales],
-    lines: Tensor | None = None,
-) -> StoredStates | None:
-    """The states called ``name`` among ``arrays``, still quantised; None where there are none."""
-    if name not in arrays:
-        return None
-    codes = arrays[name].view(torch.bfloat16) if codec == "bfloat16" else arrays[name]
-    return StoredStates(codes, arrays.get(f"{name}_scale"), codec, scales[name], lines)
+    def images(self, arrays: Mapping[str, Tensor]) -> ImageTargets:
+        """The targets of distinct images; arrays by the names of ``records.image_arrays``, a line an image."""
+        return ImageTargets(
+            tokens=self.image_tokens,
+            states=self._states("visual", arrays),
+            topk_ids=_ids(arrays.get("visual_topk_ids")),
+            topk_logprobs=_float(arrays.get("visual_topk_logprobs")),
+            stats=self._columns(arrays.get("visual_stats")),
+            gram_hidden=arrays.get("gram_hidden"),
+            gram_logits=arrays.get("gram_logits"),
+            gram_scale=arrays.get("gram_scale"),
+            head=self.head,
+            head_square=self.head_square,
+            vocabulary=self.vocabulary,
+        )
+
+    def _states(self, name: str, arrays: Mapping[str, Tensor], lines: Tensor | None = None) -> StoredStates | None:
+        """The states called ``name``, still quantised; None where there are none."""
+        if name not in arrays:
+            return None
+        codec = self.signals.codec
+        codes = arrays[name].view(torch.bfloat16) if codec == "bfloat16" else arrays[name]
+        return StoredStates(codes, arrays.get(f"{name}_scale"), codec, self.scales[name], lines)
+
+    def _columns(self, stats: Tensor | None) -> dict[str, Tensor]:
+        """``stats`` (…, s) as column name → (…,)."""
+        return {} if stats is None else dict(zip(stats_names(self.signals), stats.unbind(-1), strict=True))
 
 
 def scales_on(scales: ChannelScales, device: torch.device | str) -> ChannelScales:
@@ -232,105 +207,6 @@ def scales_on(scales: ChannelScales, device: torch.device | str) -> ChannelScale
         for part in (scales.channel_scale, scales.mean, scales.basis)
     ]
     return ChannelScales(*parts)
-
-
-def named_columns(stats: Tensor | None, signals: SignalsConfig) -> dict[str, Tensor]:
-    """``stats`` (…, s) as column name → (…,)."""
-    return {} if stats is None else dict(zip(stats_names(signals), stats.unbind(-1), strict=True))
-
-
-def row_loss(spec: LogitLoss, targets: RowTargets, student_logits: Tensor, rows: slice) -> Tensor:
-    """One value per row (rows,) of the loss that ``spec`` names; ``student_logits`` (rows, V) are those of ``rows``.
-
-    Raises ``LossError``: for a name or source that does not exist, or a signal that the cache does not hold.
-    """
-    if spec.name == "cross_entropy":
-        return losses.cross_entropy(targets.answers(rows), student_logits)
-    shared = shared_count(targets.vocabulary, student_logits.shape[-1])
-    student_logits = student_logits[..., :shared]
-    if spec.source == "exact":
-        return _exact_loss(spec, targets.exact_logits(rows, shared), student_logits)
-    if spec.source == "topk":
-        return _topk_loss(spec, targets, student_logits, rows)
-    if spec.source == "sampled":
-        return _sampled_loss(spec, targets, student_logits, rows)
-    raise LossError(f"loss {spec.name}: source {spec.source!r} is none of topk, exact, sampled; set one of these.")
-
-
-def _exact_loss(spec: LogitLoss, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    check_vocabulary(spec.name, teacher_logits.shape[-1], student_logits.shape[-1])
-    t, squared = spec.temperature, spec.temperature_squared
-    match spec.name:
-        case "forward_kl":
-            return losses.forward_kl(teacher_logits, student_logits, t, squared)
-        case "reverse_kl":
-            return losses.reverse_kl(teacher_logits, student_logits, t, squared)
-        case "jsd":
-            return losses.jsd(teacher_logits, student_logits, spec.beta, t, squared)
-        case "logit_mse":
-            return losses.logit_mse(teacher_logits, student_logits, t, squared)
-        case "forward_kl_standardised":
-            return losses.forward_kl_standardised(teacher_logits, student_logits, t, squared)
-    raise _unknown(spec)
-
-
-def _topk_loss(spec: LogitLoss, targets: RowTargets, student_logits: Tensor, rows: slice) -> Tensor:
-    ids, logprobs, stats = targets.kept(rows)
-    vocabulary = student_logits.shape[-1]
-    if spec.name == "logit_mse":
-        logits = topk.topk_logits(logprobs, stats)
-        ids, _, inside = shared_topk(ids, topk.wide(logprobs), targets.vocabulary, vocabulary)
-        return losses.logit_mse_topk(ids, logits, student_logits, spec.temperature, spec.temperature_squared, inside)
-    if spec.name == "forward_kl_standardised":  # of a larger teacher: refused before the first step
-        head = topk.topk_standardised(logprobs, stats, vocabulary, spec.temperature)
-        t, squared = spec.temperature, spec.temperature_squared
-        return losses.forward_kl_standardised_topk(ids, head, student_logits, t, squared)
-    head = topk.topk_at_temperature(logprobs, stats, spec.temperature)
-    ids, head, inside = shared_topk(ids, head, targets.vocabulary, vocabulary)
-    settings = (spec.temperature, spec.temperature_squared, inside)
-    match spec.name:
-        case "forward_kl":
-            return losses.forward_kl_topk(ids, head, student_logits, *settings)
-        case "reverse_kl":
-            return losses.reverse_kl_topk(ids, head, student_logits, *settings)
-        case "jsd":
-            return losses.jsd_topk(ids, head, student_logits, spec.beta, *settings)
-    raise _unknown(spec)
-
-
-def _sampled_loss(spec: LogitLoss, targets: RowTargets, student_logits: Tensor, rows: slice) -> Tensor:
-    check_sampled(spec)
-    vocabulary = student_logits.shape[-1]
-    ids, counts, entropy = targets.draws(rows)
-    ids, counts = shared_draws(ids, counts, targets.vocabulary, vocabulary)
-    if targets.sampled_from == "all":
-        return losses.forward_kl_sampled(ids, counts, entropy, student_logits)
-    head_ids, logprobs, _ = targets.kept(rows)
-    head_ids, head, inside = shared_topk(head_ids, topk.wide(logprobs), targets.vocabulary, vocabulary)
-    return losses.forward_kl_hybrid(head_ids, head, ids, counts, entropy, student_logits, inside)
-
-
-def check_sampled(spec: LogitLoss) -> None:
-    """Draws serve forward KL at temperature 1 only: other objectives are not linear in the teacher's distribution."""
-    if spec.name != "forward_kl" or spec.temperature != 1:
-        raise LossError(
-            f"loss {spec.name} at temperature {spec.temperature:g} from sampled ids: expected forward_kl at "
-            "temperature 1, the only objective of which draws give an unbiased estimate. Use `source: exact` or `topk`."
-        )
-
-
-def check_vocabulary(name: str, teacher: int, student: int) -> None:
-    """Exact losses compare id by id."""
-    if teacher != student:
-        raise LossError(
-            f"loss {name}: the teacher's head gives {teacher:,} logits, the student's {student:,}. Cut both heads to "
-            f"the {min(teacher, student):,} ids that they share."
-        )
-
-
-def _unknown(spec: LogitLoss) -> ValueError:
-    names = ", ".join(LOGIT_LOSSES)
-    return ValueError(f"loss {spec.name!r}: expected cross_entropy or one of {names}; correct its name.")
 
 
 Found = TypeVar("Found")

@@ -60,7 +60,8 @@ def model_card(name: str, run: dict[str, Any], metrics: dict[str, float], pads: 
     """Markdown with the hub's metadata: caches by fingerprint, losses, training settings, metrics, and how images were
     shown (``pads``: as padded squares)."""
     losses = "\n".join(
-        f"- {loss['weight']:g} × {loss['name']} ({loss['source']}, T = {loss['temperature']:g}, on {loss['tokens']})"
+        f"- {loss['weight']:g} × {loss['name']}"
+        + "".join(f", {key}: {value}" for key, value in loss.items() if key not in ("weight", "name"))
         for loss in run["config"]["losses"]
     )
     caches = "\n".join(f"- {c['teacher']}: {c['samples']:,} samples, cache `{c['fingerprint']}`" for c in run["caches"])

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfig
+from student_train.config import FitConfig, SourceConfig, StudentConfig
+from student_train.losses.catalogue import LossSpec
 from teacher_cache.data.conversations import IMAGE_TAG
 from teacher_cache.data.tokenization import Template, template_by_name
 from teacher_cache.errors import CacheError, ConfigError
@@ -63,16 +64,13 @@ def image_mode(student: StudentConfig, caches: Mapping[str, Manifest]) -> str:
 def check_image_mode(specs: Sequence[LossSpec], mode: str, manifest: Manifest, url: str) -> None:
     """Refuse to compare image positions that show different parts of the image."""
     seen = manifest.teacher.get("image_mode", mode)
-    on_images = [s.label for s in specs if s.tokens == "all" or s.name in _ON_IMAGES]
+    on_images = [spec.label for spec in specs if spec.on_images]
     if on_images and seen != mode:
         raise CacheError(
             f"{url}: its teacher saw images with image_mode={seen}, the student sees them with {mode}, so the image "
             f"positions that {', '.join(on_images)} compare show different parts of the image. Set "
             f"student.image_mode={seen}, or leave these losses out"
         )
-
-
-_ON_IMAGES = ("visual_kl", "relation", "similarity_mse", "attention_mse")
 
 
 def own_image_mode(image_processor: Any) -> str:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from student_train.config import FitConfig, SourceConfig
-from student_train.training.objective import needed_arrays
+from student_train.losses.catalogue import Answers
+from student_train.losses.needs import needed_arrays
 from teacher_cache.config import CacheConfig, load_config
 from teacher_cache.data.images import image_tokens_of
 from teacher_cache.data.rows import expanded_length, text_positions
@@ -82,7 +83,7 @@ def epoch_of(config: FitConfig, source: SourceConfig, manifest: Manifest, image_
     wanted = {"input_ids", "loss_mask", *names, *visual}
     arrays = [spec for spec in (*manifest.arrays, *manifest.image_arrays) if spec.name in wanted]
     flops = 0.0
-    if any(loss.name != "cross_entropy" for loss in config.losses):
+    if any(not isinstance(loss.entry, Answers) for loss in config.losses):
         read = expanded_length(tokens, images, images * manifest.shape.image_tokens)
         flops = 2.0 * _teacher_parameters(str(manifest.teacher.get("model", ""))) * read
     part = samples / whole

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from student_train.losses.catalogue import DEFAULT_LOSS
 from student_train.studies.report_costs import quality_against_cost, teacher_share
 from student_train.studies.report_data import Experiment, load_experiment
 from student_train.studies.report_disagreement import disagreement
@@ -49,14 +50,14 @@ def write_report(
 def loss_curves(experiment: Experiment) -> list[Card]:
     """A chart per part of the loss: the mean over seeds, single seeds thin behind it."""
     parts = dict.fromkeys(part for run in experiment.runs for part in run.curves)
-    if set(parts) == {"cross_entropy", "loss"}:  # one term: its sum would be the same chart again
+    if set(parts) == {DEFAULT_LOSS.name, "loss"}:  # one term: its sum would be the same chart again
         del parts["loss"]
     drawn = []
-    for part in sorted(parts, key=lambda part: (part == "loss", part != "cross_entropy", part)):
+    for part in sorted(parts, key=lambda part: (part == "loss", part != DEFAULT_LOSS.name, part)):
         series = [s for style, arm in enumerate(experiment.arms) for s in _curves(experiment, arm, part, style)]
         name = part.replace("_", " ")
-        note = "Arms with other terms have another sum: compare cross_entropy, not this." if part == "loss" else ""
-        drawn.append(Card(name, line_chart(series, "step", name), note))
+        other_sum = f"Arms with other terms have another sum: compare {DEFAULT_LOSS.name}, not this."
+        drawn.append(Card(name, line_chart(series, "step", name), other_sum if part == "loss" else ""))
     return drawn
 
 

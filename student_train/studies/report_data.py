@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from student_train.config import LossSpec, SourceConfig
+from student_train.config import SourceConfig
+from student_train.losses.catalogue import DEFAULT_LOSS, LossSpec
+from student_train.losses.needs import needed_arrays
 from student_train.studies.runs import AblationConfig, ArmConfig
 from student_train.studies.table import COSTS, make_table
-from student_train.training.objective import needed_arrays
 from teacher_cache.config import build_config
 from teacher_cache.errors import CacheError, ReportError
 from teacher_cache.pages.charts import Point
@@ -125,7 +126,7 @@ def bytes_read(tree: Mapping[str, Any], manifest: Manifest) -> int:
     """Bytes of the cache that one pass over it reads: the ids, and the arrays that the run's losses need."""
     if build_config(SourceConfig, tree["sources"][0], "sources").answers == "original":
         return 0
-    specs = [build_config(LossSpec, loss, "losses") for loss in tree.get("losses", [{"name": "cross_entropy"}])]
+    specs = [build_config(LossSpec, loss, "losses") for loss in tree.get("losses", [DEFAULT_LOSS.as_plain()])]
     names, visual = needed_arrays(specs, manifest)
     wanted = {"input_ids", "loss_mask", *names, *visual}
     arrays = [*manifest.arrays, *manifest.image_arrays]

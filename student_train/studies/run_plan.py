@@ -16,22 +16,15 @@ from typing import Any
 
 import torch
 
-from student_train.config import (
-    HIDDEN_LOSSES,
-    LOGIT_LOSSES,
-    FitConfig,
-    LossSpec,
-    StudentConfig,
-    check_fit_config,
-)
-from student_train.losses import image_losses as relations
+from student_train.config import FitConfig, StudentConfig, check_fit_config
+from student_train.losses.catalogue import States
 from student_train.losses.head_loss import default_chunk_rows
+from student_train.losses.needs import check_grids, check_losses
 from student_train.losses.row_losses import HiddenProjector
 from student_train.students.on_meta import student_on_meta
 from student_train.students.processor import check_image_mode, image_mode
 from student_train.students.student import LORA_TARGETS
 from student_train.studies.plan_sources import distils, epoch_of, source_manifest
-from student_train.training.objective import check_losses
 from teacher_cache.data.images import image_tokens_of
 from teacher_cache.data.units import bytes_text
 from teacher_cache.models.model_sizes import FLOAT32_FLOPS, HALF_FLOPS, NF4, parameter_bytes
@@ -134,7 +127,7 @@ def plan_fit(config: FitConfig, known: Mapping[str, StudentConfig] | None = None
         if distils(source):
             check_image_mode(config.losses, mode, manifest, source.cache)
             check_losses(config.losses, manifest, source.cache)
-            _check_fit(config.losses, manifest, image_tokens_of(model.config))
+            check_grids(config.losses, manifest.shape.image_tokens, image_tokens_of(model.config))
     projectors = _projector_parameters(config, model, manifests)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) + projectors
     image_tokens, text = image_tokens_of(model.config), model.config.get_text_config()
@@ -174,14 +167,8 @@ def _in_half(config: FitConfig) -> bool:
     return config.train.mixed_precision in ("bf16", "fp16") or config.student.dtype != "float32"
 
 
-def _check_fit(specs: Sequence[LossSpec], manifest: Manifest, image_tokens: int) -> None:
-    for spec in specs:
-        if spec.tokens == "all" or spec.name in ("visual_kl", "relation", "similarity_mse", "attention_mse"):
-            relations.pooled_grid(manifest.shape.image_tokens, image_tokens, spec.pool)
-
-
 def _projector_parameters(config: FitConfig, model: Any, manifests: Sequence[Manifest]) -> int:
-    layers = {loss.layer for loss in config.losses if loss.name in HIDDEN_LOSSES}
+    layers = {loss.layer for loss in config.losses if isinstance(loss.entry, States)}
     if not layers:
         return 0
     with torch.device("meta"):
@@ -207,14 +194,11 @@ def _activation_bytes(config: FitConfig, text: Any, longest: float) -> int:
 
 
 def _head_bytes(config: FitConfig, text: Any, manifests: Sequence[Manifest], bytes_each: int) -> int:
-    """Three float32 buffers of a chunk's logits (student, gradient, teacher), and the heads of the exact losses."""
+    """Three float32 buffers of a chunk's logits (student, gradient, teacher), and the teachers' heads."""
     rows = config.train.head_rows or default_chunk_rows(text.vocab_size, torch.device("cuda"))
     chunk = 3 * 4 * rows * text.vocab_size
-    exact = any(
-        (loss.name in LOGIT_LOSSES and loss.source == "exact") or loss.name in ("visual_kl", "relation")
-        for loss in config.losses
-    )
-    heads = sum(m.shape.vocabulary * m.shape.hidden_size for m in manifests) if exact else 0
+    needed = any(loss.needs_head for loss in config.losses)
+    heads = sum(m.shape.vocabulary * m.shape.hidden_size for m in manifests) if needed else 0
     return int(chunk + heads * bytes_each)
 
 

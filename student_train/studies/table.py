@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from student_train.losses.catalogue import CATALOGUE, Answers
 from student_train.studies.runs import AblationConfig, ArmConfig
 from student_train.training.stages import merge
 from teacher_cache.errors import CacheError
@@ -67,9 +68,9 @@ def make_table(config: AblationConfig, results: Results) -> dict[str, Any]:
 
 
 def _is_distilled(config: AblationConfig, arm: ArmConfig) -> bool:
-    """Whether a loss of the arm asks the teacher; cross-entropy asks for its answers only, which lie in the data."""
+    """Whether a loss of the arm asks the teacher for more than its answers, which lie in the data."""
     losses = merge(config.base, arm.set).get("losses", [])
-    return any(loss["name"] != "cross_entropy" for loss in losses)
+    return any(not isinstance(CATALOGUE[loss["name"]], Answers) for loss in losses)
 
 
 def teacher_cost(config: AblationConfig) -> dict[str, Any]:

@@ -10,21 +10,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from student_train.config import LOGIT_LOSSES, FitConfig
+from student_train.config import FitConfig
 from student_train.feed.features import ImageFeatures, compute_features
 from student_train.feed.skipped import SkippedFile
 from student_train.feed.sources import CacheSource, PlainSource, Source, check_images, leave_out_damaged, open_source
 from student_train.losses.image_losses import head_square
+from student_train.losses.needs import check_losses, check_shared, needed_arrays, reads_head_square
 from student_train.losses.shared_ids import shared_count
+from student_train.losses.targets import TeacherSide
 from student_train.students.preprocessor import Preprocessor
-from student_train.training.objective import (
-    TeacherSide,
-    check_losses,
-    check_shared,
-    needed_arrays,
-    teacher_side,
-    vision_features,
-)
+from student_train.training.objective import teacher_side, vision_features
 from teacher_cache.errors import ConfigError
 from teacher_cache.progress import note
 from teacher_cache.store.manifest import digest, read_manifest
@@ -77,17 +72,14 @@ def tower_features(
 def side_of(config: FitConfig, source: Source, model: Any, device: torch.device) -> TeacherSide | None:
     if not isinstance(source, CacheSource):
         return None
-    names = {loss.name for loss in config.losses}
-    head = any(s.name in LOGIT_LOSSES and s.source == "exact" for s in config.losses) or bool(
-        names & {"visual_kl", "relation"}
-    )
     manifest, vocabulary = source.cache.manifest, model.get_output_embeddings().weight.shape[0]
     shared = shared_count(manifest.shape.vocabulary, vocabulary)
     visual, url = manifest.signals["visual"], source.cache.storage.url
     check_shared(config.losses, manifest.shape.vocabulary, vocabulary, visual, url)
     dtype = getattr(torch, config.student.dtype)  # in which the student's products are formed
-    side = teacher_side(source.cache, vocabulary, device, dtype, head and HEAD in manifest.files)
-    if side.head is None or side.signals.visual != "states" or "relation" not in names:
+    head = any(loss.needs_head for loss in config.losses) and HEAD in manifest.files
+    side = teacher_side(source.cache, vocabulary, device, dtype, head)
+    if side.head is None or not reads_head_square(config.losses, visual):
         return side
     return dataclasses.replace(side, head_square=head_square(side.head[:shared]))
 

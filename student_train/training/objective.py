@@ -16,137 +16,24 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from student_train.config import HIDDEN_LOSSES, LOGIT_LOSSES, LossSpec
 from student_train.feed.batch import StudentBatch
 from student_train.losses import image_losses as relations
-from student_train.losses import row_losses as losses
-from student_train.losses.head_loss import head_losses
-from student_train.losses.shared_ids import shared_count
-from student_train.losses.targets import (
-    ImageTargets,
-    RowTargets,
-    decoded,
-    image_targets,
-    row_targets,
-    scales_on,
+from student_train.losses.catalogue import (
+    Answers,
+    Attention,
+    ImageLogits,
+    ImagesAndText,
+    Logits,
+    LossSpec,
+    States,
 )
-from teacher_cache.config import SignalsConfig
-from teacher_cache.errors import CacheError, ConfigError
+from student_train.losses.head_loss import head_losses
+from student_train.losses.needs import check_grids
+from student_train.losses.row_losses import HiddenProjector
+from student_train.losses.targets import RowTargets, StoredStates, TeacherSide, decoded, scales_on
+from teacher_cache.errors import ConfigError
 from teacher_cache.store.codecs import ChannelScales
-from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.reader import TeacherCache
-
-
-@dataclass(frozen=True)
-class TeacherSide:
-    """What the losses need of one cache beside its batches. ``head`` (V, d) lies on the device, without gradient."""
-
-    signals: SignalsConfig
-    scales: dict[str, ChannelScales]
-    head: Tensor | None
-    hidden_size: int
-    image_tokens: int
-    vocabulary: int | None = None
-    """How many ids the teacher's logits have, where the student may have another number."""
-    head_square: Tensor | None = None
-    """WᵀW over the ids that both have, for the relation loss on logits from visual states: once a run."""
-
-
-def needed_arrays(specs: Sequence[LossSpec], manifest: Manifest) -> tuple[list[str], list[str]]:
-    """Names of the cache's arrays, and of its per-image arrays, that these losses read."""
-    names: set[str] = set()
-    visual: set[str] = set()
-    for spec in specs:
-        if spec.name in LOGIT_LOSSES:
-            names |= _logit_arrays(spec, manifest.signals_config)
-        if spec.name in HIDDEN_LOSSES:
-            names.add("hidden" if spec.layer == "last" else "hidden_second_last")
-        if spec.name == "attention_mse":
-            names.add("attention")
-        if spec.name == "similarity_mse":
-            names.add("hidden")
-        if spec.name in ("visual_kl", "relation", "similarity_mse") or spec.tokens == "all":
-            visual |= {s.name for s in manifest.image_arrays} or {"visual"}
-    if manifest.signals["codec"] in ("int8", "int4"):
-        names |= {f"{n}_scale" for n in names if n.startswith("hidden")}
-    return sorted(names), sorted(visual)
-
-
-def _logit_arrays(spec: LossSpec, signals: SignalsConfig) -> set[str]:
-    """Of coarse states ``exact`` takes the tail alone: the head is the stored top-k's (``targets.exact_logits``). A
-    cache has a top-k for answer rows only."""
-    kept = {"topk_ids", "topk_logprobs", "stats"}
-    if spec.source == "topk":
-        return kept
-    if spec.source == "sampled":
-        return {"sampled_ids", "sampled_counts", "stats"} | (kept if signals.sampled_from == "tail" else set())
-    coarse = signals.codec == "int4" or signals.pca > 0
-    return {"hidden"} | (kept if coarse and signals.top_k and spec.tokens == "answer" else set())
-
-
-def check_losses(specs: Sequence[LossSpec], manifest: Manifest, url: str) -> None:
-    """Losses that this cache's settings cannot serve, before the first step."""
-    for spec in specs:
-        _check_visual(spec, manifest, url)
-        if spec.tokens != "answer" and spec.name in (*LOGIT_LOSSES, *HIDDEN_LOSSES, "similarity_mse"):
-            if manifest.signals["hidden"] != "text":
-                raise CacheError(
-                    f"{url}: {spec.name} on {spec.tokens} tokens needs states of all text positions, the cache has "
-                    f"signals.hidden={manifest.signals['hidden']}. Use tokens: answer, or build with "
-                    "signals.hidden=text"
-                )
-            if spec.name in LOGIT_LOSSES and spec.source != "exact":
-                raise ConfigError(f"losses: {spec.name} on {spec.tokens} tokens is exact only; set source: exact")
-            if spec.tokens == "all" and manifest.signals["visual"] != "states":
-                raise CacheError(
-                    f"{url}: {spec.name} on all tokens needs visual states, the cache has "
-                    f"signals.visual={manifest.signals['visual']}. Use tokens: text, or build with "
-                    "signals.visual=states"
-                )
-            if spec.tokens == "all" and spec.layer == "second_last":
-                raise ConfigError(
-                    f"losses: {spec.label} on all tokens: visual states are cached for the last layer only"
-                )
-        if (
-            spec.source == "topk"
-            and spec.name in LOGIT_LOSSES
-            and spec.temperature not in manifest.signals["temperatures"]
-        ):
-            raise ConfigError(
-                f"losses: {spec.name} at temperature {spec.temperature:g} from top-k is exact only on the cache's grid "
-                f"{manifest.signals['temperatures']}. Take one of these, or source: exact"
-            )
-
-
-def check_shared(specs: Sequence[LossSpec], teacher: int, student: int, visual: str, url: str) -> None:
-    """Refuse what cannot be cut to the shared ids, because only sums over all of the teacher's ids are stored.
-
-    Raises ``ConfigError``.
-    """
-    if teacher <= student:
-        return
-    for spec in specs:
-        standardised = spec.name == "forward_kl_standardised" and spec.source == "topk"
-        gram = spec.name == "relation" and spec.space == "logits" and visual == "gram"
-        if standardised or gram:
-            stored = "mean and deviation of the logits" if standardised else "Gram of the logits"
-            instead = "source: exact" if standardised else "space: hidden, or a cache with signals.visual=states"
-            raise ConfigError(
-                f"losses: {spec.name}: {url} holds the {stored} over the teacher's {teacher:,} ids, and the student "
-                f"has {student:,}. Take {instead}"
-            )
-
-
-_VISUAL = {"visual_kl": ("states", "topk"), "relation": ("states", "gram"), "similarity_mse": ("states",)}
-
-
-def _check_visual(spec: LossSpec, manifest: Manifest, url: str) -> None:
-    wanted, found = _VISUAL.get(spec.name, ()), manifest.signals["visual"]
-    if wanted and found not in wanted:
-        raise CacheError(
-            f"{url}: {spec.name} needs signals.visual={' or '.join(wanted)}, the cache has {found}. Build one with "
-            "that signal (teacher-cache plan prices it), or leave the loss out"
-        )
 
 
 class DistilledStudent(nn.Module):
@@ -166,47 +53,53 @@ class DistilledStudent(nn.Module):
         self._no_split_modules = list(model.model.language_model._no_split_modules or [])  # what FSDP wraps by itself
         self._specs, self._teachers = tuple(specs), list(teachers)
         self._head_rows, self._image_tokens = head_rows, image_tokens
-        for spec in specs:
-            for teacher in teachers:
-                if teacher is not None and (spec.tokens == "all" or spec.name in (*_VISUAL, "attention_mse")):
-                    relations.pooled_grid(teacher.image_tokens, image_tokens, spec.pool)
         width = model.config.get_text_config().hidden_size
-        layers = {spec.layer for spec in specs if spec.name in HIDDEN_LOSSES}
-        sizes = {t.hidden_size for t in teachers if t is not None}
+        layers = {spec.layer for spec in specs if isinstance(spec.entry, States)}
+        sides = [teacher for teacher in teachers if teacher is not None]
+        for teacher in sides:
+            check_grids(specs, teacher.image_tokens, image_tokens)
+        sizes = {teacher.hidden_size for teacher in sides}
         if layers and len(sizes) != 1:
             raise ConfigError(f"hidden losses need teachers of one width, the sources have {sorted(sizes)}")
         self.projectors = nn.ModuleDict(
-            {layer: losses.HiddenProjector(width, next(iter(sizes))) for layer in sorted(layers)}
+            {layer: HiddenProjector(width, next(iter(sizes))) for layer in sorted(layers)}
         ).to(torch.promote_types(model.dtype, torch.float32))  # trained, and so not in half precision
 
     def forward(self, batch: StudentBatch, source: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(the weighted loss of this micro-batch, each term's unweighted part of it, detached)."""
-        teacher = self._teachers[source]
-        states = self._states(batch)
-        rows = states.last[batch.row_sample, batch.row_position]
+        teacher, student = self._teachers[source], self._states(batch)
         targets = self._row_targets(batch, teacher)
-        parts: dict[str, Tensor] = {}
-        total = self._head_terms(rows, targets, batch, parts)
+        total, parts = self._head_terms(batch, student, targets)
         for spec in self._specs:
-            weighted = batch.averaged(spec.average)
-            if spec.name in HIDDEN_LOSSES:
-                value = self._hidden_term(spec, weighted, states, targets, teacher)
-            elif spec.name in LOGIT_LOSSES and spec.tokens != "answer":
-                value = self._all_token_logits(spec, weighted, states, teacher)
-            elif spec.name == "attention_mse":
-                value = self._attention_term(weighted, states, targets)
-            elif spec.name in ("visual_kl", "relation", "similarity_mse"):
-                value = self._visual_term(spec, weighted, states, targets, teacher)
-            else:
-                continue
-            parts[spec.label] = value.detach()
-            total = total + spec.weight * value
+            if not _on_answer_logits(spec):
+                assert teacher is not None
+                value = self._term(spec, _Micro(batch.averaged(spec.average), student, targets, teacher))
+                parts[spec.label] = value.detach()
+                total = total + spec.weight * value
         return total + self._reach_all(batch), parts
+
+    def _row_targets(self, batch: StudentBatch, teacher: TeacherSide | None) -> RowTargets:
+        if teacher is None:
+            return RowTargets(answer_ids=batch.answer_ids)
+        return teacher.rows(batch.arrays, batch.answer_ids, batch.row_index)
 
     def rows(self, batch: StudentBatch, source: int) -> tuple[Tensor, RowTargets]:
         """(R, d) the student's states in the answer rows, and what the teacher has there; evaluation compares these."""
         states = self._states(batch).last  # (B, S, d)
         return states[batch.row_sample, batch.row_position], self._row_targets(batch, self._teachers[source])
+
+    def _term(self, spec: LossSpec, micro: _Micro) -> Tensor:
+        """A scalar: one loss, unweighted, of a micro-batch whose weights are those of its average."""
+        match spec.entry:
+            case States():
+                return self._states_term(spec, micro)
+            case Logits():
+                return self._logits_term(spec, micro)
+            case Attention():
+                return self._attention_term(spec, micro)
+        if not len(micro.batch.visual_sample):
+            return micro.student.last.sum() * 0.0
+        return self._text_term(spec, micro) if isinstance(spec.entry, ImagesAndText) else self._image_term(spec, micro)
 
     def _reach_all(self, batch: StudentBatch) -> Tensor:
         """Zero, by way of the multimodal projector (and of a trained tower) where the batch has no image.
@@ -225,147 +118,109 @@ class DistilledStudent(nn.Module):
             blank = vision_features(llava, pixels)
         return llava.multi_modal_projector(blank).sum() * 0.0
 
-    def _head_terms(self, rows: Tensor, targets: RowTargets, batch: StudentBatch, parts: dict[str, Tensor]) -> Tensor:
-        """Cross-entropy and the answer rows' logit losses, in one sweep over chunks of rows."""
-        specs = [s for s in self._specs if s.name in ("cross_entropy", *LOGIT_LOSSES) and s.tokens == "answer"]
-        total = rows.sum() * 0.0
-        if not specs:
-            return total
+    def _head_terms(
+        self, batch: StudentBatch, student: _States, targets: RowTargets
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses of the answer rows' logits, in one sweep over chunks of rows: (weighted sum, each unweighted)."""
+        rows = student.last[batch.row_sample, batch.row_position]
+        specs = [spec for spec in self._specs if _on_answer_logits(spec)]
+        total, parts = rows.sum() * 0.0, dict[str, Tensor]()
         for rows_of, average in sorted({(s.rows, s.average) for s in specs}):
             group = [s for s in specs if (s.rows, s.average) == (rows_of, average)]
-            weight = batch.averaged(average).row_weight
-            if rows_of == "llavadi":
-                weight = weight * ~first_rows(batch.row_sample, batch.row_position)
-            head = self.model.get_output_embeddings().weight
-            weights: dict[str, float] = {s.name: s.weight for s in group}
-            value, sums = head_losses(rows, head, targets, group, weights, weight, self._head_rows)
+            value, sums = self._head_losses(rows, targets, group, _row_weight(group[0], batch.averaged(average)))
             total = total + value
             parts.update(sums)
-        return total
+        return total, parts
 
-    def _hidden_term(
-        self, spec: LossSpec, batch: StudentBatch, states: _States, targets: RowTargets, teacher: TeacherSide | None
-    ) -> Tensor:
-        assert teacher is not None
-        measure = losses.hidden_mse if spec.name == "hidden_mse" else losses.hidden_cosine
-        projector = self.projectors[spec.layer]
-        student = states.last if spec.layer == "last" else states.second_last
-        assert student is not None
+    def _head_losses(
+        self, rows: Tensor, targets: RowTargets, specs: Sequence[LossSpec], row_weight: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        weights = {spec.name: spec.weight for spec in specs}
+        return head_losses(rows, self._head, targets, specs, weights, row_weight, self._head_rows)
+
+    @property
+    def _head(self) -> Tensor:
+        """(V, d) the student's output head."""
+        return self.model.get_output_embeddings().weight
+
+    def _places(self, spec: LossSpec, micro: _Micro) -> list[_Places]:
+        """The positions that the spec's ``tokens`` name: answer rows, text, or text and then images."""
+        batch, targets, states = micro.batch, micro.targets, micro.student.of(spec.layer)
         stored = targets.hidden if spec.layer == "last" else targets.hidden_second_last
         assert stored is not None
         if spec.tokens == "answer":
-            picked, weight = student[batch.row_sample, batch.row_position], batch.row_weight
-            if spec.rows == "llavadi":
-                weight = weight * ~first_rows(batch.row_sample, batch.row_position)
-            return (measure(stored.decode(slice(None)), projector(picked)) * weight).sum()
-        text = replace(stored, lines=None)
+            rows = states[batch.row_sample, batch.row_position]
+            return [_Places(rows, stored, _row_weight(spec, batch), batch.row_sample)]
         weight = batch.text_token_weight if spec.tokens == "all" else batch.position_weight
-        picked = student[batch.text_sample, batch.text_position]
-        total = (measure(text.decode(slice(None)), projector(picked)) * weight).sum()
+        rows = states[batch.text_sample, batch.text_position]
+        places = [_Places(rows, replace(stored, lines=None), weight, batch.text_sample)]
         if spec.tokens == "all" and len(batch.visual_sample):
-            images = self._image_states(spec, batch, teacher)
-            per_token = measure(images.flatten(0, 1), projector(self._visual(states.last, batch)).flatten(0, 1))
-            total = total + (per_token * batch.image_token_weight.repeat_interleave(images.shape[1])).sum()
-        return total
+            images = decoded(self._image_states(spec, micro).flatten(0, 1))
+            weight = batch.image_token_weight.repeat_interleave(self._image_tokens)
+            owner = batch.visual_sample.repeat_interleave(self._image_tokens)
+            places.append(_Places(self._visual(states, batch).flatten(0, 1), images, weight, owner))
+        return places
 
-    def _all_token_logits(
-        self, spec: LossSpec, batch: StudentBatch, states: _States, teacher: TeacherSide | None
-    ) -> Tensor:
+    def _states_term(self, spec: LossSpec, micro: _Micro) -> Tensor:
+        projector, parts = self.projectors[spec.layer], []
+        for places in self._places(spec, micro):
+            values = spec.entry.function(places.teacher.decode(slice(None)), projector(places.student), **spec.own())
+            parts.append((values * places.weight).sum())
+        return sum(parts[1:], parts[0])
+
+    def _logits_term(self, spec: LossSpec, micro: _Micro) -> Tensor:
         """A logit loss on all text positions, and on the image positions too for ``tokens: all`` (LLAVADI, table 2)."""
-        assert teacher is not None
-        states_only = {name: array for name, array in batch.arrays.items() if name.startswith("hidden")}
-        side = (teacher.signals, teacher.scales, teacher.head)
-        targets = row_targets(states_only, None, *side, vocabulary=teacher.vocabulary)
-        weight = batch.text_token_weight if spec.tokens == "all" else batch.position_weight
-        rows = states.last[batch.text_sample, batch.text_position]
-        if spec.tokens == "all" and len(batch.visual_sample):
-            images = self._image_states(spec, batch, teacher).flatten(0, 1)
-            assert targets.hidden is not None
-            joined = torch.cat([targets.hidden.decode(slice(None)), images])
-            targets = replace(targets, hidden=decoded(joined))
-            rows = torch.cat([rows, self._visual(states.last, batch).flatten(0, 1)])
-            weight = torch.cat([weight, batch.image_token_weight.repeat_interleave(self._image_tokens)])
-        head = self.model.get_output_embeddings().weight
-        value, _ = head_losses(rows, head, targets, [spec], {spec.name: 1.0}, weight, self._head_rows)
-        return value
+        places = self._places(spec, micro)
+        hidden = places[0].teacher
+        if len(places) > 1:
+            hidden = decoded(torch.cat([place.teacher.decode(slice(None)) for place in places]))
+        targets = RowTargets(hidden=hidden, head=micro.teacher.head, vocabulary=micro.teacher.vocabulary)
+        rows, weight = torch.cat([p.student for p in places]), torch.cat([p.weight for p in places])
+        return self._head_losses(rows, targets, [replace(spec, weight=1.0)], weight)[0]
 
-    def _attention_term(self, batch: StudentBatch, states: _States, targets: RowTargets) -> Tensor:
-        assert states.attention is not None
-        assert targets.attention is not None
-        total = states.last.sum() * 0.0
+    def _attention_term(self, spec: LossSpec, micro: _Micro) -> Tensor:
+        batch, attention, stored = micro.batch, micro.student.attention, micro.targets.attention
+        assert attention is not None
+        assert stored is not None
+        total = micro.student.last.sum() * 0.0
         for sample, start in zip(batch.visual_sample, batch.visual_start, strict=True):
             mine = batch.row_sample == sample
-            rows = states.attention[sample][batch.row_position[mine]]
-            rows = rows[:, start : start + self._image_tokens]
-            relations.pooled_grid(targets.attention.shape[1], rows.shape[1], 0)
-            value = losses.attention_mse(targets.attention[mine], rows)
+            rows = attention[sample][batch.row_position[mine]][:, start : start + self._image_tokens]
+            value = spec.entry.function(stored[mine], rows, **spec.own())
             total = total + (value * batch.row_weight[mine]).sum()
         return total
 
-    def _visual_term(
-        self, spec: LossSpec, batch: StudentBatch, states: _States, targets: RowTargets, teacher: TeacherSide | None
-    ) -> Tensor:
-        if not len(batch.visual_sample):
-            return states.last.sum() * 0.0
-        assert teacher is not None
-        student = self._visual(states.last, batch)
-        if spec.name == "similarity_mse":
-            return self._similarity(spec, batch, states, targets, teacher, student)
-        images = self._image_targets(batch, teacher)
-        grid = relations.pooled_grid(teacher.image_tokens, self._image_tokens, spec.pool)
-        head = self.model.get_output_embeddings().weight
-        if spec.name == "relation":
-            shared = shared_count(teacher.vocabulary, len(head))
-            images = replace(images, head=None if images.head is None else images.head[:shared])
-            target = relations.teacher_gram(images, spec.space, grid)
-            value = relations.relation_loss(target, relations.student_gram(student, head[:shared], spec.space))
-            return (value * batch.image_weight).sum()
-        kl = replace(spec, name="forward_kl", source="exact" if images.states is not None else "topk")
-        weight = (batch.image_weight / self._image_tokens).repeat_interleave(self._image_tokens)
-        rows = relations.visual_rows(images, grid)
-        value, _ = head_losses(student.flatten(0, 1), head, rows, [kl], {"forward_kl": 1.0}, weight, self._head_rows)
-        return value
-
-    def _similarity(
-        self,
-        spec: LossSpec,
-        batch: StudentBatch,
-        states: _States,
-        targets: RowTargets,
-        teacher: TeacherSide,
-        student: Tensor,
-    ) -> Tensor:
-        """Cosines of image positions with answer rows, as in LLAVADI's code, or with all text (``tokens: text``)."""
-        images, total = self._image_states(spec, batch, teacher), states.last.sum() * 0.0
-        assert targets.hidden is not None
-        stored, owner, weight = targets.hidden, batch.row_sample, batch.row_weight
-        rows = states.last[batch.row_sample, batch.row_position]
-        if spec.tokens == "text":
-            stored, owner, weight = replace(stored, lines=None), batch.text_sample, batch.position_weight
-            rows = states.last[batch.text_sample, batch.text_position]
-        text = stored.decode(slice(None))
+    def _text_term(self, spec: LossSpec, micro: _Micro) -> Tensor:
+        """Image positions with answer rows, as in LLAVADI's code, or with all text (``tokens: text``)."""
+        batch, total = micro.batch, micro.student.last.sum() * 0.0
+        images, student = self._image_states(spec, micro), self._visual(micro.student.last, batch)
+        (places,) = self._places(spec, micro)
+        text = places.teacher.decode(slice(None))
         for image, sample in enumerate(batch.visual_sample):
-            mine = owner == sample
-            value = losses.similarity_mse(images[image], text[mine], student[image], rows[mine])
-            total = total + (value * weight[mine]).sum()
+            mine = places.owner == sample
+            sides = (images[image], text[mine], student[image], places.student[mine])
+            total = total + (spec.entry.function(*sides, **spec.own()) * places.weight[mine]).sum()
         return total
 
-    def _row_targets(self, batch: StudentBatch, teacher: TeacherSide | None) -> RowTargets:
-        if teacher is None:
-            return RowTargets(answer_ids=batch.answer_ids)
-        side = (teacher.signals, teacher.scales, teacher.head)
-        return row_targets(batch.arrays, batch.answer_ids, *side, batch.row_index, teacher.vocabulary)
+    def _image_term(self, spec: LossSpec, micro: _Micro) -> Tensor:
+        batch, images = micro.batch, micro.teacher.images(micro.batch.visual)
+        student = self._visual(micro.student.last, batch)
+        grid = relations.pooled_grid(images.tokens, self._image_tokens, spec.pool)
+        if not isinstance(spec.entry, ImageLogits):
+            value = spec.entry.function(images, student, self._head, grid, **spec.own())
+            return (value * batch.image_weight).sum()
+        weight = (batch.image_weight / self._image_tokens).repeat_interleave(self._image_tokens)
+        own = {name: getattr(spec, name) for name in ("temperature", "temperature_squared", *spec.own())}
+        of_rows = LossSpec(spec.entry.of, source="topk" if images.states is None else "exact", **own)
+        rows = relations.visual_rows(images, grid)
+        return self._head_losses(student.flatten(0, 1), rows, [of_rows], weight)[0]
 
-    def _image_targets(self, batch: StudentBatch, teacher: TeacherSide) -> ImageTargets:
-        side = (teacher.signals, teacher.scales, teacher.image_tokens, teacher.head, teacher.head_square)
-        return image_targets(batch.visual, *side, teacher.vocabulary)
-
-    def _image_states(self, spec: LossSpec, batch: StudentBatch, teacher: TeacherSide) -> Tensor:
+    def _image_states(self, spec: LossSpec, micro: _Micro) -> Tensor:
         """(I, N, d) the teacher's visual states, pooled where the spec says so, with the student's N."""
-        stored = self._image_targets(batch, teacher).states
-        assert stored is not None
-        grid = relations.pooled_grid(teacher.image_tokens, self._image_tokens, spec.pool)
-        states = stored.decode(slice(None))
+        images = micro.teacher.images(micro.batch.visual)
+        assert images.states is not None
+        grid = relations.pooled_grid(images.tokens, self._image_tokens, spec.pool)
+        states = images.states.decode(slice(None))
         return states if grid is None else relations.pool_grid(states, *grid)
 
     def _visual(self, hidden: Tensor, batch: StudentBatch) -> Tensor:
@@ -375,7 +230,7 @@ class DistilledStudent(nn.Module):
 
     def _states(self, batch: StudentBatch) -> _States:
         second = any(s.layer == "second_last" for s in self._specs)
-        attention = any(s.name == "attention_mse" for s in self._specs)
+        attention = any(isinstance(s.entry, Attention) for s in self._specs)
         llava: Any = self.model.model
         options = {
             "attention_mask": batch.attention_mask if batch.position_ids is None else None,
@@ -403,6 +258,42 @@ class _States:
     last: Tensor  # (B, S, d) after the final norm
     second_last: Tensor | None
     attention: Tensor | None  # (B, S, S), last layer, mean over heads
+
+    def of(self, layer: str) -> Tensor:
+        states = self.last if layer == "last" else self.second_last
+        assert states is not None
+        return states
+
+
+@dataclass(frozen=True)
+class _Micro:
+    """What a term is made of: a micro-batch, what the student made of it, and the teacher's side."""
+
+    batch: StudentBatch
+    student: _States
+    targets: RowTargets
+    teacher: TeacherSide
+
+
+@dataclass(frozen=True)
+class _Places:
+    """P positions: the student's states (P, d) and the teacher's, what each counts (P,), the line it is in (P,)."""
+
+    student: Tensor
+    teacher: StoredStates
+    weight: Tensor
+    owner: Tensor
+
+
+def _on_answer_logits(spec: LossSpec) -> bool:
+    return isinstance(spec.entry, (Answers, Logits)) and spec.tokens == "answer"
+
+
+def _row_weight(spec: LossSpec, batch: StudentBatch) -> Tensor:
+    """(R,) what each answer row counts: nothing, where the spec leaves out the first of each answer."""
+    if spec.rows == "predicting":
+        return batch.row_weight
+    return batch.row_weight * ~first_rows(batch.row_sample, batch.row_position)
 
 
 def first_rows(row_sample: Tensor, row_position: Tensor) -> Tensor:

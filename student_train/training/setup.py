@@ -12,7 +12,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from student_train.config import LOGIT_LOSSES, FitConfig, TrainConfig
+from student_train.config import FitConfig, TrainConfig
+from student_train.losses.catalogue import Answers, Logits
 from teacher_cache.config import as_plain
 from teacher_cache.errors import ConfigError
 from teacher_cache.terminal import without_secrets_in
@@ -27,7 +28,7 @@ def make_accelerator(config: FitConfig) -> Accelerator:
 
     Raises ``ConfigError``: float16 without a GPU.
     """
-    head = any(loss.name in ("cross_entropy", *LOGIT_LOSSES) for loss in config.losses)
+    head = any(isinstance(loss.entry, (Answers, Logits)) for loss in config.losses)
     unused = config.student.train_vision or not head
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=unused, gradient_as_bucket_view=True)]
     AcceleratorState._reset_state()

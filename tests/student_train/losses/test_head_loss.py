@@ -35,11 +35,11 @@ WRITTEN_OUT = [
     [CE],
     [LossSpec("forward_kl")],
     [CE, LossSpec("forward_kl", 2.0)],
-    [CE, LossSpec("forward_kl", 2.0, "exact")],
-    [CE, LossSpec("forward_kl", 2.0, "sampled")],
+    [CE, LossSpec("forward_kl", 2.0, source="exact")],
+    [CE, LossSpec("forward_kl", 2.0, source="sampled")],
     [LossSpec("forward_kl", source="exact", temperature=0.7)],
-    [CE, LossSpec("forward_kl", 2.0, "exact", temperature=2.0, temperature_squared=True)],
-    [CE, LossSpec("forward_kl", 2.0, "topk", temperature=4.0)],
+    [CE, LossSpec("forward_kl", 2.0, source="exact", temperature=2.0, temperature_squared=True)],
+    [CE, LossSpec("forward_kl", 2.0, source="topk", temperature=4.0)],
 ]
 BY_AUTOGRAD = [
     [CE, LossSpec("reverse_kl"), LossSpec("jsd", source="exact", beta=0.3), LossSpec("logit_mse", 0.1)],

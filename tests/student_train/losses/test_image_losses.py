@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.config import LossSpec
 from student_train.losses import image_losses as relations
-from student_train.losses import row_losses as losses
+from student_train.losses.by_source import exact_loss
+from student_train.losses.catalogue import LossSpec
 from student_train.losses.head_loss import head_losses
-from student_train.losses.targets import ImageTargets, decoded, image_targets, scales_on
+from student_train.losses.targets import ImageTargets, TeacherSide, decoded, scales_on
 from teacher_cache.build.signals import Extractor
 from teacher_cache.config import SignalsConfig
 from teacher_cache.store.codecs import ChannelScales
@@ -43,7 +43,7 @@ def cached(visual: str, codec: str = "float16", top_k: int = 8) -> ImageTargets:
     lines = [extractor.image(states.float()) for states in TEACHER_STATES]
     arrays = {name: torch.from_numpy(np.stack([line[name] for line in lines])) for name in lines[0]}
     on_device = {name: scales_on(s, "cpu") for name, s in scales.items()}
-    return image_targets(arrays, signals, on_device, TOKENS, head)
+    return TeacherSide(signals, on_device, head, WIDTH, TOKENS).images(arrays)
 
 
 def dense_relation(teacher_logits: Tensor, student_logits: Tensor) -> float:
@@ -61,8 +61,7 @@ def dense_relation(teacher_logits: Tensor, student_logits: Tensor) -> float:
 def test_relation_loss_equals_the_one_on_full_logits(space: relations.Space) -> None:
     head = TEACHER_HEAD.float()
     images = ImageTargets(TOKENS, states=decoded(TEACHER_STATES), head=head)
-    student = relations.student_gram(STUDENT_STATES, STUDENT_HEAD, space)
-    values = relations.relation_loss(relations.teacher_gram(images, space), student)
+    values = relations.relation(images, STUDENT_STATES, STUDENT_HEAD, space=space)
     once = dataclasses.replace(images, head=None, head_square=relations.head_square(head))
     assert torch.allclose(relations.teacher_gram(once, space), relations.teacher_gram(images, space), **within())
     teacher_rows = TEACHER_STATES @ TEACHER_HEAD.T if space == "logits" else TEACHER_STATES
@@ -141,7 +140,7 @@ def test_visual_forward_kl_equals_the_one_on_full_logits(chunk_rows: int) -> Non
     images = ImageTargets(TOKENS, states=decoded(TEACHER_STATES.float()), head=TEACHER_HEAD.float())
     states, head = STUDENT_STATES.flatten(0, 1).clone().requires_grad_(), STUDENT_HEAD.clone().requires_grad_()
     teacher = (TEACHER_STATES @ TEACHER_HEAD.T).flatten(0, 1)
-    expected = losses.forward_kl(teacher, states @ head.T).sum()
+    expected = exact_loss(LossSpec("forward_kl", source="exact"), teacher, states @ head.T).sum()
     gradients = torch.autograd.grad(expected, [states, head])
     total, *got = visual_kl(images, "exact", chunk_rows)
     assert total.item() == pytest.approx(expected.item(), rel=rounding(operations=MODEL))

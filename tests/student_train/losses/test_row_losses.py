@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train.config import LossSpec
 from student_train.losses import row_losses as losses
 from student_train.losses import topk
-from student_train.losses.targets import RowTargets, decoded, row_loss
+from student_train.losses.by_source import exact_loss, row_loss, scale_of
+from student_train.losses.catalogue import CATALOGUE, Distributions, Logits, LossSpec
+from student_train.losses.targets import RowTargets, decoded
 from teacher_cache.build.signals import row_signals, sample_ids_and_counts
+from teacher_cache.errors import LossError
 from tests.fixtures.rounding import EXACT, MODEL, rounding, within
 
 GRID = (0.5, 0.7, 1.0, 2.0, 4.0)
@@ -112,23 +116,25 @@ def assert_equals(
         assert gradient[r].tolist() == pytest.approx(central_difference(objective, t, s), rel=1e-6, abs=1e-8)
 
 
-DENSE = {
-    "forward_kl": losses.forward_kl,
-    "reverse_kl": losses.reverse_kl,
-    "jsd": losses.jsd,
-    "logit_mse": losses.logit_mse,
-    "forward_kl_standardised": losses.forward_kl_standardised,
-}
+DENSE = [name for name, entry in CATALOGUE.items() if isinstance(entry, Logits)]
+DIVERGENCES = [n for n in DENSE if isinstance(CATALOGUE[n], Distributions) and n != "forward_kl_standardised"]
+"""f-divergences, of which merging ids gives a lower bound; what a top-k holds of z-scored logits is interpolated."""
+OWN = {"jsd": {"beta": 0.3}}
+
+
+def dense(name: str, teacher: Tensor, student: Tensor, **settings: Any) -> Tensor:
+    """The loss from all of the teacher's logits."""
+    spec = LossSpec(name, source="exact", **settings)
+    return exact_loss(spec, teacher, student) * scale_of(spec)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_loss_equals_the_papers_equation(name: str, temperature: float) -> None:
     teacher, student = random_logits(0), random_logits(1)
-    extra = {"beta": 0.3} if name == "jsd" else {}
-    objective = reference(name, temperature, 0.3)
+    objective, own = reference(name, temperature, 0.3), OWN.get(name, {})
     assert_equals(
-        lambda s: DENSE[name](teacher, s, temperature=temperature, **extra), [objective] * ROWS, teacher, student
+        lambda s: dense(name, teacher, s, temperature=temperature, **own), [objective] * ROWS, teacher, student
     )
 
 
@@ -141,28 +147,28 @@ def test_cross_entropy_is_minus_the_log_probability_of_the_answer() -> None:
 @pytest.mark.parametrize("name", DENSE)
 def test_temperature_squared_multiplies_the_loss_and_is_off_by_default(name: str) -> None:
     teacher, student = random_logits(0), random_logits(1)
-    plain = DENSE[name](teacher, student, temperature=2.0)
-    assert torch.allclose(DENSE[name](teacher, student, temperature=2.0, temperature_squared=True), 4 * plain)
+    plain = dense(name, teacher, student, temperature=2.0)
+    assert torch.allclose(dense(name, teacher, student, temperature=2.0, temperature_squared=True), 4 * plain)
 
 
 def test_losses_of_half_precision_logits_are_float32() -> None:
     teacher, student = random_logits(0).bfloat16(), random_logits(1).bfloat16()
-    for loss in DENSE.values():
-        assert loss(teacher, student).dtype == torch.float32
+    for name in DENSE:
+        assert dense(name, teacher, student).dtype == torch.float32
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])
 def test_jsd_refuses_the_betas_at_which_it_vanishes(beta: float) -> None:
     with pytest.raises(ValueError, match=r"beta must lie between 0 and 1, found .* Use forward_kl in place of beta 0"):
-        losses.jsd(random_logits(0), random_logits(1), beta=beta)
+        dense("jsd", random_logits(0), random_logits(1), beta=beta)
 
 
 def test_jsd_over_beta_tends_to_forward_and_over_one_minus_beta_to_reverse_kl() -> None:
     teacher, student = random_logits(0), random_logits(1)
-    forward = losses.jsd(teacher, student, beta=1e-7) / 1e-7
-    reverse = losses.jsd(teacher, student, beta=1 - 1e-7) / 1e-7
-    assert torch.allclose(forward, losses.forward_kl(teacher, student), rtol=1e-4)
-    assert torch.allclose(reverse, losses.reverse_kl(teacher, student), rtol=1e-4)
+    forward = dense("jsd", teacher, student, beta=1e-7) / 1e-7
+    reverse = dense("jsd", teacher, student, beta=1 - 1e-7) / 1e-7
+    assert torch.allclose(forward, dense("forward_kl", teacher, student), rtol=1e-4)
+    assert torch.allclose(reverse, dense("reverse_kl", teacher, student), rtol=1e-4)
 
 
 # Top-k and one tail bucket
@@ -174,12 +180,12 @@ def topk_loss(name: str, teacher: Tensor, k: int, temperature: float) -> tuple[T
     stats = stats_of(teacher)
     logprobs = values - stats["lse@1"].unsqueeze(-1)
     targets = RowTargets(topk_ids=ids, topk_logprobs=logprobs, stats=stats)
-    spec = LossSpec(name, temperature=temperature, beta=0.3)  # type: ignore[arg-type]
+    spec = LossSpec(name, temperature=temperature, **OWN.get(name, {}))
     return ids, lambda student: row_loss(spec, targets, student, slice(0, len(teacher)))
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "logit_mse"])
+@pytest.mark.parametrize("name", [*DIVERGENCES, "logit_mse"])
 def test_topk_loss_equals_the_equation_over_k_plus_one_buckets(name: str, temperature: float) -> None:
     teacher, student = random_logits(2), random_logits(3)
     ids, loss = topk_loss(name, teacher, 4, temperature)
@@ -201,21 +207,20 @@ def test_topk_loss_equals_the_dense_loss_when_k_is_the_vocabulary(name: str, tem
     st.integers(2, 30),
     st.data(),
     st.sampled_from(TEMPERATURES),
-    st.sampled_from(["forward_kl", "reverse_kl", "jsd"]),
+    st.sampled_from(DIVERGENCES),
 )
 def test_topk_divergence_is_a_lower_bound_of_the_dense_one(rows, vocabulary, data, temperature, name) -> None:
     k = data.draw(st.integers(1, vocabulary))
     seed = data.draw(st.integers(0, 999))
     teacher, student = random_logits(seed, rows, vocabulary), random_logits(seed + 1, rows, vocabulary)
     _, loss = topk_loss(name, teacher, k, temperature)
-    extra = {"beta": 0.3} if name == "jsd" else {}
-    dense = DENSE[name](teacher, student, temperature=temperature, **extra)
+    bound = dense(name, teacher, student, temperature=temperature, **OWN.get(name, {}))
     assert loss(student).shape == (rows,)
     # The tail is 1 − Σ of what is kept: where next to nothing is left, its logarithm has few digits left, too.
     kept = torch.zeros_like(teacher, dtype=torch.bool).scatter(-1, teacher.topk(k).indices, True)
     left = (teacher / temperature).softmax(-1).masked_fill(kept, 0).sum(-1)
     noise = rounding(EXACT, MODEL) * (1 + torch.where(left > 0, 1 / left, left))
-    assert (loss(student) <= dense + noise).all()
+    assert (loss(student) <= bound + noise).all()
     assert (loss(student) >= -noise).all()
 
 
@@ -226,7 +231,7 @@ def test_what_the_bucketed_forward_kl_lacks_is_tail_mass_times_the_kl_of_the_tai
     mass = (torch.logsumexp(tail_t, -1) - torch.logsumexp(teacher, -1)).exp()
     p, q = tail_t.softmax(-1), tail_s.softmax(-1)
     missing = mass * torch.where(p > 0, p * (p / q.clamp(min=1e-300)).clamp(min=1e-300).log(), p).sum(-1)
-    assert torch.allclose(loss(student) + missing, losses.forward_kl(teacher, student))
+    assert torch.allclose(loss(student) + missing, dense("forward_kl", teacher, student))
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -283,7 +288,8 @@ def test_standardised_topk_is_close_to_its_exact_buckets(shape: str) -> None:
         logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True), stats_of(logits), logits.shape[-1]
     )
     assert (head - exact_head).abs().max() < 5e-3
-    assert torch.allclose(loss(student), losses.forward_kl_standardised_topk(ids, exact_head, student), atol=5e-3)
+    exact = losses.forward_kl(*losses.buckets(ids, exact_head, losses.standardise(student), 1.0, None))
+    assert torch.allclose(loss(student), exact, atol=5e-3)
 
 
 @pytest.mark.parametrize(("scale", "temperature"), [(0.3, 1.0), (0.8, 0.7), (1.5, 0.25)])
@@ -298,14 +304,15 @@ def test_standardised_topk_stays_near_beyond_the_grid(scale: float, temperature:
 
 
 def test_renormalised_topk_is_biased_where_the_bucketed_one_is_not() -> None:
-    """A student equal to its teacher should rest: it does under the bucket, not under the shortcut."""
+    """A student equal to its teacher should rest: it does under the bucket, not where the head is scaled to mass 1 and
+    has no tail, whose optimum has nothing outside (Anshumann et al., ACL 2025, section 3)."""
     teacher = random_logits(13)
     ids, loss = topk_loss("forward_kl", teacher, 4, 1.0)
     student = teacher.clone().requires_grad_()
     (rest,) = torch.autograd.grad(loss(student).sum(), student)
     assert rest.abs().max() < 1e-9
-    head = teacher.log_softmax(-1).gather(-1, ids)
-    (pushed,) = torch.autograd.grad(losses.forward_kl_topk_renormalised(ids, head, student).sum(), student)
+    head, kept = teacher.log_softmax(-1).gather(-1, ids), student.log_softmax(-1).gather(-1, ids)
+    (pushed,) = torch.autograd.grad(losses.forward_kl(head.log_softmax(-1), kept).sum(), student)
     tail = 1 - head.exp().sum(-1)
     assert torch.allclose(pushed.gather(-1, ids).sum(-1), -tail)  # what it pushes into the head is the tail's mass
 
@@ -336,7 +343,7 @@ def test_sampled_forward_kl_is_unbiased_in_value_and_gradient(kind: str) -> None
     estimates = row_loss(LossSpec("forward_kl", source="sampled"), targets, many, slice(0, repeats))
     (gradients,) = torch.autograd.grad(estimates.sum(), many)
     one = student.clone().requires_grad_()
-    exact = losses.forward_kl(teacher, one)
+    exact = dense("forward_kl", teacher, one)
     (gradient,) = torch.autograd.grad(exact.sum(), one)
     error = 4.5 * estimates.std() / math.sqrt(repeats)
     assert abs(estimates.mean() - exact).item() < error + 1e-12
@@ -349,15 +356,21 @@ def test_exact_head_and_tail_draws_vary_less_than_draws_alone() -> None:
     teacher, student = random_logits(17, 1, 50).expand(4000, -1), random_logits(18, 1, 50).expand(4000, -1)
     values, kept = teacher.topk(5)
     head, entropy = values - teacher.logsumexp(-1, keepdim=True), stats_of(teacher)["entropy"]
-    plain = losses.forward_kl_sampled(*draw(teacher, 8), entropy, student)
-    hybrid = losses.forward_kl_hybrid(kept, head, *draw(teacher, 8, kept), entropy, student)
+    log_q = student.log_softmax(-1)
+    ids, counts = draw(teacher, 8)
+    plain = losses.forward_kl_of_draws(ids, losses.draw_shares(counts), entropy, log_q)
+    target = losses.hybrid_target(kept, head, *draw(teacher, 8, kept), 50)
+    hybrid = losses.forward_kl_of_draws(*target, entropy, log_q)
     assert hybrid.std() < plain.std() / 2
 
 
-@pytest.mark.parametrize("spec", [LossSpec("reverse_kl", source="sampled"), LossSpec("forward_kl", 1, "sampled", 2.0)])
+@pytest.mark.parametrize(
+    "spec",
+    [LossSpec("reverse_kl", source="sampled"), replace(LossSpec("forward_kl", source="sampled"), temperature=2.0)],
+)
 def test_draws_serve_forward_kl_at_temperature_one_only(spec: LossSpec) -> None:
     with pytest.raises(ValueError, match=r"from sampled ids: expected forward_kl at temperature 1"):
-        row_loss(spec, RowTargets(), random_logits(0), slice(0, ROWS))
+        row_loss(replace(spec, temperature=2.0), RowTargets(), random_logits(0), slice(0, ROWS))
 
 
 # Hidden states and affinity
@@ -425,27 +438,24 @@ def test_exact_source_equals_the_dense_loss_on_the_live_teachers_logits() -> Non
     states, head, student = random_logits(30, 5, 6), random_logits(31, 12, 6), random_logits(32, 5, 12)
     targets = RowTargets(hidden=decoded(states.float()), head=head)
     live = (states.float().double() @ head.T)[1:4]
-    for name, dense in DENSE.items():
-        spec = LossSpec(name, source="exact", temperature=0.7)  # type: ignore[arg-type]
+    for name in DENSE:
+        spec = LossSpec(name, source="exact", temperature=0.7)
         got = row_loss(spec, targets, student[1:4], slice(1, 4))
-        assert torch.allclose(got, dense(live, student[1:4], temperature=0.7))
+        assert torch.allclose(got, dense(name, live, student[1:4], temperature=0.7))
 
 
 @pytest.mark.parametrize(
     ("spec", "targets", "message"),
     [
-        (LossSpec("cross_entropy"), RowTargets(), "cross_entropy: the cache holds no answer tokens"),
+        (LossSpec("cross_entropy"), RowTargets(), "the cache holds no answer tokens"),
         (LossSpec("forward_kl"), RowTargets(), "topk: the cache holds no topk_ids"),
         (LossSpec("jsd", source="exact"), RowTargets(), r"exact: the cache holds no hidden.*signals\.hidden"),
         (LossSpec("forward_kl", source="sampled"), RowTargets(), "sampled: the cache holds no sampled_ids"),
-        (LossSpec("hinge", source="exact"), None, "loss 'hinge': expected cross_entropy or one of forward_kl"),  # type: ignore[arg-type]
-        (LossSpec("jsd", source="oracle"), RowTargets(), "source 'oracle' is none of topk, exact, sampled"),  # type: ignore[arg-type]
+        (LossSpec("hidden_mse"), RowTargets(), "loss hidden_mse: .* Take one of cross_entropy, forward_kl"),
     ],
 )
-def test_what_the_cache_does_not_hold_is_refused(spec: LossSpec, targets: RowTargets | None, message: str) -> None:
-    if targets is None:
-        targets = RowTargets(hidden=decoded(torch.zeros(ROWS, 2)), head=torch.zeros(VOCABULARY, 2))
-    with pytest.raises(ValueError, match=message):
+def test_what_the_cache_does_not_hold_is_refused(spec: LossSpec, targets: RowTargets, message: str) -> None:
+    with pytest.raises(LossError, match=message):
         row_loss(spec, targets, random_logits(0), slice(0, ROWS))
 
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from student_train.config import LOGIT_LOSSES, LossSpec
 from student_train.evaluation.agreement import agreement
 from student_train.evaluation.answers import Student
+from student_train.losses.by_source import row_loss
+from student_train.losses.catalogue import CATALOGUE, Logits, LossSpec
 from student_train.losses.head_loss import chunked_row_losses, head_losses, losses_of
-from student_train.losses.targets import RowTargets, decoded, row_loss
-from student_train.training.objective import check_shared
+from student_train.losses.needs import check_shared
+from student_train.losses.targets import RowTargets, decoded
 from student_train.training.trainer import Run
 from teacher_cache.errors import ConfigError
 from tests.fixtures import online
@@ -29,9 +30,8 @@ ROWS, WIDTH, REAL, PADDED = 6, 5, 20, 24
 SIZES = {"teacher larger": (PADDED, REAL), "student larger": (REAL, PADDED)}
 TEMPERATURE = 2.0
 TERMS = [
-    *[LossSpec(name, source="exact") for name in LOGIT_LOSSES],
-    *[LossSpec(name, source="topk") for name in LOGIT_LOSSES],
-    *[LossSpec("forward_kl", source=source, temperature=TEMPERATURE) for source in ("exact", "topk")],  # type: ignore[arg-type]
+    *[LossSpec(n, source=s) for s in ("exact", "topk") for n, e in CATALOGUE.items() if isinstance(e, Logits)],
+    *[LossSpec("forward_kl", source=source, temperature=TEMPERATURE) for source in ("exact", "topk")],
     LossSpec("reverse_kl", source="topk", temperature=TEMPERATURE, temperature_squared=True),
     LossSpec("forward_kl", source="sampled"),
 ]
@@ -174,7 +174,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 ONLINE = [
     LossSpec("cross_entropy"),
-    *[LossSpec("forward_kl", source=source) for source in ("exact", "topk", "sampled")],  # type: ignore[arg-type]
+    *[LossSpec("forward_kl", source=source) for source in ("exact", "topk", "sampled")],
     LossSpec("forward_kl", source="exact", tokens="all"),
     LossSpec("jsd", source="topk"),
     LossSpec("logit_mse", source="topk"),

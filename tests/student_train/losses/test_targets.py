@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.config import LossSpec
-from student_train.losses import row_losses as losses
-from student_train.losses.targets import RowTargets, row_loss, row_targets, scales_on
+from student_train.losses.by_source import exact_loss, row_loss
+from student_train.losses.catalogue import LossSpec
+from student_train.losses.targets import RowTargets, TeacherSide, scales_on
 from teacher_cache.build.signals import Extractor
 from teacher_cache.config import SignalsConfig
 from teacher_cache.store.codecs import ChannelScales
@@ -43,7 +43,7 @@ def from_cache(signals: SignalsConfig) -> RowTargets:
     arrays = {name: torch.from_numpy(np.concatenate([r[name] for r in records])) for name in records[0]}
     row_index = torch.cat([PREDICTING[0], PREDICTING[1] + POSITIONS[0]])
     on_device = {name: scales_on(s, "cpu") for name, s in scales.items()}
-    return row_targets(arrays, ANSWERS, signals, on_device, HEAD.double(), row_index)
+    return TeacherSide(signals, on_device, HEAD.double(), WIDTH, TOKENS).rows(arrays, ANSWERS, row_index)
 
 
 @pytest.mark.parametrize("hidden", ["rows", "text"])
@@ -61,9 +61,9 @@ def test_exact_logits_are_the_live_teachers(hidden: str, codec: str, tolerance: 
 def test_whole_vocabulary_kept_equals_the_live_teacher(name: str, temperature: float) -> None:
     targets = from_cache(SignalsConfig(hidden="none", top_k=VOCABULARY))
     student = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(1))
-    spec = LossSpec(name, temperature=temperature)  # type: ignore[arg-type]
+    spec = LossSpec(name, temperature=temperature)
     got = torch.cat([row_loss(spec, targets, student[rows], rows) for rows in (slice(0, 2), slice(2, 5))])
-    expected = getattr(losses, name)(LIVE, student, temperature=temperature)
+    expected = exact_loss(spec, LIVE, student)
     assert torch.allclose(got.double(), expected, **within(torch.float16, 20))
 
 
@@ -101,7 +101,7 @@ def test_what_was_not_stored_is_none() -> None:
 def test_vocabularies_beyond_sixteen_bits_keep_their_ids() -> None:
     wide = torch.tensor([[70_000, 3]], dtype=torch.uint32)
     arrays: dict[str, Tensor] = {"topk_ids": wide, "topk_logprobs": torch.zeros(1, 2, dtype=torch.float16)}
-    targets = row_targets(arrays, None, SignalsConfig(), {}, None)
+    targets = TeacherSide(SignalsConfig(), {}, None, WIDTH, TOKENS).rows(arrays, None)
     assert targets.topk_ids is not None
     assert targets.topk_ids.tolist() == [[70_000, 3]]
     assert targets.topk_ids.dtype == torch.int64

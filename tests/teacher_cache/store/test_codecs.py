@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from student_train.losses.targets import row_targets, scales_on
+from student_train.losses.targets import TeacherSide, scales_on
 from teacher_cache.build.calibration import scales_to_bytes
 from teacher_cache.config import PRESETS, SignalsConfig
 from teacher_cache.errors import CacheError
@@ -236,7 +236,9 @@ def test_a_student_sees_the_exact_head_where_states_are_coarse(tmp_path, codec, 
     with TeacherCache.open(tmp_path / "c") as cache:
         arrays = {n: torch.from_numpy(a) for n, a in cache.read(range(4)).arrays.items()}
         scales = {name: scales_on(s, "cpu") for name, s in cache.scales.items()}
-        targets = row_targets(arrays, None, cache.manifest.signals_config, scales, made.head)
+        shape = cache.manifest.shape
+        side = TeacherSide(cache.manifest.signals_config, scales, made.head, shape.hidden_size, shape.image_tokens)
+        targets = side.rows(arrays, None)
     logits = targets.exact_logits(slice(None))
     kept = arrays["topk_logprobs"].float()
     found = logits.log_softmax(-1).gather(-1, arrays["topk_ids"].long())
