@@ -18,12 +18,15 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from teacher_cache.data.parquet_pages import pages
 from teacher_cache.errors import DataError
 
 BLOCK = 4 << 20
 """Bytes read at a time."""
 LARGEST_RECORD = 256 << 20
 """Characters of one sample; a file without a second sample in so many is no list of samples."""
+PAGE_RATIO, PAGE_BYTES, PAGE_VALUES = 256, 64 << 20, 16 << 20
+"""A Parquet page may be so many times its stored size, and so many bytes and values beyond that."""
 KINDS = (".json", ".jsonl", ".ndjson", ".parquet")
 """What is taken out of a folder; a file that is named itself may be called anything."""
 _SPACE = re.compile(r"[\ufeff \t\r\n]*")
@@ -93,9 +96,11 @@ class DataFile:
             columns = [name for name in opened.schema_arrow.names if wanted(name)]
             row_bytes = before.st_size // max(opened.metadata.num_rows, 1)
             rows = min(1024, max(1, BLOCK // max(row_bytes, 1)))
-            for batch in opened.iter_batches(rows, columns=columns, use_threads=False):
-                advance(batch.num_rows * row_bytes)
-                yield from batch.to_pylist()
+            for group in range(opened.num_row_groups):
+                self._check_pages(file, opened.metadata.row_group(group), columns)
+                for batch in opened.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
+                    advance(batch.num_rows * row_bytes)
+                    yield from batch.to_pylist()
         except (OSError, ValueError, pa.ArrowException) as error:
             raise DataError(f"{self.path}: not a readable Parquet file ({error}). Fetch it again") from error
         finally:
@@ -107,6 +112,20 @@ class DataFile:
         after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise DataError(f"{self.path}: changed while it was read. Let it rest, then run the same command again")
+
+    @staticmethod
+    def _check_pages(file: BinaryIO, group: Any, columns: Sequence[str]) -> None:
+        """Refuse a page that unpacks to far more than it is before there is room made for it."""
+        chunks = [group.column(i) for i in range(group.num_columns)]
+        for chunk in chunks:
+            if chunk.path_in_schema.partition(".")[0] not in columns:
+                continue
+            for page in pages(lambda at, count: os.pread(file.fileno(), count, at), chunk):
+                if page.unpacked > PAGE_RATIO * page.stored + PAGE_BYTES or page.values > page.stored + PAGE_VALUES:
+                    raise ValueError(
+                        f"column {chunk.path_in_schema}: a page of {page.stored:,} bytes that unpacks to "
+                        f"{page.unpacked:,} bytes and {page.values:,} values"
+                    )
 
 
 class _Text:

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from teacher_cache.data.parquet_pages import pages
 from teacher_cache.errors import CacheError
 
 JSON_BYTES = 64 << 20
@@ -57,7 +58,9 @@ def parquet_file(data: bytes, where: str, checked: bool = False) -> pq.ParquetFi
         file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=checked)
         facts = file.metadata
         groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
-        declared = sum(group.total_byte_size for group in groups)
+        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+        every = [page for chunk in chunks for page in pages(lambda at, count: data[at : at + count], chunk)]
+        declared = sum(page.unpacked + 4 * page.values for page in every)
     except _FAULTS as error:
         found = "an empty file" if not data else "no Parquet file that can be read"
         raise CacheError(f"{where}: {found} ({error})") from error
