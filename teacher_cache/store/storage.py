@@ -181,10 +181,9 @@ class Storage:
                 target.rename(aside)
                 aside.unlink() if aside.is_symlink() or aside.is_file() else shutil.rmtree(aside)
             return
+        self.remove_file(f"{folder}/{mark}")
         with contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self.path(f"{folder}/{mark}"))
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm(self.path(folder), recursive=True)
+            self._retry("delete", folder, lambda: self._fs.rm(self.path(folder), recursive=True))
 
     def remove_file(self, name: str) -> None:
         """Delete one file, if it is there."""

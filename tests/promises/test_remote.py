@@ -4,11 +4,13 @@ import itertools
 import multiprocessing
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from teacher_cache.build.build import build_cache
 from teacher_cache.errors import CacheError, StorageError
 from teacher_cache.store.checksums import file_sum
 from teacher_cache.store.prefetch import LocalCopy
@@ -186,13 +188,13 @@ def test_forked_workers_read_a_remote_cache(s3, tmp_path, shared):
         assert pickle.loads(pickle.dumps(cache)).read([9, 1]).arrays["topk_ids"].tolist() == wanted
 
 
-@pytest.mark.parametrize("kind", ["503", "cut"])
+@pytest.mark.parametrize("kind", ["500", "503", "reset", "cut"])
 def test_a_store_that_fails_every_third_time_gives_the_same_cache(server, s3, tmp_path, kind):
     local = synthetic_cache(tmp_path / "c")
     count = itertools.count(1)
 
     def faults(environ):
-        may_fail = kind == "503" or environ["REQUEST_METHOD"] == "GET"
+        may_fail = kind != "cut" or environ["REQUEST_METHOD"] == "GET"
         return kind if may_fail and next(count) % 3 == 0 else None
 
     with server.failing(faults):
@@ -253,6 +255,32 @@ def test_an_outage_while_writing_leaves_committed_shards_and_a_run_that_can_go_o
     made = synthetic_cache(url, options=options, complete=False)
     finish(made.storage, made.manifest)
     assert _tree(made.storage) == _tree(whole.storage)
+
+
+@pytest.mark.parametrize("kind", ["500", "reset"])
+def test_an_outage_stops_a_build_and_costs_no_sample(server, s3, cache_config, cache_folder, teacher, kind):
+    """From the second shard on the server fails: for some requests, which is survived, then for good."""
+    url, options = s3
+    config, passing = replace(cache_config, output=url), itertools.count()
+
+    def fault(environ, lasting=True):
+        if "shards/00001" not in environ["PATH_INFO"] or (not lasting and next(passing) % 3):
+            return None
+        return kind
+
+    with (
+        server.failing(fault),
+        pytest.raises(StorageError, match=r"could not \w+( \w+)? it in 5 tries .*Committed shards stand"),
+    ):
+        build_cache(config, teacher=teacher, style="quiet", options=options)
+    assert not Storage(url, options).exists("skipped.jsonl")
+    with server.failing(lambda environ: fault(environ, lasting=False)):
+        assert build_cache(config, teacher=teacher, style="quiet", options=options).skipped == 0
+    local = _tree(Storage(cache_folder))
+    assert {n: data for n, data in _tree(Storage(url, options)).items() if n not in ("cost.json", "manifest.json")} == {
+        n: data for n, data in local.items() if n not in ("cost.json", "manifest.json")
+    }
+    assert next(passing) > 3
 
 
 def test_a_store_that_denies_access_says_so_at_once(server, s3):
