@@ -50,6 +50,10 @@ class LossError(UserError, ValueError):
     """Losses that this cache or this student cannot have: signals that are not cached, widths or grids that differ."""
 
 
+class TrainingError(UserError, ValueError):
+    """A run that cannot go on: its numbers are no numbers any more."""
+
+
 class EvaluationError(UserError, RuntimeError):
     """A benchmark that cannot be run or a student that cannot be scored."""
 

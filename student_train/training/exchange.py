@@ -18,10 +18,6 @@ from torch import Tensor
 from teacher_cache.stopping import SIGNALS
 
 
-class TrainingError(ValueError):
-    """A run that cannot go on: its numbers are no numbers any more."""
-
-
 @dataclass(frozen=True)
 class Agreed:
     """Of one step, the same on every rank."""

@@ -25,7 +25,7 @@ from student_train.students.preprocessor import preprocessor_of
 from student_train.students.processor import prepare_processor
 from student_train.students.student import load_student, merge_adapters
 from student_train.training.checkpoint import load_checkpoint, newest_sound, save_checkpoint, whole_weights
-from student_train.training.exchange import Agreed, TrainingError, exchange
+from student_train.training.exchange import Agreed, exchange
 from student_train.training.inputs import cache_facts, open_sources, side_of, skipped_file, tower_features
 from student_train.training.objective import DistilledStudent
 from student_train.training.output import FitSummary, output_lock, peak_megabytes, write_json
@@ -34,6 +34,7 @@ from student_train.training.settings import run_settings
 from student_train.training.setup import check_tracker, make_accelerator, make_optimizer, start_tracker
 from teacher_cache.config import as_plain
 from teacher_cache.data.tokenization import Template
+from teacher_cache.errors import TrainingError
 from teacher_cache.models.model_config import position_limit
 from teacher_cache.progress import Style, note, stage
 from teacher_cache.stopping import Stop, Stopped, stopping

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import os
+import re
 import signal
+from pathlib import Path
 
 import pytest
 import typer
@@ -12,6 +14,7 @@ import typer
 from teacher_cache import errors
 from teacher_cache.command_line import calm_errors
 
+ROOT = Path(__file__).parents[2]
 OURS = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.UserError)]
 
 
@@ -22,6 +25,15 @@ def test_an_error_of_ours_is_shown_calmly_and_is_a_builtin_too(error: type[Excep
         raise error("data.json: expected a list, found a number [bold]; write one")
     assert ended.value.exit_code == 1
     assert capsys.readouterr().err == "error: data.json: expected a list, found a number [bold]; write one\n"
+
+
+def test_no_error_is_named_outside_the_one_set() -> None:
+    """One that is would be a traceback at both command lines."""
+    ours = {error.__name__ for error in OURS}
+    for path in [*(ROOT / "teacher_cache").rglob("*.py"), *(ROOT / "student_train").rglob("*.py")]:
+        for name, bases in re.findall(r"^class ([A-Z]\w*Error)\((.*)\):", path.read_text(encoding="utf-8"), re.M):
+            assert name in ours or ours & set(bases.split(", ")), f"{path}: {name} is none of errors.py"
+            ours.add(name)
 
 
 def test_a_file_that_may_not_be_opened_is_shown_calmly(tmp_path, capsys) -> None:

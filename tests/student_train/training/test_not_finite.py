@@ -15,8 +15,8 @@ from student_train.feed.batch import StudentBatch
 from student_train.feed.loader import MicroBatches
 from student_train.feed.step_plan import MicroBatch
 from student_train.training import trainer
-from student_train.training.exchange import TrainingError
 from student_train.training.trainer import Run, fit
+from teacher_cache.errors import TrainingError
 from tests.fixtures.training import kept, launch, tiny_fit
 
 SMALL = {"max_steps": 6, "global_batch": 8, "micro_batch": 2, "checkpoint_every": 1, "log_every": 1, "warmup_share": 0}
