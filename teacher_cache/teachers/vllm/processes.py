@@ -50,9 +50,6 @@ def last_error(said: str) -> str:
 
 _GUARD = """
 import os, sys
-
-from teacher_cache.errors import TeacherError
-
 for pid in () if sys.stdin.read() else sys.argv[1:]:
     try:
         os.kill(int(pid), 9)

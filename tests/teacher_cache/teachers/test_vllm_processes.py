@@ -21,8 +21,10 @@ from teacher_cache.teachers.vllm.processes import dismiss, environment, kill_whe
 from tests.fixtures.waiting import until
 
 DRIVER = """
-import signal, subprocess, sys
+import os, signal, subprocess, sys
 from teacher_cache.teachers.vllm.processes import kill_when_orphaned
+os.environ.pop("PYTHONPATH", None)  # as where the package is installed: the guard must not need to find it
+os.chdir("/")
 engine = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
 guard = kill_when_orphaned([engine.pid])
 print(engine.pid, flush=True)
