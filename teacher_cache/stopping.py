@@ -95,6 +95,10 @@ def stopping() -> Iterator[Stop]:
         signal.signal(number, stop.handle)
     try:
         yield stop
+    except KeyboardInterrupt as interrupted:
+        if stop.asked and not isinstance(interrupted, Stopped):  # what Ray makes of it
+            raise Stopped(stop.asked) from None
+        raise
     finally:
         for number in mine:
             signal.signal(number, before[number])

@@ -49,6 +49,19 @@ def test_a_signal_where_nothing_can_be_lost_stops_at_once_and_handlers_come_back
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
+def test_a_library_that_makes_a_plain_interrupt_of_it_changes_nothing() -> None:
+    def waiting_in_a_library() -> None:
+        with stopping():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt from None
+
+    with pytest.raises(Stopped) as stopped:
+        waiting_in_a_library()
+    assert stopped.value.status == 128 + signal.SIGTERM
+
+
 def test_the_same_signal_sent_on_by_a_launcher_is_no_second_one() -> None:
     with stopping() as stop, stop.between_steps():
         signal.raise_signal(signal.SIGINT)
