@@ -393,18 +393,19 @@ def _embedded_images(config: SourceConfig) -> Mapping[str, Image]:
 
 def check_images(source: Source) -> None:
     """Fail before the first step, not in the middle, when the images are not those of the source."""
-    folder, tried = Path(source.image_folder), 0
+    folder, tried = source.image_folder, 0
     for image in source.images():
         if image.embedded:
             continue
-        if not source.image_folder or not (folder / image.path).is_file():
-            digest = re.fullmatch("[0-9a-f]{32}", image.path) is not None
-            advice = (
-                "sources[…].image_data to all of the Parquet files it was made from (files, a folder or a pattern)"
-                if digest
-                else "sources[…].image_folder to the folder the cache was made from"
+        if re.fullmatch("[0-9a-f]{32}", image.path) and not (folder and Path(folder, image.path).is_file()):
+            raise DataError(
+                f"sources[…].image_data: no image of digest {image.path} in it, but the source names one: its images "
+                "came inside its data. Set it to all of the Parquet files the cache was made from (files, a folder or "
+                "a pattern)"
             )
-            raise DataError(f"{source.image_folder or 'image_folder'}: {image.path} is not there. Set {advice}")
+        if not folder or not Path(folder, image.path).is_file():
+            found = f"{folder} holds no {image.path}" if folder else f"not set, but the source names {image.path}"
+            raise DataError(f"sources[…].image_folder: {found}. Set it to the folder that the images lie in")
         tried += 1
         if tried == _TRIED:
             return

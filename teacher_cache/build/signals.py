@@ -21,7 +21,10 @@ from teacher_cache.store.codecs import ChannelScales, encode
 from teacher_cache.store.records import Array, TeacherShape
 from teacher_cache.teachers.teacher import SampleStates, Wanted
 
-NOT_FINITE = "logits or states that are not finite (inf or NaN): another teacher.dtype may hold them"
+NOT_FINITE = (
+    "logits or states that are not finite (inf or NaN) or beyond what signals.codec holds: another teacher.dtype or "
+    "signals.codec may hold them"
+)
 """Why such a sample is skipped. The same words every time: reasons are part of a cache's bytes."""
 
 

@@ -293,7 +293,8 @@ def _image_of(line: Mapping[str, Any]) -> Image | None:
 
 def _values(value: Any) -> list[Any]:
     """What a key names: nothing, one thing or several."""
-    if _nothing(value) or value == {"bytes": None, "path": None}:
+    feature = isinstance(value, Mapping) and value.keys() <= {"bytes", "path"}  # Hugging Face's: null, or empty bytes
+    if _nothing(value) or (feature and not any(value.values())):
         return []
     if isinstance(value, list | tuple):
         return [one for part in value for one in _values(part)]

@@ -58,7 +58,10 @@ def fit_channel_scales(states: npt.NDArray[np.float32], codec: str, pca: int = 0
 
 
 def encode(states: Any, codec: str, scales: ChannelScales) -> tuple[Any, Any | None]:
-    """``states`` (…, d) float32 torch tensor → (codes, row scales or None), tensors on the same device."""
+    """``states`` (…, d) float32 torch tensor → (codes, row scales or None), tensors on the same device.
+
+    In float16 a state beyond 65,504 is infinite, not cut off: whoever stores it looks for that.
+    """
     import torch
 
     states = states.float()
@@ -70,8 +73,7 @@ def encode(states: Any, codec: str, scales: ChannelScales) -> tuple[Any, Any | N
     if codec == "float32":
         return states, None
     if codec == "float16":
-        limit = torch.finfo(torch.float16).max
-        return states.clamp(-limit, limit).half(), None
+        return states.half(), None
     if codec == "bfloat16":
         return states.bfloat16().view(torch.uint16), None
     scaled = states / torch.as_tensor(scales.channel_scale, device=states.device)

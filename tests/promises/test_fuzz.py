@@ -20,7 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image as PillowImage
+from transformers import AutoTokenizer
 
+from pipelines.tiny.prepare import TEACHER
+from teacher_cache.build.answers import AnsweredSample, read_answers, write_answers
 from teacher_cache.data.conversations import Image
 from teacher_cache.data.images import open_picture
 from teacher_cache.errors import UserError
@@ -29,6 +32,7 @@ from teacher_cache.store.checksums import METADATA_KEY, sha256
 from teacher_cache.store.manifest import Manifest, _canonical, digest
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.storage import Storage
+from teacher_cache.store.writer import answers_name
 from teacher_cache.trust.verify import verify_cache
 from tests.fixtures.store import Made, signals, synthetic_cache
 
@@ -133,6 +137,56 @@ def test_damaged_files_are_refused_or_read_as_they_were_written(whole: Made, roo
         path.write_bytes(mutated(data, chance))
         everything(root, whole)
         path.write_bytes(data)
+
+
+def answers_part(root: Path, whole: Made) -> tuple[Storage, Path]:
+    samples = [
+        AnsweredSample(f"s{n}", [(n, 5, 2**31), (7,)], ["stop", "length"], "teacher", image_checksum="ab" * 16)
+        for n in range(9)
+    ]
+    storage = Storage(root)
+    write_answers(storage, whole.manifest, 0, samples, AutoTokenizer.from_pretrained(TEACHER))
+    return storage, root / answers_name(0)
+
+
+def test_damaged_answers_are_refused_or_read_as_they_were_written(whole: Made, root: Path) -> None:
+    chance = random.Random(SEED)
+    storage, path = answers_part(root, whole)
+    data, true = path.read_bytes(), read_answers(storage, whole.manifest, 0)
+    assert true is not None
+    for _ in range(EXAMPLES):
+        path.write_bytes(mutated(data, chance))
+        assert outcome(lambda: read_answers(storage, whole.manifest, 0)) in (None, true)
+        assert verify_cache(storage, deep=True).lines()
+
+
+def test_forged_answers_are_refused_or_harmless(whole: Made, root: Path) -> None:
+    """Every column with another type, with nulls, with other values, or left out."""
+    chance = random.Random(SEED)
+    storage, path = answers_part(root, whole)
+    table = pq.read_table(io.BytesIO(path.read_bytes()))
+    for _ in range(EXAMPLES):
+        name = chance.choice(table.column_names)
+        values = table[name].to_pylist()
+        lie = chance.choice([None, -1, 2**40, 1.5, "x", b"\xff", [None], [-1], [[1]], ["x"], {"a": 1}])
+        some = [lie if chance.random() < 0.3 else value for value in values]
+        made = column_of(some)
+        made = column_of([lie] * len(values)) if made is None else made
+        other = table.drop_columns([name])
+        if chance.random() < 0.8:
+            other = other.append_column(name, made)
+        pq.write_table(other.replace_schema_metadata(table.schema.metadata), path)
+        found = outcome(lambda: read_answers(storage, whole.manifest, 0))
+        for sample in (found or {}).values():
+            assert all(isinstance(i, int) and 0 <= i < 2**32 for answer in sample.answers for i in answer)
+        assert verify_cache(storage, deep=True).lines()
+
+
+def column_of(values: list[Any]) -> pa.Array | None:
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):  # of no one type
+        return None
 
 
 def reseal(root: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

@@ -78,8 +78,17 @@ def test_an_image_that_is_in_none_of_the_files_is_an_error_before_the_first_step
     folder, cache = parquet_cache
     for part in (SourceConfig(image_data=str(folder / "train-0.parquet")), SourceConfig()):
         source = CacheSource(replace(part, cache=str(cache)), TOKENIZER, [], [])
-        with pytest.raises(DataError, match=r"Set sources\[…\]\.image_data to all of the Parquet files"):
+        with pytest.raises(DataError, match=r"image_data: no image of digest [0-9a-f]{32} in it.* all of the Parquet"):
             check_images(source)
+
+
+@pytest.mark.parametrize(("folder", "found"), [("", "not set, but the source names "), (".", r"\. holds no ")])
+def test_an_image_file_that_is_not_in_the_folder_is_an_error_before_the_first_step(
+    cache_folder: Path, folder: str, found: str
+) -> None:
+    source = CacheSource(SourceConfig(cache=str(cache_folder), image_folder=folder), TOKENIZER, [], [])
+    with pytest.raises(DataError, match=rf"image_folder: {found}.*Set it to the folder that the images lie in"):
+        check_images(source)
 
 
 def test_original_answers_read_texts_only(cache_folder: Path, world: Path, tmp_path: Path) -> None:

@@ -194,6 +194,9 @@ def test_the_first_samples_are_read_without_the_rest(tmp_path: Path, monkeypatch
         ("", None),
         ([None, ""], None),
         ({"bytes": None, "path": None}, None),
+        ({"bytes": b"", "path": ""}, None),
+        ([{"bytes": b"", "path": None}], None),
+        ({"bytes": b"", "path": "a.png"}, "a.png"),
     ],
 )
 @pytest.mark.parametrize("key", ["image", "images"])

@@ -91,6 +91,14 @@ def test_an_entry_is_at_most_half_a_step_off(codec, relative):
     assert (error <= relative * top).all()
 
 
+def test_a_state_beyond_float16_is_infinite_not_cut_off():
+    """Whoever stores it sees that: the sample is left out, and no row is quietly another."""
+    states = torch.from_numpy(peaked_states(5, 64, seed=1))
+    states[2, 3] = 1e6
+    codes, _ = encode(states, "float16", fit_channel_scales(states.numpy(), "float16"))
+    assert torch.isfinite(codes).all(1).tolist() == [True, True, False, True, True]
+
+
 def test_each_codec_stays_under_its_divergence():
     """One channel holds most of the energy; without channel scales int8 would be a hundred times worse."""
     width = 256
