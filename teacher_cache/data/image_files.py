@@ -46,9 +46,11 @@ def read_image(image: Image, folder: str | Path) -> bytes:
     try:
         data = again(lambda: _bytes(image, Path(folder)), lambda error: isinstance(error, OSError))
     except OSError as error:
-        check_folder(Path(folder))
+        if image.stored is None:
+            check_folder(Path(folder))
+        place = folder if image.stored is None else image.stored.file
         raise DataError(
-            f"image {image.image_id}: {folder} does not answer ({error.strerror or error}), tried {TRIES} times. The "
+            f"image {image.image_id}: {place} does not answer ({error.strerror or error}), tried {TRIES} times. The "
             "sample is not at fault, so it is not skipped: see to the disk (or to the limit of open files), then run "
             "the same command again"
         ) from error

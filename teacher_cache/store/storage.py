@@ -183,7 +183,7 @@ class Storage:
             return
         self.remove_file(f"{folder}/{mark}")
         with contextlib.suppress(FileNotFoundError):
-            self._retry("delete", folder, lambda: self._fs.rm(self.path(folder), recursive=True))
+            self._retry("delete", folder, lambda fs, path: fs.rm(path, recursive=True))
 
     def remove_file(self, name: str) -> None:
         """Delete one file, if it is there."""
