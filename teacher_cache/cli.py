@@ -39,7 +39,6 @@ def plan(
     like: Annotated[str, typer.Option(help="a finished cache of this teacher: count with the time that it took")] = "",
     read_rate: Annotated[float, typer.Option(help="tokens a second that one GPU reads (with --write-rate)")] = 0.0,
     write_rate: Annotated[float, typer.Option(help="tokens a second that one GPU writes")] = 0.0,
-    dollars: Annotated[float, typer.Option(help="price of a GPU hour")] = 2.0,
     answer_factor: Annotated[float, typer.Option(help="new answers are this much longer than the original ones")] = 1.0,
     as_json: Json = False,
 ) -> None:
@@ -50,10 +49,10 @@ def plan(
     with _errors():
         if bool(read_rate) != bool(write_rate) or (like and read_rate):
             raise ConfigError("give --read-rate and --write-rate together, or --like, or none of them")
-        rate = Throughput(read_rate, write_rate, dollars) if read_rate else None
-        rate = measured_throughput(Storage(like), dollars) if like else rate
+        rate = Throughput(read_rate, write_rate) if read_rate else None
+        rate = measured_throughput(Storage(like)) if like else rate
         settings = load_config(CacheConfig, config, sets or [])
-        planned = plan_cache(settings, answer_factor=answer_factor, throughput=rate, dollars_per_hour=dollars)
+        planned = plan_cache(settings, answer_factor=answer_factor, throughput=rate)
     _show(planned.as_rows(), planned, as_json, "plan")
 
 

@@ -56,7 +56,6 @@ class CachePlan:
     """Each array by its name, then ``indexes and texts``, ``answers``, ``output head``."""
     preset_bytes: dict[str, int]
     gpu_hours: float
-    dollars: float
     throughput: Throughput
     memory: TeacherMemory
     free_bytes: int | None
@@ -88,7 +87,6 @@ class CachePlan:
             ("fits", {None: "not known", True: "yes", False: "NO: free space or choose a smaller preset"}[self.fits]),
             *self.memory.as_rows(),
             ("GPU hours", _few_digits(self.gpu_hours)),
-            ("cost", f"{_few_digits(self.dollars)} $ at {rate.dollars_per_hour:g} $ an hour"),
             (
                 "throughput of one GPU",
                 f"{rate.read_tokens_per_second:,.0f} tokens/s read, {rate.write_tokens_per_second:,.0f} written "
@@ -98,13 +96,7 @@ class CachePlan:
         ]
 
 
-def plan_cache(
-    config: CacheConfig,
-    *,
-    answer_factor: float = 1.0,
-    throughput: Throughput | None = None,
-    dollars_per_hour: float = 2.0,
-) -> CachePlan:
+def plan_cache(config: CacheConfig, *, answer_factor: float = 1.0, throughput: Throughput | None = None) -> CachePlan:
     """Count and price the cache that ``config`` describes.
 
     ``config.teacher.model`` may be a folder that holds only ``config.json``, with or without the tokenizer's files.
@@ -137,9 +129,8 @@ def plan_cache(
     parts = {
         name: _part_bytes(as_preset(config.signals, name), config, shape, lines, shards, texts) for name in PRESETS
     }
-    rate = throughput or assumed_throughput(size_of(model).language, dollars_per_hour)
+    rate = throughput or assumed_throughput(size_of(model).language)
     anew = kept & np.array([c.regenerate and c.sample_id not in answered for c in conversations], np.bool_)
-    hours = rate.hours(whole[kept].sum(), prompt[anew].sum(), lengths.answers[anew].sum())
     return CachePlan(
         samples=int(kept.sum()),
         skipped=len(samples) - int(kept.sum()),
@@ -150,8 +141,7 @@ def plan_cache(
         shards=shards,
         part_bytes=_part_bytes(config.signals, config, shape, lines, shards, texts),
         preset_bytes={name: sum(sizes.values()) for name, sizes in parts.items()},
-        gpu_hours=hours,
-        dollars=hours * rate.dollars_per_hour,
+        gpu_hours=rate.hours(whole[kept].sum(), prompt[anew].sum(), lengths.answers[anew].sum()),
         throughput=rate,
         memory=teacher_memory(config, model, min(int(whole.max(initial=1)), config.teacher.max_length)),
         free_bytes=storage.free_bytes() if config.output else None,

@@ -1,4 +1,4 @@
-"""What the teacher costs, before it runs: memory of a GPU, hours and dollars, from its configuration alone."""
+"""What the teacher costs, before it runs: memory of a GPU and hours, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ STEP_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Throughput:
-    """Tokens per second of one GPU: reading (prompts, scoring) and writing (answers), and what an hour costs."""
+    """Tokens per second of one GPU: reading (prompts, scoring) and writing (answers)."""
 
     read_tokens_per_second: float
     write_tokens_per_second: float
-    dollars_per_hour: float = 2.0
     source: str = "given"
     writing_reads: bool = False
     """The writing rate was measured with the reading of the prompts in it."""
@@ -43,18 +42,17 @@ class Throughput:
         return float(read / self.read_tokens_per_second + answers / self.write_tokens_per_second) / 3600
 
 
-def assumed_throughput(weights: int, dollars_per_hour: float = 2.0) -> Throughput:
+def assumed_throughput(weights: int) -> Throughput:
     """An A100 that reads at 40 % of its arithmetic, and writes 64 answers at once at 55 % of its memory bandwidth. For
     13B: 4,800 and 2,700 tokens/s."""
     return Throughput(
         read_tokens_per_second=HALF_FLOPS / (2 * weights),
         write_tokens_per_second=READ_BYTES_PER_SECOND / (2 * weights) * 64,
-        dollars_per_hour=dollars_per_hour,
         source="assumed for one A100, batches of 64; plan --like takes what a cache of yours took",
     )
 
 
-def measured_throughput(storage: Storage, dollars_per_hour: float = 2.0) -> Throughput:
+def measured_throughput(storage: Storage) -> Throughput:
     """What a finished cache of two passes took, a worker (``cost.json``); answers that were kept took no writing.
 
     Raises ``ConfigError``: the cache has no such figures, or came out of one pass, whose time does not tell reading
@@ -74,9 +72,7 @@ def measured_throughput(storage: Storage, dollars_per_hour: float = 2.0) -> Thro
             f"{', out of one pass' if cost.get('one_pass') else ''}; expected both, of two passes. "
             "Give --read-rate and --write-rate in its place"
         )
-    return Throughput(
-        read / scoring, written / answering, dollars_per_hour, f"measured in {storage.url}", writing_reads=True
-    )
+    return Throughput(read / scoring, written / answering, f"measured in {storage.url}", writing_reads=True)
 
 
 @dataclass(frozen=True)
