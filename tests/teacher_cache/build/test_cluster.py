@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import yaml
 
 from teacher_cache.build.build import COST, build_cache
 from teacher_cache.config import CacheConfig
 from teacher_cache.errors import CacheError, ConfigError
+from tests.fixtures.waiting import until
 
 ray = pytest.importorskip("ray")
 from teacher_cache.build.cluster import RESTARTS, TRIES, ShardWorker, build_on_ray, fleet, spread  # noqa: E402
@@ -134,3 +139,43 @@ def test_workers_that_find_no_room_do_not_hold_up_the_others(cluster: None, tmp_
     with fleet(lambda: roomy.remote(tmp_path)) as near, fleet(lambda: endless.remote(tmp_path)) as far:
         made = list(spread([near(), far()], [4, 5, 6], "cache"))
     assert made == [(4, 4, 1), (5, 5, 1), (6, 6, 0)]
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from teacher_cache.build import cluster
+from teacher_cache.cli import app
+def stuck(folder):
+    class Stuck(cluster.ShardWorker):
+        def run(self, job):
+            if job == 2:
+                Path(folder, f"stuck-{os.getpid()}").touch()
+                signal.pause()
+            return super().run(job)
+    return Stuck
+cluster.ShardWorker = stuck(sys.argv[2])
+app(["build", sys.argv[1], "--workers", "2", "--json"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM])
+def test_a_build_on_ray_that_is_stopped_ends_its_workers_keeps_its_shards_and_goes_on(
+    number: int, config: CacheConfig, tmp_path: Path
+) -> None:
+    config = replace(config, output=str(tmp_path / "cache"))
+    path = tmp_path / "cache.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(config)))), encoding="utf-8")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", STOPPED, str(path), str(tmp_path)]
+    build = subprocess.Popen(command, text=True, env=environment, stderr=subprocess.PIPE)
+    until(lambda: build.poll() is not None or any(tmp_path.glob("stuck-*")))
+    (worker,) = (int(mark.name.partition("-")[2]) for mark in tmp_path.glob("stuck-*"))
+    build.send_signal(number)
+    _, said = build.communicate()
+    assert build.returncode == 128 + number, said
+    assert f"stopped by {signal.Signals(number).name}; committed shards stand" in said
+    assert "Traceback" not in said
+    until(lambda: not psutil.pid_exists(worker))
+    assert not (tmp_path / "cache/.lock").exists()
+    assert build_cache(config, style="quiet").skipped == 0
