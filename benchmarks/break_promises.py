@@ -63,8 +63,8 @@ BREAKS = (
         2,
         "stored states scaled by 1.01 when decoded",
         "student_train/losses/targets.py",
-        "logits = topk.wide(hidden.decode(rows).to(head.dtype) @ head.T)",
-        "logits = topk.wide(1.01 * hidden.decode(rows).to(head.dtype) @ head.T)",
+        "logits = self.rule.apply(topk.wide(hidden.decode(rows).to(head.dtype) @ head.T))",
+        "logits = self.rule.apply(topk.wide(1.01 * hidden.decode(rows).to(head.dtype) @ head.T))",
         "tests/promises/test_offline_online.py",
     ),
     Break(
@@ -378,6 +378,22 @@ BREAKS = (
         "return cls(float(scale or 1) / float(divisor or 1), float(cap or 0))",
         "return cls()",
         "tests/teacher_cache/models/test_families.py",
+    ),
+    Break(
+        3,
+        "a capped teacher's exact logits are taken without its cap",
+        "student_train/losses/targets.py",
+        "self.rule.apply(topk.wide(hidden",
+        "(topk.wide(hidden",
+        "tests/student_train/losses/test_targets.py",
+    ),
+    Break(
+        2,
+        "a capped student's gradient is that of its logits, not of its products",
+        "teacher_cache/data/logit_rule.py",
+        "inner = inner * (1 - (logits / self.cap) ** 2)",
+        "inner = inner * 1",
+        "tests/student_train/losses/test_head_loss.py",
     ),
     Break(
         9,

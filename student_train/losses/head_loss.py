@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from student_train.losses.by_source import row_loss
 from student_train.losses.catalogue import LossSpec
 from student_train.losses.targets import RowTargets
 from student_train.losses.topk import wide
+from teacher_cache.data.logit_rule import AS_THEY_ARE, LogitRule
 
 RowLosses = Callable[[Tensor, slice], dict[str, Tensor]]
 """(student logits (rows, V) float32, rows) → per-row losses (rows,) by name."""
@@ -38,9 +39,16 @@ PRODUCT_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 instead of 118 ms for 256 rows, V = 32,000, d = 640), and no second (V, d) tensor exists."""
 
 
+class LogitHead(NamedTuple):
+    """A student's output head, and what its class makes of its products before it calls them logits."""
+
+    weight: Tensor
+    rule: LogitRule = AS_THEY_ARE
+
+
 def head_losses(
     hidden: Tensor,
-    head_weight: Tensor,
+    head: Tensor | LogitHead,
     stored: RowTargets,
     specs: Sequence[LossSpec],
     weights: Mapping[str, float],
@@ -49,13 +57,20 @@ def head_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of ``specs`` over the rows, by written-out gradients where there are some, else by autograd.
 
-    Same result as :func:`chunked_row_losses` over ``by_source.row_loss``; see there.
+    Same result as :func:`chunked_row_losses` over ``by_source.row_loss``; see there. The teacher's logits follow its
+    own rule (``stored``), the student's that of ``head``.
     """
+    head_weight, rule = head if isinstance(head, LogitHead) else LogitHead(head)
     if not closed_form.supported(specs):
-        return chunked_row_losses(hidden, head_weight, losses_of(specs, stored), weights, row_weight, chunk_rows)
+        losses = losses_of(specs, stored)
+        ruled = losses if rule == AS_THEY_ARE else lambda products, rows: losses(rule.apply(products), rows)
+        return chunked_row_losses(hidden, head_weight, ruled, weights, row_weight, chunk_rows)
 
     def gradient(logits: Tensor, rows: slice, wanted: bool) -> tuple[dict[str, Tensor], Tensor | None]:
-        return closed_form.losses_and_gradient(specs, weights, stored, rows, logits)
+        if rule == AS_THEY_ARE:
+            return closed_form.losses_and_gradient(specs, weights, stored, rows, logits)
+        values, inner = closed_form.losses_and_gradient(specs, weights, stored, rows, rule.apply(logits))
+        return values, rule.backward(inner, rule.apply(logits))  # the first was overwritten
 
     return _apply(hidden, head_weight, gradient, [spec.name for spec in specs], weights, row_weight, chunk_rows)
 

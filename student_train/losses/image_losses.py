@@ -96,6 +96,11 @@ def teacher_gram(images: ImageTargets, space: Space, grid: tuple[int, int] | Non
     states = states if grid is None else pool_grid(states, *grid)
     if space == "hidden":
         return hidden_gram(states)
+    if images.rule.cap:
+        raise LossError(
+            "relation loss on logits, from visual states: the teacher soft-caps its logits, whose Gram is not that of "
+            "head @ states. Set space: hidden"
+        )
     if images.head_square is not None:
         return logit_gram(states, images.head_square)
     return logit_gram(states, head_square(_head(images, "relation loss on logits, from visual states")))
@@ -123,7 +128,8 @@ def visual_rows(images: ImageTargets, grid: tuple[int, int] | None = None) -> Ro
     """
     if images.states is not None:
         head = _head(images, "visual forward KL")
-        return RowTargets(hidden=_visual_states(images, grid), head=head, vocabulary=images.vocabulary)
+        states = _visual_states(images, grid)
+        return RowTargets(hidden=states, head=head, vocabulary=images.vocabulary, rule=images.rule)
     if images.topk_ids is None or images.topk_logprobs is None:
         raise LossError(
             "visual forward KL: the cache holds neither visual states nor a visual top-k. Score the images again with "

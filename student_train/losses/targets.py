@@ -15,6 +15,7 @@ from torch import Tensor
 
 from student_train.losses import topk
 from teacher_cache.config import SignalsConfig
+from teacher_cache.data.logit_rule import AS_THEY_ARE, LogitRule
 from teacher_cache.errors import LossError
 from teacher_cache.store.codecs import ChannelScales, decode, is_coarse, with_exact_head
 from teacher_cache.store.records import stats_names
@@ -57,7 +58,7 @@ class RowTargets:
     answer_ids (R,) int64 · topk_ids (R, k) int64 · topk_logprobs (R, k) float32 · stats: column → (R,) float32 ·
     sampled_ids, sampled_counts (R, n) · hidden, hidden_second_last: (R, d) quantised · attention (R, N) float32 ·
     head (V, d) in the dtype in which logits are formed · vocabulary: the teacher's V, where it may be another than the
-    student's (``shared_ids``); None where it is the same.
+    student's (``shared_ids``); None where it is the same · rule: how the teacher's logits follow from states @ head.T.
     """
 
     answer_ids: Tensor | None = None
@@ -72,6 +73,7 @@ class RowTargets:
     attention: Tensor | None = None
     head: Tensor | None = None
     vocabulary: int | None = None
+    rule: LogitRule = AS_THEY_ARE
 
     def answers(self, rows: slice) -> Tensor:
         """(rows,) int64 the answer tokens."""
@@ -87,7 +89,7 @@ class RowTargets:
         shared = None if self.vocabulary is None else shared
         coarse = is_coarse(hidden.codec, hidden.scales) and self.topk_ids is not None
         head = head if coarse else head[:shared]
-        logits = topk.wide(hidden.decode(rows).to(head.dtype) @ head.T)
+        logits = self.rule.apply(topk.wide(hidden.decode(rows).to(head.dtype) @ head.T))
         if not coarse or self.topk_ids is None or self.topk_logprobs is None:
             return logits
         lse = topk.log_sum_exp({name: column[rows] for name, column in self.stats.items()}, 1.0)
@@ -127,6 +129,7 @@ class ImageTargets:
     head: Tensor | None = None
     head_square: Tensor | None = None
     vocabulary: int | None = None
+    rule: LogitRule = AS_THEY_ARE
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ class TeacherSide:
     hidden_size: int
     image_tokens: int
     vocabulary: int | None = None
+    rule: LogitRule = AS_THEY_ARE
     head_square: Tensor | None = None
 
     def rows(
@@ -169,6 +173,7 @@ class TeacherSide:
             attention=_float(arrays.get("attention")),
             head=self.head,
             vocabulary=self.vocabulary,
+            rule=self.rule,
         )
 
     def images(self, arrays: Mapping[str, Tensor]) -> ImageTargets:
@@ -185,6 +190,7 @@ class TeacherSide:
             head=self.head,
             head_square=self.head_square,
             vocabulary=self.vocabulary,
+            rule=self.rule,
         )
 
     def _states(self, name: str, arrays: Mapping[str, Tensor], lines: Tensor | None = None) -> StoredStates | None:

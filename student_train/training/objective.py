@@ -174,7 +174,8 @@ class DistilledStudent(nn.Module):
         hidden = places[0].teacher
         if len(places) > 1:
             hidden = decoded(torch.cat([place.teacher.decode(slice(None)) for place in places]))
-        targets = RowTargets(hidden=hidden, head=micro.teacher.head, vocabulary=micro.teacher.vocabulary)
+        side = micro.teacher
+        targets = RowTargets(hidden=hidden, head=side.head, vocabulary=side.vocabulary, rule=side.rule)
         rows, weight = torch.cat([p.student for p in places]), torch.cat([p.weight for p in places])
         return self._head_losses(rows, targets, [replace(spec, weight=1.0)], weight)[0]
 
@@ -328,6 +329,7 @@ def teacher_side(
     own = manifest.shape.vocabulary
     return TeacherSide(
         vocabulary=None if own == vocabulary else own,
+        rule=manifest.logit_rule,
         signals=manifest.signals_config,
         scales={name: scales_on(scales, device) for name, scales in full_scales(cache).items()},
         head=weight,

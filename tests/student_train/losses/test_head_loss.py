@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from student_train.config import LossSpec
 from student_train.losses import head_loss
 from student_train.losses.head_loss import (
+    LogitHead,
     chunked_row_losses,
     default_chunk_rows,
     dense_row_losses,
@@ -23,6 +24,7 @@ from student_train.losses.head_loss import (
 )
 from student_train.losses.targets import RowTargets, StoredStates, decoded, scales_on
 from teacher_cache.build.signals import row_signals, sample_ids_and_counts
+from teacher_cache.data.logit_rule import LogitRule
 from teacher_cache.store.codecs import encode, fit_channel_scales
 from tests.fixtures.rounding import EXACT, half_the_digits, rounding
 
@@ -149,6 +151,28 @@ def test_float64_agrees_to_float64_precision(specs: list[LossSpec]) -> None:
         assert close(got, total, half_the_digits(EXACT))
         for g, e in zip(torch.autograd.grad(got, [hidden, head]), gradients, strict=True):
             assert close(g, e, half_the_digits(EXACT))
+
+
+@pytest.mark.parametrize("rule", [LogitRule(0.25), LogitRule(1.0, 2.0), LogitRule(2.0, 1.5)], ids=str)
+@pytest.mark.parametrize("specs", [WRITTEN_OUT[3], WRITTEN_OUT[6], BY_AUTOGRAD[0]], ids=named)
+def test_each_side_has_its_own_logit_rule(specs: list[LossSpec], rule: LogitRule) -> None:
+    """Scaled and soft-capped logits of student and teacher, by different rules, against autograd over all of them."""
+    case = Case(9, 30, 5).double()
+    assert case.targets.hidden is not None
+    assert case.targets.head is not None
+    products = case.targets.hidden.decode(slice(None)).double() @ case.targets.head.T
+    own = replace(case.targets, rule=LogitRule(0.5, 3.0))
+    assert close(own.exact_logits(slice(None)), 3 * torch.tanh(products * 0.5 / 3), half_the_digits(EXACT))
+    hidden, head = case.leaves(torch.float64)
+    logits = (hidden @ head.T) * rule.scale
+    logits = rule.cap * torch.tanh(logits / rule.cap) if rule.cap else logits
+    values = losses_of(specs, own)(logits, slice(0, 9))
+    total = torch.stack([weights_of(specs)[n] * (v * case.row_weight).sum() for n, v in values.items()]).sum()
+    expected = torch.autograd.grad(total, [hidden, head])
+    got, _ = head_losses(hidden, LogitHead(head, rule), own, specs, weights_of(specs), case.row_weight, 4)
+    assert close(got, total, half_the_digits(EXACT))
+    for found, wanted in zip(torch.autograd.grad(got, [hidden, head]), expected, strict=True):
+        assert close(found, wanted, half_the_digits(EXACT))
 
 
 def test_a_tiny_student_tail_keeps_its_gradient() -> None:

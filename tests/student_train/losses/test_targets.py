@@ -12,6 +12,7 @@ from student_train.losses.catalogue import LossSpec
 from student_train.losses.targets import RowTargets, TeacherSide, scales_on
 from teacher_cache.build.signals import Extractor
 from teacher_cache.config import SignalsConfig
+from teacher_cache.data.logit_rule import AS_THEY_ARE, LogitRule
 from teacher_cache.store.codecs import ChannelScales
 from teacher_cache.store.records import TeacherShape
 from teacher_cache.teachers.teacher import SampleStates
@@ -31,10 +32,10 @@ ANSWERS = torch.randint(0, VOCABULARY, (sum(ROWS),), generator=GENERATOR)
 LIVE = torch.cat([t[p] for t, p in zip(TEXT, PREDICTING, strict=True)]).double() @ HEAD.double().T
 
 
-def from_cache(signals: SignalsConfig) -> RowTargets:
+def from_cache(signals: SignalsConfig, rule: LogitRule = AS_THEY_ARE) -> RowTargets:
     """Two samples through phase one's extractor, their arrays joined as a batch joins them."""
     scales = {name: ChannelScales(np.ones(WIDTH, np.float32)) for name in ("hidden", "hidden_second_last")}
-    extractor = Extractor(signals, TeacherShape(WIDTH, VOCABULARY, TOKENS), HEAD, scales)
+    extractor = Extractor(signals, TeacherShape(WIDTH, VOCABULARY, TOKENS), HEAD, scales, rule=rule)
     states = [
         SampleStates(text[p], text, None, before[p], before, attention)
         for text, before, attention, p in zip(TEXT, BEFORE, ATTENTION, PREDICTING, strict=True)
@@ -43,7 +44,7 @@ def from_cache(signals: SignalsConfig) -> RowTargets:
     arrays = {name: torch.from_numpy(np.concatenate([r[name] for r in records])) for name in records[0]}
     row_index = torch.cat([PREDICTING[0], PREDICTING[1] + POSITIONS[0]])
     on_device = {name: scales_on(s, "cpu") for name, s in scales.items()}
-    return TeacherSide(signals, on_device, HEAD.double(), WIDTH, TOKENS).rows(arrays, ANSWERS, row_index)
+    return TeacherSide(signals, on_device, HEAD.double(), WIDTH, TOKENS, rule=rule).rows(arrays, ANSWERS, row_index)
 
 
 @pytest.mark.parametrize("hidden", ["rows", "text"])
@@ -54,6 +55,18 @@ def test_exact_logits_are_the_live_teachers(hidden: str, codec: str, tolerance: 
     some, of_all = targets.exact_logits(slice(2, 4)), targets.exact_logits(slice(0, 5))[2:4]
     assert some.dtype == EXACT
     assert torch.allclose(some, of_all, **within(EXACT, WIDTH, float(HEAD.abs().max()) ** 2))
+
+
+def test_exact_logits_follow_the_teachers_rule() -> None:
+    """Top-k of the capped logits and exact logits from the stored states agree, as for a live Gemma."""
+    rule = LogitRule(0.5, 2.0)
+    targets = from_cache(SignalsConfig(hidden="rows", codec="float32", top_k=8), rule)
+    expected = 2 * torch.tanh(LIVE * 0.5 / 2)
+    assert (targets.exact_logits(slice(0, 5)) - expected).abs().max() < 1e-4
+    assert targets.topk_ids is not None
+    assert targets.topk_logprobs is not None
+    kept = expected.log_softmax(-1).gather(-1, targets.topk_ids)
+    assert (kept - targets.topk_logprobs).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "logit_mse"])

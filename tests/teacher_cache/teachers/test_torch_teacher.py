@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from pipelines.tiny.prepare import TEACHER
+from student_train.training.objective import teacher_side
 from teacher_cache.build.build import build_cache
 from teacher_cache.config import CacheConfig, DataConfig, SignalsConfig, TeacherConfig
 from teacher_cache.data.logit_rule import LogitRule
+from teacher_cache.data.rows import rows_among_text
 from teacher_cache.errors import TeacherError
 from teacher_cache.models.pretrained import load_model
 from teacher_cache.store.reader import TeacherCache
@@ -86,6 +88,18 @@ def test_a_text_models_rows_are_its_own_logits(text_cache: CacheConfig) -> None:
             assert (at[:, 0] == ids[mask]).all()
             rebuilt = cache.manifest.logit_rule.apply(arrays["hidden"] @ np.asarray(cache.head, np.float32).T)
             np.testing.assert_allclose(rebuilt, logits[:-1].numpy(), **within(operations=MODEL, scale=10))
+
+
+def test_a_student_is_given_the_teachers_own_logits(text_cache: CacheConfig) -> None:
+    with TeacherCache.open(text_cache.output) as cache:
+        arrays, image = cache[1].arrays, cache.manifest.image_token
+        side = teacher_side(cache, cache.manifest.shape.vocabulary, torch.device("cpu"), torch.float32, head=True)
+        rows = torch.from_numpy(rows_among_text(arrays["input_ids"], arrays["loss_mask"], image))
+        targets = side.rows({name: torch.from_numpy(array) for name, array in arrays.items()}, None, rows)
+    exact = targets.exact_logits(slice(None)).log_softmax(-1)
+    assert targets.topk_ids is not None
+    assert targets.topk_logprobs is not None
+    torch.testing.assert_close(exact.gather(-1, targets.topk_ids), targets.topk_logprobs, **within(torch.float16, 2))
 
 
 def test_whoever_forms_logits_from_states_applies_the_rule(text_cache: CacheConfig) -> None:
