@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from student_train.losses.catalogue import CATALOGUE, LossSpec
+from student_train.training.exchange import Agreed
 from student_train.training.trainer import Run, fit
 from teacher_cache.config import SignalsConfig
 from tests.fixtures.online import Oracle, build, exact_cache, fit_config, learning_rate
@@ -243,10 +244,16 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     whole.train("quiet")
     first = fit_config(specs, tmp_path / "parts", max_steps=6, checkpoint_every=3)
     stopped = Run.prepare(first)
-    stopped._out_of_time = lambda _: stopped.step == 3  # type: ignore[method-assign]
-    stopped.train("quiet")
-    stopped.ended = False  # killed: what ended by its time does not go on
-    stopped._checkpoint()
+    after_step = stopped._after_step
+
+    def dies_after_three(agreed: Agreed) -> None:
+        after_step(agreed)  # which writes the checkpoint of step 3
+        if stopped.step == 3:
+            raise ChildProcessError
+
+    stopped._after_step = dies_after_three  # type: ignore[method-assign]
+    with pytest.raises(ChildProcessError):
+        stopped.train("quiet")
     resumed = Run.prepare(first)
     resumed.restore()
     assert resumed.step == 3
