@@ -28,8 +28,9 @@ from pipelines.tiny.models import build_llava, llava_config
 from pipelines.tiny.tokenizer import build_tokenizer
 from pipelines.tiny.world import write_world
 from teacher_cache.config import CacheConfig, build_config
-from teacher_cache.data.conversations import Conversation, read_conversations
+from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.images import load_image
+from teacher_cache.data.sample_reader import read_conversations
 from teacher_cache.data.tokenization import Prompt, assemble, template_by_name, tokenize_prompt
 from teacher_cache.models.weights import rename_vision_weights
 from teacher_cache.teachers.teacher import Answer, AnswerRequest, ScoreRequest, Teacher, Wanted
@@ -112,7 +113,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[CacheConfig, l
     }
     config = build_config(CacheConfig, tree, "the benchmark")
     samples = [s for s in read_conversations(config.data) if isinstance(s, Conversation)]
-    return config, [Conversation(s.sample_id, s.questions[:1], s.answers[:1], s.image) for s in samples]
+    return config, [Conversation(s.sample_id, s.questions[:1], s.answers[:1], s.images) for s in samples]
 
 
 def save_model(folder: Path) -> None:

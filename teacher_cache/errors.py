@@ -26,6 +26,10 @@ class TemplateError(UserError, ValueError):
     """A template that does not exist, or that the tokenizer cannot write token by token."""
 
 
+class ConversationError(UserError, ValueError):
+    """A conversation that a model cannot be shown; the text is the reason to skip it."""
+
+
 class StorageError(UserError, OSError):
     """The disk or the object store refused; what was committed before stands."""
 

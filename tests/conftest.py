@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from teacher_cache.config import (
     TeacherConfig,
 )
 from teacher_cache.teachers.torch_teacher import TorchTeacher
+from tests.fixtures.families import FAMILIES, PALIGEMMA, make_family
 from tests.fixtures.threads import THREADS
 
 torch.set_num_threads(THREADS)
@@ -60,4 +62,17 @@ def cache_folder(cache_config: CacheConfig, teacher: TorchTeacher, tmp_path_fact
     """A complete cache of the tiny world; read it, never change it."""
     folder = tmp_path_factory.mktemp("cache") / "cache"
     build_cache(replace(cache_config, output=str(folder)), teacher=teacher, style="quiet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a family → the folder of its tiny model, made when first asked for; read it, never change it."""
+    base, made = tmp_path_factory.mktemp("families"), {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = make_family(FAMILIES.get(name, PALIGEMMA), base / name)
+        return made[name]
+
     return folder

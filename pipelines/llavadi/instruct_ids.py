@@ -14,7 +14,8 @@ from typing import Annotated
 import typer
 
 from teacher_cache.config import DataConfig
-from teacher_cache.data.conversations import Conversation, read_conversations
+from teacher_cache.data.conversations import Conversation
+from teacher_cache.data.sample_reader import read_conversations
 
 Key = tuple[str, tuple[str, ...]]
 
@@ -33,7 +34,7 @@ def _read(path: Path) -> list[Conversation]:
 def _key(conversation: Conversation) -> Key:
     """Folders differ between the files, names of images do not."""
     image = conversation.image.image_id if conversation.image is not None else ""
-    return Path(image).name, conversation.questions
+    return Path(image).name, conversation.texts
 
 
 def main(

@@ -63,7 +63,7 @@ def write_predictions(
     """One JSON line per sample: id, question, reference, answer, and the teacher's answer where it is known."""
     lines = []
     for question, answer in zip(questions, answers, strict=True):
-        asked, image = question.questions[0], question.image
+        asked, image = question.texts[0], question.image
         line = {
             "id": question.sample_id,
             "question": asked if image is None else f"{IMAGE_TAG}\n{asked}",

@@ -8,7 +8,8 @@ from typing import Any
 
 from student_train.students.processor import chat_template
 from teacher_cache.config import DataConfig
-from teacher_cache.data.conversations import Conversation, Skipped, read_conversations
+from teacher_cache.data.conversations import Conversation, Skipped
+from teacher_cache.data.sample_reader import read_conversations
 from teacher_cache.data.tokenization import TEMPLATES
 from teacher_cache.errors import ConfigError, DataError
 

@@ -269,10 +269,10 @@ class PlainSource:
             embedded = _embedded_images(config)
             size = min(config.max_samples or len(cache), len(cache))
             conversations = [
-                Conversation(
+                Conversation.with_image(
                     t.sample_id,
-                    tuple(t.questions),
-                    tuple(t.original_answers),
+                    t.questions,
+                    t.original_answers,
                     _known_image(t.image_id, t.image_checksum, embedded),
                 )
                 for t in itertools.islice(cache.texts(), size)

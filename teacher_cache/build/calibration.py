@@ -12,7 +12,8 @@ from safetensors.torch import save as save_safetensors
 from teacher_cache.build.context import Build
 from teacher_cache.build.inputs import ShardInput, unfit_sample
 from teacher_cache.build.signals import finite_logits, finite_states, wanted_states
-from teacher_cache.data.conversations import Conversation, SkipCount, Skipped
+from teacher_cache.data.conversations import Conversation, Skipped
+from teacher_cache.data.sample_reader import SkipCount
 from teacher_cache.data.tokenization import assemble, tokenize_answer
 from teacher_cache.errors import DataError, TeacherError
 from teacher_cache.store.codecs import ChannelScales, fit_channel_scales

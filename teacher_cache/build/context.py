@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from teacher_cache.build.signals import Extractor
 from teacher_cache.config import CacheConfig
-from teacher_cache.data.conversations import Conversation, SkipCount, Skipped
+from teacher_cache.data.conversations import Conversation, Skipped
 from teacher_cache.data.rows import expanded_length
+from teacher_cache.data.sample_reader import SkipCount
 from teacher_cache.data.spool import SampleFile
 from teacher_cache.data.tokenization import Ids, Template, template_by_name
 from teacher_cache.errors import TeacherError

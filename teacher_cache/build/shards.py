@@ -192,7 +192,7 @@ def _record(
     return TeacherRecord(
         sample_id=sample.sample_id,
         image_id=sample.image_id,
-        questions=sample.conversation.questions,
+        questions=sample.conversation.texts,
         answers=tuple(answer_text(build.teacher.tokenizer, a) for a in answered.answers),
         original_answers=sample.conversation.answers,
         source=answered.source,

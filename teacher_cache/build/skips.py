@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from teacher_cache.config import CacheConfig
-from teacher_cache.data.conversations import Conversation, SkipCount, Skipped
+from teacher_cache.data.conversations import Conversation, Skipped
 from teacher_cache.data.image_files import check_folder, read_image
+from teacher_cache.data.sample_reader import SkipCount
 from teacher_cache.data.skipped import Allowed, counted
 from teacher_cache.data.spool import SampleFile
 from teacher_cache.errors import ImageError

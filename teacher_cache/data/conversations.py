@@ -1,23 +1,20 @@
-"""LLaVA's instruction data, read into conversations: the one place that knows LLaVA's field names."""
+"""Lines of instruction data as conversations: the one place that knows the field names of LLaVA's ``conversations`` and
+of the ``messages`` of TRL, ms-swift and LLaMA-Factory."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from teacher_cache.config import DataConfig
-from teacher_cache.data.data_files import DataFile, data_files
-from teacher_cache.errors import DataError
 from teacher_cache.terminal import without_secrets
 
 IMAGE_TAG = "<image>"
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
@@ -55,17 +52,50 @@ class Image:
 class Conversation:
     """One line of the data set.
 
-    ``questions[t]`` and ``answers[t]`` are the user's and the assistant's t-th message. The image, if there is one,
-    stands before the first question: as in LLaVA's training code, ``<image>`` is moved to the front of its turn.
+    ``questions[t]`` and ``answers[t]`` are the user's and the assistant's t-th message. Where an image stands,
+    a question has :data:`IMAGE_TAG`; ``images`` are those of all questions, in their order.
     """
 
     sample_id: str
     questions: tuple[str, ...]
     answers: tuple[str, ...]
-    image: Image | None = None
+    images: tuple[Image, ...] = ()
     regenerate: bool = True
     kind: str = ""
     """``question_type`` of a line, by which an evaluation is split up."""
+    system: str = ""
+
+    @classmethod
+    def with_image(
+        cls, sample_id: str, texts: Sequence[str], answers: Sequence[str], image: Image | None
+    ) -> Conversation:
+        """Questions without tags, and the one image, if there is one, before the first."""
+        images = (image,) if image is not None else ()
+        return cls(sample_id, (IMAGE_TAG * len(images) + texts[0], *texts[1:]), tuple(answers), images)
+
+    @property
+    def image(self) -> Image | None:
+        """The first image."""
+        return self.images[0] if self.images else None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The questions without their images."""
+        return tuple("".join(pieces(question)).strip() for question in self.questions)
+
+
+def pieces(question: str) -> tuple[str, ...]:
+    """The texts of a question, an image between each two. White space beside a tag that begins or ends the question is
+    the tag's, as in LLaVA's ``<image>\\n``; inside a text everything stays as it is written."""
+    texts = question.strip().split(IMAGE_TAG)
+    last = len(texts) - 1
+    for ends in (range(last), range(last, 0, -1)):
+        for i in ends:
+            if texts[i].strip():
+                break
+            after = i + 1 if ends.step > 0 else i - 1
+            texts[i], texts[after] = "", texts[after].lstrip() if ends.step > 0 else texts[after].rstrip()
+    return tuple(texts)
 
 
 @dataclass(frozen=True)
@@ -76,156 +106,70 @@ class Skipped:
     reason: str
 
 
-class SampleReader:
-    """The samples of ``data``, one at a time, in file order; a line that cannot be used comes as :class:`Skipped`.
-
-    ``advance`` is told of bytes as they are read. :attr:`files` are the facts of what was parsed (sha256, bytes), known
-    once the iteration has ended.
-
-    Raises
-    ------
-    DataError
-        When a file is missing, damaged or no list of samples; when none of all samples can be used; or when a sample_id
-        comes twice and ``data.duplicate_ids`` is ``error``.
-    """
-
-    def __init__(self, data: DataConfig, advance: Callable[[int], None] = lambda count: None) -> None:
-        self._data, self._advance = data, advance
-        self.paths = data_files(data.path)
-        self.files: list[dict[str, Any]] = []
-        self.skips = SkipCount()
-
-    def __iter__(self) -> Iterator[Conversation | Skipped]:
-        self.files, self.skips = [], SkipCount()
-        regenerate, skipped = self._regenerate_rule(), self.skips
-        seen: dict[str, int] = {}
-        for path in self.paths:
-            for line in self._lines(path, lambda: self._data.max_samples - skipped.samples):
-                sample = parse_sample(line, skipped.samples)
-                unique = _unique(sample.sample_id, seen, self._data, path, skipped.samples)
-                sample = replace(sample, sample_id=unique)
-                if isinstance(sample, Conversation):
-                    sample = replace(sample, regenerate=regenerate(unique))
-                skipped.add(sample)
-                yield sample
-        names = ", ".join(map(str, self.paths[:3]))
-        if not skipped.samples:
-            raise DataError(f"{names}: no samples. Set data.path to a LLaVA JSON, JSONL or Parquet file.")
-        if skipped.skipped == skipped.samples:
-            raise DataError(f"{names}: none of {skipped.samples:,} samples can be used: {skipped}")
-
-    def _lines(self, path: Path, left: Callable[[], int]) -> Iterator[Any]:
-        """The file's records, no more than ``data.max_samples`` of all files together."""
-        if self._data.max_samples and left() <= 0:
-            return
-        file = DataFile(path)
-        with contextlib.closing(file.records(_is_read, self._advance)) as lines:
-            for line in lines:
-                yield line
-                if self._data.max_samples and left() <= 0:
-                    break
-        self.files.append(file.facts)
-
-    def _regenerate_rule(self) -> Callable[[str], bool]:
-        data = self._data
-        ids = self._regenerate_ids() if data.regenerate == "ids" else frozenset()
-        if not 0 <= data.regenerate_share <= 1:
-            raise DataError(f"data.regenerate_share: expected a share between 0 and 1, found {data.regenerate_share:g}")
-        limit = int(data.regenerate_share * 2**32)
-
-        def rule(sample_id: str) -> bool:
-            picked = data.regenerate == "all" or sample_id in ids
-            return picked and int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:4], "little") < limit
-
-        return rule
-
-    def _regenerate_ids(self) -> frozenset[str]:
-        if not self._data.regenerate_ids:
-            raise DataError("data.regenerate is 'ids', but data.regenerate_ids names no file (one sample_id a line)")
-        path = Path(self._data.regenerate_ids)
-        if not path.is_file():
-            raise DataError(f"data.regenerate_ids: {path}: no such file")
-        content = path.read_bytes()
-        self.files.append({"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)})
-        return frozenset(content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")) - {""}
-
-
-def read_conversations(data: DataConfig) -> list[Conversation | Skipped]:
-    """Every sample of ``data`` in memory; raises as :class:`SampleReader`. For all of a large file: ``data.spool``."""
-    return list(SampleReader(data))
-
-
-@dataclass
-class SkipCount:
-    """How many samples were seen, how many were skipped, and for which kinds of reasons."""
-
-    samples: int = 0
-    skipped: int = 0
-    kinds: dict[str, int] = field(default_factory=dict)
-
-    def add(self, sample: Conversation | Skipped) -> None:
-        self.samples += 1
-        if isinstance(sample, Skipped):
-            self.skipped += 1
-            kind = kind_of(sample.reason)
-            self.kinds[kind] = self.kinds.get(kind, 0) + 1
-
-    def merge(self, other: SkipCount) -> None:
-        self.samples += other.samples
-        self.skipped += other.skipped
-        for kind, count in other.kinds.items():
-            self.kinds[kind] = self.kinds.get(kind, 0) + count
-
-    def __str__(self) -> str:
-        listed = sorted(self.kinds.items(), key=lambda item: (-item[1], item[0]))
-        text = "; ".join(f"{count:,} × {kind}" for kind, count in listed[:4])
-        return text + (f"; {len(listed) - 4} more kinds" if len(listed) > 4 else "")
-
-
-def kind_of(reason: str) -> str:
-    """``reason`` without what tells one sample from another: the image's name, numbers, quoted text."""
-    kind = re.sub(r"^image .*: (?=[^:]*$)", "an image: ", reason, flags=re.DOTALL)
-    return re.sub(r"\d[\d,]*", "N", re.sub(r"(?<=value): .*", "", kind, flags=re.DOTALL))[:120]
-
-
 class _UnfitError(ValueError):
     """Why a line is no conversation."""
 
 
 def parse_sample(line: Any, number: int) -> Conversation | Skipped:
-    """One line of LLaVA's JSON as a conversation, or the reason why it is none. Sample ``number`` without an id is
+    """One line of the data as a conversation, or the reason why it is none. Sample ``number`` without an id is
     called ``#number``."""
     if not isinstance(line, Mapping):
         return Skipped(f"#{number}", f"expected an object with id and conversations, found {type(line).__name__}")
     ids = [line[key] for key in ("id", "question_id") if not _nothing(line.get(key))]
     sample_id = str(ids[0]) if ids else f"#{number}"
     try:
-        messages, image = _messages(line), _image_of(line)
-        for text in (sample_id, *(text for _, text in messages), image.image_id if image is not None else ""):
+        messages, inline = _messages(line)
+        images = _images_of(line, inline)
+        for text in (sample_id, *(text for _, text in messages), *(image.image_id for image in images)):
             if not _is_unicode(text):  # half of a surrogate pair, which JSON can spell and no tokenizer can read
                 raise _UnfitError(f"not Unicode text: {ascii(text)[:80]}")
         kind = str(line.get("question_type") or "")
-        return replace(_conversation(sample_id, messages, image), kind=kind)
+        return replace(_conversation(sample_id, messages, images), kind=kind)
     except _UnfitError as error:
         return Skipped(*(text.encode("utf-8", "replace").decode() for text in (sample_id, without_secrets(str(error)))))
 
 
-def _messages(line: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(role, text) of each message; LLaVA's ``conversations`` (from, value) or ``messages`` (role, content)."""
+def _messages(line: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[Any]]:
+    """(role, text) of each message, :data:`IMAGE_TAG` where an image stands, and the images that stand in the messages
+    themselves; LLaVA's ``conversations`` (from, value) or ``messages`` (role, content: a text, or TRL's parts)."""
     turns = line.get("conversations")
     turns = line.get("messages") if turns is None else turns
     if not isinstance(turns, Sequence) or isinstance(turns, str | bytes) or not turns:
         raise _UnfitError("no list of conversations (or messages) in it")
-    messages = []
+    messages: list[tuple[str, str]] = []
+    images: list[Any] = []
     for turn in turns:
-        role, text = _first(turn, "from", "role"), _first(turn, "value", "content")
-        if not isinstance(role, str) or role not in _ROLES or not isinstance(text, str):
+        role, content = _first(turn, "from", "role"), _first(turn, "value", "content")
+        text = content if isinstance(content, str) else _parts(content, images)
+        if not isinstance(role, str) or role not in _ROLES or text is None:
             raise _UnfitError(
-                "a message without from (human or gpt) and value, or role (user or assistant) and content as text, "
-                f"in its value: {str(turn)[:80]}"
+                "a message without from (human or gpt) and value, or role (user or assistant) and content as text or "
+                f"parts, in its value: {str(turn)[:80]}"
             )
         messages.append((_ROLES[role], text))
-    return messages[1:] if messages[0][0] == "assistant" else messages  # LLaVA drops it, too
+    opening = 1 if messages[0][0] == "system" else 0
+    if len(messages) > opening and messages[opening][0] == "assistant":
+        del messages[opening]  # LLaVA drops it, too
+    return messages, images
+
+
+def _parts(content: Any, images: list[Any]) -> str | None:
+    """The text of TRL's list of parts, or None. Images that are given in a part are added to ``images``."""
+    if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
+        return None
+    text = ""
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            text += part["text"]
+        elif kind in ("image", "image_url"):
+            images += [value for key in ("image", "path", "url") for value in _values(part.get(key))][:1]
+            text += IMAGE_TAG
+        elif kind in ("video", "audio", "video_url", "audio_url", "input_audio"):
+            raise _UnfitError(f"a part of type {kind}: only text and images are read")
+        else:
+            return None
+    return text
 
 
 def _first(turn: Any, *keys: str) -> Any:
@@ -240,29 +184,39 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _conversation(sample_id: str, messages: list[tuple[str, str]], image: Image | None) -> Conversation:
+def _conversation(sample_id: str, messages: list[tuple[str, str]], images: tuple[Image, ...]) -> Conversation:
+    system = messages.pop(0)[1].strip() if messages and messages[0][0] == "system" else ""
     for position, (role, _) in enumerate(messages):
         if role != ("user", "assistant")[position % 2]:
             raise _UnfitError(f"roles do not alternate: message {position + 1} is the {role}'s")
     if not messages or len(messages) % 2:
         raise _UnfitError("the last question has no answer")
-    questions = [text for _, text in messages[0::2]]
+    questions = [IMAGE_TAG.join(pieces(text)) for _, text in messages[0::2]]
     answers = tuple(text for _, text in messages[1::2])
-    tags = [question.count(IMAGE_TAG) for question in questions]
-    if any(IMAGE_TAG in answer for answer in answers):
-        raise _UnfitError(f"{IMAGE_TAG} inside an answer")
-    if sum(tags) > 1:
-        raise _UnfitError(f"{IMAGE_TAG} {sum(tags)} times; exactly one image a conversation is supported")
-    if sum(tags) and image is None:
+    tags = sum(question.count(IMAGE_TAG) for question in questions)
+    if any(IMAGE_TAG in text for text in (*answers, system)):
+        raise _UnfitError(f"{IMAGE_TAG} inside an answer or a system text")
+    if any(other in text for other in _OTHER_TAGS for text in questions):
+        raise _UnfitError("a <video> or <audio> tag: only text and images are read")
+    if tags and not images:
         raise _UnfitError(f"{IMAGE_TAG} in the text, but no image")
-    if any(tags[1:]):
-        raise _UnfitError(f"{IMAGE_TAG} in a later turn; it must stand in the first")
-    if image is not None and not sum(tags):
-        raise _UnfitError(f"an image, but no {IMAGE_TAG} in the first question")
-    questions = [question.replace(IMAGE_TAG, "").strip() for question in questions]
-    return Conversation(sample_id, tuple(questions), answers, image)
+    if images and not tags:
+        raise _UnfitError(f"an image, but no {IMAGE_TAG} in a question")
+    if tags != len(images):
+        raise _UnfitError(f"{IMAGE_TAG} {tags} times, but {len(images)} images")
+    return Conversation(sample_id, tuple(questions), answers, images, system=system)
 
 
+def one_image_first(sample: Conversation) -> str:
+    """Why a sample is none of what LLaVA-1.5 is taught with, one image in front of the first question; or ''."""
+    if len(sample.images) > 1:
+        return f"{len(sample.images)} images; exactly one image a conversation can be built so far"
+    if sample.images and IMAGE_TAG not in sample.questions[0]:
+        return f"{IMAGE_TAG} in a later turn; so far it must stand in the first"
+    return "a system text, which the fixed templates have no place for" if sample.system else ""
+
+
+_OTHER_TAGS = ("<video>", "<audio>")
 _IMAGE_KEYS = ("image", "images")
 _OTHER_IMAGE_KEYS = re.compile(
     r"(images?|img|imgs|pictures?|photos?|pics?|frames?|videos?|audios?)"
@@ -272,23 +226,24 @@ _OTHER_IMAGE_KEYS = re.compile(
 """Keys under which others keep pictures (LLaMA-Factory, ms-swift, VoRA): a line that has one is no text-only sample."""
 
 
-def _is_read(column: str) -> bool:
+def is_read(column: str) -> bool:
     """Whether a column of a Parquet file matters."""
     return column in ("id", "question_id", "conversations", "messages") or bool(_OTHER_IMAGE_KEYS.fullmatch(column))
 
 
-def _image_of(line: Mapping[str, Any]) -> Image | None:
-    found: list[Any] = []
-    for key in _IMAGE_KEYS:
-        found += [value for value in _values(line.get(key)) if value not in found]
-    if len(found) > 1:
-        raise _UnfitError(f"{len(found)} images; exactly one image a conversation is supported")
+def _images_of(line: Mapping[str, Any], inline: list[Any]) -> tuple[Image, ...]:
+    """The images of a line: those that its messages name, else those of ``images``, else of ``image``."""
+    if inline:
+        return tuple(map(_one_image, inline))
+    found = [values for key in _IMAGE_KEYS if (values := _values(line.get(key)))]
+    if len(found) > 1 and found[0] != found[1]:
+        raise _UnfitError("image and images name different pictures")
     if found:
-        return _one_image(found[0])
+        return tuple(map(_one_image, found[0]))
     for key, value in line.items():
         if _OTHER_IMAGE_KEYS.fullmatch(str(key)) and str(key) not in _IMAGE_KEYS and _values(value):
             raise _UnfitError(f"{key!r} holds a picture, but pictures are read from image (or images): rename the key")
-    return None
+    return ()
 
 
 def _values(value: Any) -> list[Any]:
@@ -315,30 +270,20 @@ def _one_image(value: Any) -> Image:
     raise _UnfitError(f"image: expected a path or the image's bytes, found {type(value).__name__}")
 
 
-def _unique(sample_id: str, seen: dict[str, int], data: DataConfig, path: Path, number: int) -> str:
-    while True:
-        seen[sample_id] = seen.get(sample_id, 0) + 1
-        if seen[sample_id] == 1:
-            return sample_id
-        if data.duplicate_ids == "error":
-            raise DataError(
-                f"{path}: sample {number} has the id {sample_id!r} of an earlier one. "
-                "Make ids unique, or set data.duplicate_ids=number to cache it as "
-                f"{sample_id}#{seen[sample_id]}."
-            )
-        sample_id = f"{sample_id}#{seen[sample_id]}"
-
-
 def to_llava_json(conversations: Iterable[Conversation]) -> list[dict[str, Any]]:
     """Conversations as LLaVA's JSON lines, for ``export-answers`` and for a student's own data."""
     lines = []
     for conversation in conversations:
         turns = []
-        for turn, (question, answer) in enumerate(zip(conversation.questions, conversation.answers, strict=True)):
-            tag = f"{IMAGE_TAG}\n" if conversation.image is not None and turn == 0 else ""
-            turns += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
+        for question, answer in zip(conversation.questions, conversation.answers, strict=True):
+            begin = re.match(f"(?:{IMAGE_TAG})*", question)
+            tags = begin.group().count(IMAGE_TAG) if begin else 0
+            value = f"{IMAGE_TAG}\n" * tags + question[tags * len(IMAGE_TAG) :]
+            turns += [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
+        system = [{"from": "system", "value": conversation.system}] if conversation.system else []
         line: dict[str, Any] = {"id": conversation.sample_id}
-        if conversation.image is not None:
-            line["image"] = conversation.image.path or conversation.image.image_id
-        lines.append({**line, "conversations": turns})
+        names = [image.path or image.image_id for image in conversation.images]
+        if names:
+            line["image"] = names[0] if len(names) == 1 else names
+        lines.append({**line, "conversations": system + turns})
     return lines

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from teacher_cache.data.conversations import Conversation, SkipCount, Skipped
+from teacher_cache.data.conversations import Conversation, Skipped
+from teacher_cache.data.sample_reader import SkipCount
 from teacher_cache.errors import DataError
 
 ALWAYS_ALLOWED = 16

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO, overload
 import pyarrow as pa
 
 from teacher_cache.config import DataConfig
-from teacher_cache.data.conversations import Conversation, Image, SampleReader, SkipCount, Skipped, StoredBytes
+from teacher_cache.data.conversations import Conversation, Image, Skipped, StoredBytes
+from teacher_cache.data.sample_reader import SampleReader, SkipCount
 
 Sample = Conversation | Skipped
 Place = tuple[str, int, int]
@@ -114,8 +115,8 @@ class SampleFile(Sequence[Sample]):
         if reason is not None:
             return Skipped(sample_id, reason)
         stored = StoredBytes(file or str(self.folder / _IMAGES), start, count) if count else None
-        image = Image(image_id, path=path, stored=stored, checksum=checksum) if image_id else None
-        return Conversation(sample_id, tuple(questions), tuple(answers), image, regenerate)
+        images = (Image(image_id, path=path, stored=stored, checksum=checksum),) if image_id else ()
+        return Conversation(sample_id, tuple(questions), tuple(answers), images, regenerate)
 
 
 def lay_down(samples: Iterable[Sample], folder: Path | None = None) -> SampleFile:

@@ -144,7 +144,7 @@ def end_token_id(tokenizer: Any, template: Template) -> int:
 def tokenize_prompt(conversation: Conversation, template: Template, tokenizer: Any) -> Prompt:
     """The prompt segments of ``conversation``; no answer is read."""
     segments = []
-    for turn, question in enumerate(conversation.questions):
+    for turn, question in enumerate(conversation.texts):
         tag = f"{IMAGE_TAG}\n" if conversation.image is not None and turn == 0 else ""
         words = question if template.questions else ""
         if turn == 0:

@@ -56,7 +56,8 @@ def export_answers(storage: Storage, output: Path) -> int:
     with TeacherCache(storage) as cache, whole(output) as part, part.open("w", encoding="utf-8") as file:
         for text in cache.texts():
             image = Image(text.image_id, path=text.image_id) if text.image_id else None
-            (line,) = to_llava_json([Conversation(text.sample_id, tuple(text.questions), tuple(text.answers), image)])
+            sample = Conversation.with_image(text.sample_id, text.questions, text.answers, image)
+            (line,) = to_llava_json([sample])
             plain = json.dumps(line, ensure_ascii=False, indent=1).replace("\n", "\n ")
             file.write(f"{',' if count else '['}\n {plain}")
             count += 1

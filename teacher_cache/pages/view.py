@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from teacher_cache.config import DataConfig
-from teacher_cache.data.conversations import Conversation, Image, read_conversations
+from teacher_cache.data.conversations import Conversation, Image
+from teacher_cache.data.sample_reader import read_conversations
 from teacher_cache.errors import CacheError
 from teacher_cache.pages.info import cache_info
 from teacher_cache.pages.page import Figure, figure, write_page

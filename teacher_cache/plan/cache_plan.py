@@ -17,9 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from teacher_cache.config import PRESETS, CacheConfig, SignalsConfig
-from teacher_cache.data.conversations import Conversation, read_conversations
+from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.images import image_tokens_of
 from teacher_cache.data.rows import expanded_length, text_positions
+from teacher_cache.data.sample_reader import read_conversations
 from teacher_cache.data.tokenization import template_by_name
 from teacher_cache.data.units import bytes_text
 from teacher_cache.models.model_config import load_model_config
@@ -212,11 +213,9 @@ def _part_bytes(
 
 def _text_bytes(conversations: Sequence[Conversation]) -> tuple[int, int]:
     """Compressed (questions and both answers in the indexes, answers in files of their own), at the rate of some."""
-    questions = sum(len(q) for c in conversations for q in c.questions)
+    questions = sum(len(q) for c in conversations for q in c.texts)
     answers = sum(len(a) for c in conversations for a in c.answers)
-    some = "".join("".join((*c.questions, *c.answers)) for c in conversations[:TEXTS_MEASURED]).encode(
-        "utf-8", "replace"
-    )
+    some = "".join("".join((*c.texts, *c.answers)) for c in conversations[:TEXTS_MEASURED]).encode("utf-8", "replace")
     rate = len(pa.compress(some, codec="zstd", asbytes=True)) / len(some) if some else 0.0
     return int(rate * (questions + 2 * answers)), int(rate * answers)
 

@@ -82,7 +82,7 @@ def load_tokenizer(model: str, revision: str = "") -> Any | None:
 def _characters(conversation: Conversation, template: Template) -> tuple[int, int]:
     around = len(template.user) + len(template.assistant) + len(template.separator)
     turns = len(conversation.questions)
-    prompt = len(template.first) + turns * around + sum(map(len, conversation.questions))
+    prompt = len(template.first) + turns * around + sum(map(len, conversation.texts))
     return prompt + 4 * (conversation.image is not None), sum(map(len, conversation.answers))
 
 

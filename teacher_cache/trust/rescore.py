@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from teacher_cache.config import CacheConfig
-from teacher_cache.data.conversations import Conversation, read_conversations
+from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.images import load_image
+from teacher_cache.data.sample_reader import read_conversations
 from teacher_cache.data.tokenization import TokenizedSample
 from teacher_cache.errors import CacheError
 from teacher_cache.store.manifest import Manifest, check_weights

@@ -16,7 +16,8 @@ from student_train.config import LossSpec, StudentConfig
 from teacher_cache.build.answers import read_answers
 from teacher_cache.build.build import open_teacher
 from teacher_cache.config import CacheConfig, DataConfig, SignalsConfig, load_config
-from teacher_cache.data.conversations import Conversation, read_conversations
+from teacher_cache.data.conversations import Conversation
+from teacher_cache.data.sample_reader import read_conversations
 from teacher_cache.errors import DataError, TeacherError
 from teacher_cache.store.reader import TeacherCache
 from tests.fixtures.online import TEACHER, Oracle, build, fit_config, student_folder, world

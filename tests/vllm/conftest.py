@@ -14,7 +14,8 @@ import pytest
 
 from pipelines.tiny.world import write_world
 from teacher_cache.config import CacheConfig, build_config
-from teacher_cache.data.conversations import Conversation, read_conversations
+from teacher_cache.data.conversations import Conversation
+from teacher_cache.data.sample_reader import read_conversations
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 from teacher_cache.teachers.vllm.jobs import VllmOptions
 from teacher_cache.teachers.vllm.vllm_teacher import VllmTeacher

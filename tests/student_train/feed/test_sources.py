@@ -19,8 +19,9 @@ from student_train.config import SourceConfig
 from student_train.feed.sources import CacheSource, PlainSource, check_images, open_source
 from teacher_cache.build.build import build_cache
 from teacher_cache.config import CacheConfig, DataConfig
-from teacher_cache.data.conversations import Conversation, read_conversations
+from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.images import load_image
+from teacher_cache.data.sample_reader import read_conversations
 from teacher_cache.data.tokenization import assemble, template_by_name, tokenize_answer, tokenize_prompt
 from teacher_cache.errors import DataError
 from teacher_cache.store.reader import TeacherCache

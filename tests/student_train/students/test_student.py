@@ -213,7 +213,7 @@ def test_exported_chat_template_writes_what_the_student_was_trained_on(tmp_path:
     blank = Image.new("RGB", (32, 32))
     token, asked, answered = image_token_id(exported.tokenizer), ("what colour", "is it red"), ("red ", "the square")
     for image, turns in [(None, 1), (ConversationImage("0.png"), 1), (ConversationImage("0.png"), 2)]:
-        conversation = Conversation("a", asked[:turns], answered[:turns], image)
+        conversation = Conversation.with_image("a", asked[:turns], answered[:turns], image)
         answers = [tokenize_answer(a, template, exported.tokenizer) for a in answered[:turns]]
         expected = tokenize_prompt(conversation, template, exported.tokenizer).before(turns - 1, answers)
         text = exported.apply_chat_template(

@@ -18,16 +18,9 @@ from PIL import Image as PillowImage
 from PIL.PngImagePlugin import PngInfo
 
 from teacher_cache.config import DataConfig
-from teacher_cache.data.conversations import (
-    Conversation,
-    Image,
-    SampleReader,
-    Skipped,
-    parse_sample,
-    read_conversations,
-    to_llava_json,
-)
+from teacher_cache.data.conversations import Conversation, Image, Skipped, parse_sample, pieces, to_llava_json
 from teacher_cache.data.images import MAX_PIXELS, load_image
+from teacher_cache.data.sample_reader import SampleReader, read_conversations
 from teacher_cache.data.spool import spool
 from teacher_cache.errors import DataError, ImageError
 
@@ -37,30 +30,109 @@ def line(*values: str, **extra: Any) -> dict[str, Any]:
     return {"id": "a", "image": "a.png", "conversations": turns, **extra}
 
 
-def test_image_tag_is_moved_to_the_front_of_the_first_question() -> None:
+def test_images_stand_where_their_tags_stand_and_white_space_at_the_ends_is_the_tags() -> None:
     sample = parse_sample(line("what is\n<image> this", "a cat", "sure?", "yes"), 0)
     assert isinstance(sample, Conversation)
-    assert sample.questions == ("what is\n this", "sure?")
+    assert sample.questions == ("what is\n<image> this", "sure?")
+    assert sample.texts == ("what is\n this", "sure?")
     assert sample.answers == ("a cat", "yes")
-    assert sample.image is not None
-    assert sample.image.path == "a.png"
+    assert sample.images == (Image("a.png", "a.png"),)
+    for text, found in [
+        ("<image>\nwhat", ("", "what")),
+        ("what \n <image>", ("what", "")),
+        (" <image>\n<image> a <image> b\n<image>", ("", "", "a ", " b", "")),
+        ("<image>", ("", "")),
+        (" \n<image> <image>\n", ("", "", "")),
+        ("a", ("a",)),
+    ]:
+        assert pieces(text) == found
+        assert pieces("<image>".join(found)) == found
+
+
+PARTS = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
+
+
+@pytest.mark.parametrize(
+    ("data", "questions", "images"),
+    [
+        (
+            line("<image>\n<image>\na", "b", "c <image>", "d", image=["x", "y", "z"]),
+            ("<image><image>a", "c<image>"),
+            "xyz",
+        ),
+        (line("a", "b", "c <image> d", "e", image="x"), ("a", "c <image> d"), "x"),
+        (
+            {"messages": [("user", "<image>q<image>"), ("assistant", "a")], "images": ["x", "x"]},
+            ("<image>q<image>",),
+            "xx",
+        ),
+        ({"messages": [("user", PARTS), ("assistant", "a")], "images": ["x", "y"]}, ("<image>and<image>",), "xy"),
+        (
+            {
+                "messages": [
+                    ("user", [{"type": "image", "image": "x"}, {"type": "text", "text": "q"}]),
+                    ("assistant", "a"),
+                ]
+            },
+            ("<image>q",),
+            "x",
+        ),
+    ],
+)
+def test_several_images_stand_in_any_turn(data: dict[str, Any], questions: tuple[str, ...], images: str) -> None:
+    if "messages" in data:
+        data["messages"] = [{"role": role, "content": content} for role, content in data["messages"]]
+    sample = parse_sample(data, 0)
+    assert isinstance(sample, Conversation), sample
+    assert sample.questions == questions
+    assert [image.path for image in sample.images] == list(images)
+    again = parse_sample(to_llava_json([sample])[0], 0)
+    assert isinstance(again, Conversation)
+    assert (again.questions, again.images) == (sample.questions, sample.images)
+
+
+def test_a_system_text_opens_a_conversation() -> None:
+    turns = [{"from": "system", "value": "Be brief. "}, *line("q", "a")["conversations"]]
+    sample = parse_sample({"id": "a", "conversations": turns}, 0)
+    assert isinstance(sample, Conversation)
+    assert (sample.system, sample.questions) == ("Be brief.", ("q",))
+    assert parse_sample(to_llava_json([sample])[0], 0) == sample
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (line("<image> a <image>", "b", image=["x", "y"]), "2 images; exactly one"),
+        ({"conversations": [{"from": "system", "value": "s"}, *line("q", "a")["conversations"]]}, "a system text"),
+    ],
+)
+def test_what_no_fixed_template_can_write_is_skipped(tmp_path: Path, data: Any, reason: str) -> None:
+    (tmp_path / "d.json").write_text(json.dumps([data, line("<image> q", "a", id="b")]))
+    skipped, _ = read_conversations(DataConfig(path=str(tmp_path / "d.json")))
+    assert isinstance(skipped, Skipped)
+    assert reason in skipped.reason
 
 
 @pytest.mark.parametrize(
     ("sample", "reason"),
     [
-        (line("<image> a", "b", "<image> c", "d"), "<image> 2 times"),
+        (line("<image> a", "b", "<image> c", "d"), "<image> 2 times, but 1 images"),
         (line("<image> a", "b", image=None), "<image> in the text, but no image"),
         (line("a", "b"), "an image, but no <image>"),
-        (line("a", "b", "<image> c", "d"), "<image> in a later turn"),
         (line("<image> a", "b <image>"), "<image> inside an answer"),
         (line("<image> a"), "the last question has no answer"),
         ({"id": "a", "conversations": [{"from": "human", "value": "x"}] * 2}, "roles do not alternate: message 2"),
         ({"id": "a", "conversations": [{"from": "robot", "value": "x"}]}, "a message without from"),
         ({"id": "a", "conversations": []}, "no list of conversations"),
         ({"id": "a", "image": "x"}, "no list of conversations"),
-        (line("<image> a", "b", image=["a.png", "b.png"]), "2 images; exactly one"),
-        (line("<image> a", "b", image=None, images=["a.png", "b.png"]), "2 images; exactly one"),
+        (line("<image> a", "b", image=["a.png", "b.png"]), "<image> 1 times, but 2 images"),
+        (line("<image> a", "b", images=["b.png"]), "image and images name different pictures"),
+        (line("<video> a", "b", image=None), "a <video> or <audio> tag"),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "video": "x"}]}]}, "a part of type video"),
+        (
+            {"conversations": [*line("a", "b")["conversations"], {"from": "system", "value": "c"}]},
+            "message 3 is the system",
+        ),
         (line("<image> a", "b", image=5), "image: expected a path or the image's bytes, found int"),
         (line("<image> a", "b", image=True), "image: expected a path or the image's bytes, found bool"),
         (line("<image> a", "b", image={"bytes": 3.5}), "image: expected a path or the image's bytes, found float"),
@@ -210,7 +282,7 @@ def test_one_image_is_read_however_it_is_written(key: str, value: Any, path: str
 def test_messages_of_roles_are_conversations() -> None:
     messages = [{"role": "user", "content": "<image>what"}, {"role": "assistant", "content": "a cat"}]
     sample = parse_sample({"messages": messages, "images": ["x.png"]}, 7)
-    assert sample == Conversation("#7", ("what",), ("a cat",), Image("x.png", path="x.png"))
+    assert sample == Conversation("#7", ("<image>what",), ("a cat",), (Image("x.png", path="x.png"),))
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), ""])
@@ -268,7 +340,7 @@ def _with_bytes(sample: Conversation | Skipped) -> Conversation | Skipped:
     if isinstance(sample, Skipped) or sample.image is None:
         return sample
     assert sample.image.stored is not None
-    return replace(sample, image=replace(sample.image, data=sample.image.stored.read(), stored=None))
+    return replace(sample, images=(replace(sample.image, data=sample.image.stored.read(), stored=None),))
 
 
 def test_duplicate_ids_are_refused_or_numbered(tmp_path: Path) -> None:
@@ -306,7 +378,7 @@ def test_a_line_of_jsonl_ends_at_its_line_feed_and_nowhere_else(tmp_path: Path) 
     (tmp_path / "d.jsonl").write_text(text + "\n", encoding="utf-8")
     [sample] = read_conversations(DataConfig(path=str(tmp_path / "d.jsonl")))
     assert isinstance(sample, Conversation)
-    assert sample.questions == ("one\u2028two\x85three",)
+    assert sample.texts == ("one\u2028two\x85three",)
 
 
 def test_parquet_with_image_bytes(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_the_images_of_a_shard_are_not_all_decoded_at_once(
     names = sorted(p.name for p in (world / "images").glob("train-*"))[:8]
     side = PillowImage.open(world / "images" / names[0]).size[0]
     monkeypatch.setattr(inputs, "KEPT_BYTES", 3 * 4 * side * side)
-    chosen = [Conversation(name, ("what",), ("a circle",), Image(name, name)) for name in names]
+    chosen = [Conversation(name, ("what",), ("a circle",), (Image(name, name),)) for name in names]
     shard = ShardInput.load(build_of(cache_config, teacher), chosen)
     pictures = [s.picture for s in shard.samples if s.picture is not None]
     assert len(pictures) == 8
@@ -261,7 +261,7 @@ def test_too_many_open_files_stop_the_run_and_skip_nothing(tmp_path: Path) -> No
     (tmp_path / "x.png").write_bytes(png_of(3, 3))
     code = (
         "import os, resource, sys, threading\n"
-        "from teacher_cache.data.conversations import DataError, Image\n"
+        "from teacher_cache.data.conversations import Image\nfrom teacher_cache.errors import DataError\n"
         "from teacher_cache import files\n"
         "from teacher_cache.data.images import load_image\n"
         f"folder = {str(tmp_path)!r}\n"

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from teacher_cache.config import DataConfig
-from teacher_cache.data.conversations import SampleReader
 from teacher_cache.data.parquet_pages import pages
+from teacher_cache.data.sample_reader import SampleReader
 from teacher_cache.errors import CacheError, DataError
 from teacher_cache.store.tables import parquet_file
 

@@ -90,7 +90,7 @@ def test_the_context_holds_the_end_tokens_of_answers_that_were_cut_off(cache_con
     _, tokenizer = load_processor(cache_config.teacher)
     template, room = template_by_name("tiny"), 3
     config = replace(cache_config, generation=replace(cache_config.generation, max_new_tokens=room))
-    sample = Conversation("six", ("what color is it",) * 6, ("red",) * 6, None)
+    sample = Conversation("six", ("what color is it",) * 6, ("red",) * 6)
     prompt = tokenize_prompt(sample, template, tokenizer)
     whole = assemble(prompt, [(7,) * room] * 6)
     description = SimpleNamespace(shape=SimpleNamespace(image_tokens=4))
