@@ -14,8 +14,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from teacher_cache.data.conversations import Conversation
+from teacher_cache.data.conversations import Image as Shown
 from teacher_cache.data.logit_rule import AS_THEY_ARE, LogitRule
 from teacher_cache.errors import TeacherError
+from teacher_cache.models.chat import Chat, Sample
 from teacher_cache.models.collate import Fields, collate, per_token, to_model
 from teacher_cache.models.generation import Decoding, forward, generate, plain_generation
 from teacher_cache.models.parts import lora_targets, media_tokens, parts_of
@@ -186,6 +189,36 @@ def test_rows_of_one_scoring_pass_are_the_logits_of_generation_and_one_position_
         rows, late = (loaded.logits(line[end - ANSWER + shift - 1 : end + shift - 1]) for shift in (0, 1))
         assert far(rows, expected) < 1
         assert far(late, expected) > 10
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.inference_mode()
+def test_what_chat_shows_is_scored_as_it_was_answered(name: str, folders: Callable[[str], Loaded]) -> None:
+    """Two turns, an image inside the second: each row's most likely id is the answer's token, one position late not."""
+    loaded = folders(name)
+    template = "vicuna_v1" if name == "llava" else ""  # the hub's has no end token
+    chat = Chat(loaded.processor, loaded.model.config, (), template, loaded.family.template_kwargs)
+    seen = (Shown("a", "a"),) if loaded.family.sees else ()
+    second = "Is the <image> thing large?" if seen else "Is it large?"
+    conversation = Conversation("1", ("Are you there?", second), ("", ""), seen)
+    never = media_tokens(loaded.model.config)
+    how, given, late = Decoding(chat.end, loaded.pad, ANSWER, never), list[tuple[int, ...]](), list[bool]()
+    for _ in conversation.questions:
+        asked = chat.sample(conversation, given, [picture(1)] if seen else [], ask=True)
+        (ids,) = generate(loaded.model, [fields(asked)], how)
+        assert ids
+        given.append(tuple(ids))
+        whole = chat.sample(conversation, given, [picture(1)] if seen else [])
+        states = forward(loaded.model, [fields(whole)], loaded.pad).last_hidden_state[0]
+        logits = loaded.logits(states).index_fill(1, torch.tensor(never, dtype=torch.int64), -torch.inf)
+        rows = np.flatnonzero(whole.loss_mask)[-len(ids) :] - 1
+        assert logits[rows].argmax(-1).tolist() == ids
+        late.append(logits[rows + 1].argmax(-1).tolist() != ids)
+    assert any(late)
+
+
+def fields(sample: Sample) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.from_numpy(sample.input_ids), **sample.model}
 
 
 @torch.inference_mode()
