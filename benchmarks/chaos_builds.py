@@ -226,7 +226,7 @@ def flips(stage: Stage, count: int) -> str:
 def _read_all(root: Path) -> list[Mapping[str, np.ndarray]]:
     with TeacherCache(Storage(root)) as cache:
         batch = cache.read(range(len(cache)))
-        images = cache.read_images(batch.image_places[batch.image_places[:, 0] >= 0])
+        images = cache.read_images(batch.image_places[batch.image_places[:, 0] >= 0]).arrays
         side = {"head": cache.head, "rows": cache.counts("row"), "scale": cache.scales["hidden"].channel_scale}
         texts = {"texts": np.array([str(cache[i].answers) for i in range(0, len(cache), 8)])}
     return [batch.arrays, images, side, texts]

@@ -323,15 +323,17 @@ def synthetic_manifest(width: int, samples: int, shard_samples: int = SHARD) -> 
         signals=SignalsConfig(),
         layout=LayoutConfig(shard_samples=shard_samples),
     )
-    teacher = {"model": "synthetic", "image_token": 32000, "tokenizer": "none"}
-    shape = {"hidden_size": width, "vocabulary": 32064, "image_tokens": 576}
+    teacher = {"model": "synthetic", "image_token": 32000, "end_token": 2, "tokenizer": "none", "vocabulary": {}}
+    teacher |= {"processor": {}, "chat_template": "", "logit_rule": {"scale": 1.0, "cap": 0.0}}
+    shape = {"hidden_size": width, "vocabulary": 32064}
     return new_manifest(config, teacher | {"shape": shape}, {"files": []}, samples)
 
 
 def _record(number: int, sample: Sample) -> TeacherRecord:
     rows = len(sample["stats"])
     tokens = {"input_ids": np.arange(rows + 40, dtype=np.uint16), "loss_mask": np.arange(rows + 40) >= 40}
-    return TeacherRecord(f"sample-{number}", "", ("what?",), ("that",), ("that",), "teacher", {**tokens, **sample})
+    tokens["runs"] = np.zeros((0, 2), np.uint32)
+    return TeacherRecord(f"sample-{number}", (), ("what?",), ("that",), ("that",), "teacher", {**tokens, **sample})
 
 
 def _table(title: str, rates: dict[str, float], reference: str) -> None:

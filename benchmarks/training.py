@@ -33,6 +33,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -52,6 +53,7 @@ from student_train.training.objective import DistilledStudent
 from student_train.training.trainer import Run
 from teacher_cache.build.build import build_cache, open_teacher
 from teacher_cache.build.context import Build
+from teacher_cache.build.inputs import tokenized_sample
 from teacher_cache.build.signals import Extractor, wanted_states
 from teacher_cache.config import (
     CacheConfig,
@@ -67,7 +69,7 @@ from teacher_cache.config import (
 from teacher_cache.data.conversations import Skipped
 from teacher_cache.data.images import load_image
 from teacher_cache.data.spool import spool
-from teacher_cache.data.tokenization import assemble, template_by_name, tokenize_answer, tokenize_prompt
+from teacher_cache.data.tokenization import template_by_name, tokenize_answer, tokenize_prompt
 from teacher_cache.store.manifest import Manifest, read_manifest
 from teacher_cache.store.records import TeacherRecord
 from teacher_cache.store.storage import Storage
@@ -266,7 +268,7 @@ class PhaseOne:
             image = load_image(sample.image, config.data.image_folder) if sample.image is not None else None
             prompt = tokenize_prompt(sample, template, teacher.tokenizer)
             answers = [tokenize_answer(a, template, teacher.tokenizer) for a in sample.answers]
-            requests.append(ScoreRequest(assemble(prompt, answers), image))
+            requests.append(ScoreRequest(tokenized_sample(teacher, prompt, answers), image))
             prompts.append(AnswerRequest(sample.sample_id, 0, prompt.before(0, []), image, 0))
         extractor = Build(config, storage, manifest, samples, teacher).extractor
         return cls(config, teacher, manifest, extractor, requests, prompts, Storage(case.folder / "scratch"))
@@ -274,8 +276,7 @@ class PhaseOne:
     @property
     def tokens(self) -> int:
         """Positions of all samples, image tokens counted."""
-        extra = self.manifest.shape.image_tokens - 1
-        return sum(len(r.sample.input_ids) + (extra if r.image is not None else 0) for r in self.requests)
+        return sum(r.sample.positions(self.manifest.image_token).length for r in self.requests)
 
     def ways(self) -> dict[str, Callable[[], object]]:
         return {
@@ -317,8 +318,10 @@ class PhaseOne:
             for i, arrays in zip(places, self.extractor.records(names, states), strict=True):
                 sample = self.requests[i].sample
                 ids = sample.input_ids.astype(self.manifest.shape.id_dtype)
-                arrays = {"input_ids": ids, "loss_mask": sample.loss_mask, **arrays}
-                records.append(TeacherRecord(sample.sample_id, "", ("",), ("",), ("",), "original", arrays))
+                runs = sample.runs.astype(np.uint32)
+                images = ("an image",) * len(runs)
+                arrays = {"input_ids": ids, "loss_mask": sample.loss_mask, "runs": runs, **arrays}
+                records.append(TeacherRecord(sample.sample_id, images, ("",), ("",), ("",), "original", arrays, images))
         return records
 
     def write(self) -> None:
@@ -334,13 +337,9 @@ class PhaseOne:
 
     def _batches(self) -> Iterator[tuple[list[int], object]]:
         """The batches that scoring makes, without running it."""
-        from teacher_cache.data.rows import positions_of
         from teacher_cache.teachers.torch_teacher import _token_batches
 
-        shape, token = self.manifest.shape, self.manifest.image_token
-        positions = [
-            positions_of(r.sample.input_ids, r.sample.loss_mask, token, shape.image_tokens) for r in self.requests
-        ]
+        positions = [r.sample.positions(self.manifest.image_token) for r in self.requests]
         order = sorted(range(len(positions)), key=lambda i: (self.requests[i].image is None, positions[i].length, i))
         for places in _token_batches(order, self.requests, positions, self.config.speed.score_batch_tokens):
             yield places, None

@@ -47,7 +47,7 @@ def doubtful_samples(folder: Path, count: int) -> list[str]:
     with TeacherCache.open(folder) as cache:
         for index in range(len(cache)):
             record = cache[index]
-            if record.image_id and len(record.answers) == 1 and record.answers != record.original_answers:
+            if record.image_ids and len(record.answers) == 1 and record.answers != record.original_answers:
                 doubt[record.sample_id] = float(np.min(record.arrays["topk_logprobs"][:, 0]))
     return sorted(doubt, key=lambda sample_id: doubt[sample_id])[:count]
 

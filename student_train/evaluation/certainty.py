@@ -13,7 +13,7 @@ from student_train.evaluation.answers import Student
 from student_train.evaluation.metrics import plain_answer
 from student_train.evaluation.questions import template_name
 from student_train.evaluation.rows import answer_rows, in_batches
-from student_train.feed.sources import PlainSource
+from student_train.feed.plain import PlainSource
 from teacher_cache.data.conversations import Conversation
 from teacher_cache.errors import EvaluationError
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from student_train.evaluation.answers import Student
 from student_train.feed.batch import NOTHING, StudentBatch
 from student_train.feed.loader import MicroBatches
-from student_train.feed.sources import Source
+from student_train.feed.raw import Source
 from student_train.feed.step_plan import MicroBatch
 from student_train.losses.targets import RowTargets, TeacherSide
 from student_train.training.objective import DistilledStudent

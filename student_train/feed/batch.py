@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from student_train.feed.sources import RawBatch
+from student_train.feed.raw import RawBatch
 from student_train.students.preprocessor import Preprocessor
 from teacher_cache.data.rows import expand, positions_of
 from teacher_cache.store.records import Array
@@ -103,22 +103,25 @@ def collate(
     *,
     pack: bool = False,
 ) -> StudentBatch:
-    """Right-padded tensors, an image as the student's N positions. ``pack`` fills lines with several samples."""
+    """Right-padded tensors, an image as many positions as the student gives it. ``pack`` fills lines with several
+    samples."""
     samples = list(zip(raw.input_ids, raw.loss_mask, strict=True))  # (T,) and (T,) each
-    found = [positions_of(ids, mask, student.image_token, student.image_tokens) for ids, mask in samples]
+    widths = [student.widths(placeholders) for placeholders in raw.placeholders]  # (G,) each
+    found = [positions_of(*sample, student.image_token, w) for sample, w in zip(samples, widths, strict=True)]
     lines = pack_lines([p.length for p in found]) if pack else [(line, 0) for line in range(len(found))]
     input_ids = torch.full((1 + lines[-1][0], max(p.length for p in found)), student.pad)  # (B, S)
     attention_mask, position_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)  # (B, S)
-    for (line, first), (ids, _), positions in zip(lines, samples, found, strict=True):
+    for (line, first), ids, width, positions in zip(lines, raw.input_ids, widths, found, strict=True):
         taken = slice(first, first + positions.length)
-        input_ids[line, taken] = torch.from_numpy(expand(ids, student.image_token, student.image_tokens))
+        input_ids[line, taken] = torch.from_numpy(expand(ids, student.image_token, width))
         attention_mask[line, taken] = 1
         position_ids[line, taken] = torch.arange(positions.length)
     placed = list(zip(lines, found, strict=True))
-    counts = [(len(p.rows), len(p.text), len(p.images)) for p in found]
+    counts = [(len(p.rows), len(p.text), len(p.images)) for p in found]  # of rows, text positions, placeholders
     rows, texts, images = zip(*counts, strict=True)
     owners = [line for line, _ in lines]
-    shares = [_shares(w.sample, *count, student.image_tokens) for w, count in zip(weights, counts, strict=True)]
+    seen = [len(p.visual) for p in found]
+    shares = [_shares(w.sample, *count, n) for w, count, n in zip(weights, counts, seen, strict=True)]
     return StudentBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -132,8 +135,8 @@ def collate(
         text_position=_joined([first + p.text for (_, first), p in placed]),  # (P,)
         visual_sample=_repeated(owners, images),  # (I,)
         visual_start=_joined([first + p.images for (_, first), p in placed]),  # (I,)
-        arrays={name: _tensor(name, array) for name, array in raw.arrays.items()},
-        visual={name: _tensor(name, array) for name, array in raw.visual.items()},
+        arrays={name: _tensor(array) for name, array in raw.arrays.items()},
+        visual={name: _tensor(array) for name, array in raw.visual.items()},
         position_ids=position_ids if pack else None,
         **_weight_tensors(weights, rows, texts, images),
         per_sample=_weight_tensors(shares, rows, texts, images),
@@ -154,18 +157,18 @@ def pack_lines(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return places
 
 
-def _tensor(name: str, array: Array) -> Tensor:
-    """As stored; only ids become int32, since torch's uint16 can do next to nothing."""
-    return torch.from_numpy(array.astype(np.int32) if name.endswith("ids") else np.ascontiguousarray(array))
+def _tensor(array: Array) -> Tensor:
+    """As stored, ids too: they become the int64 that torch gathers by where they are used, on the device."""
+    return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _shares(sample: float, rows: int, texts: int, images: int, image_tokens: int) -> Weights:
+def _shares(sample: float, rows: int, texts: int, images: int, image_positions: int) -> Weights:
     """The weight of a sample's mean, shared out over its rows, text positions, image, and text and image positions."""
     return Weights(
         row=sample / max(rows, 1),
         position=sample / max(texts, 1),
         image=sample / max(images, 1),
-        token=sample / max(texts + images * image_tokens, 1),
+        token=sample / max(texts + image_positions, 1),
         sample=sample,
     )
 

@@ -7,16 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from student_train.feed.batch import NOTHING, StudentBatch, collate
 from student_train.feed.features import ImageFeatures, image_key
-from student_train.feed.sources import Source
+from student_train.feed.raw import RawBatch, Source
 from student_train.feed.step_plan import MicroBatch, StepPlan
 from student_train.students.preprocessor import Preprocessor
 from teacher_cache.data.conversations import Image, Skipped
-from teacher_cache.errors import ImageError
+from teacher_cache.errors import CacheError, ImageError
 from teacher_cache.stopping import left_to_parent
 
 
@@ -42,7 +43,8 @@ class MicroBatches(Dataset[StudentBatch]):
         source = self.sources[micro.source]
         raw = source.read(micro.indices)
         shown = None
-        if any(image is not None for image in raw.images):
+        self._check_runs(micro, raw)
+        if any(raw.images):
             micro, shown = self._shown(micro, source, raw.images)
         pixels, features = (shown, None) if self._features is None else (None, shown)
         batch = collate(raw, micro.weights, self._preprocessor, pixels, features, pack=self._pack)
@@ -57,8 +59,17 @@ class MicroBatches(Dataset[StudentBatch]):
         for number, source in enumerate(self.sources if coming else ()):
             source.prefetch([shard for of, shard in coming if of == number])
 
+    def _check_runs(self, micro: MicroBatch, raw: RawBatch) -> None:
+        """Cached ids are expanded for a student that reads each image as one run, in the order of a sample's images."""
+        for place, (shown, images) in enumerate(zip(raw.placeholders, raw.images, strict=True)):
+            if not np.array_equal(shown, np.arange(len(images))):
+                raise CacheError(
+                    f"sample {self.names_of(micro)[place]}: its teacher read {len(images)} images in {len(shown)} runs "
+                    "of positions, and this student reads an image in one. Take a student with the teacher's processor"
+                )
+
     def _shown(
-        self, micro: MicroBatch, source: Source, images: Sequence[Image | None]
+        self, micro: MicroBatch, source: Source, images: Sequence[Sequence[Image]]
     ) -> tuple[MicroBatch, torch.Tensor]:
         """(I, 3, H, W), or a tower's (I, N, d_vision); a damaged image is blank and its sample's weights are zero,
         wherever and whenever it is read.
@@ -67,9 +78,7 @@ class MicroBatches(Dataset[StudentBatch]):
         """
         shown: list[torch.Tensor | None] = []
         weights, skipped = list(micro.weights), []
-        for place, image in enumerate(images):
-            if image is None:
-                continue
+        for place, image in ((place, image) for place, shows in enumerate(images) for image in shows):
             try:
                 shown.append(self._values(image, source.image_folder))
             except ImageError as error:

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from student_train.config import TrainConfig
 from student_train.feed.batch import NOTHING, Weights
 from student_train.feed.order import BLOCK_SHARDS, Order, Samples, epoch_batches, rank_part, shards_of, steps_per_epoch
-from student_train.feed.sources import CacheSource, Source
+from student_train.feed.raw import Source
+from student_train.feed.sources import CacheSource
 from teacher_cache.data.conversations import Skipped
 from teacher_cache.data.rows import expanded_length
 from teacher_cache.errors import ConfigError
@@ -54,9 +55,9 @@ class StepPlan:
         self._offsets = np.concatenate([[0], np.cumsum(self._sizes)])
         self._rows = np.concatenate([s.rows for s in sources])
         self._positions = np.concatenate([s.positions for s in sources])
-        self._has_image = np.concatenate([s.has_image for s in sources])
-        tokens, images = np.concatenate([s.lengths for s in sources]), self._has_image.astype(np.int64)
-        self._lengths = expanded_length(tokens, images, images * image_tokens)
+        self._images = np.concatenate([s.image_counts for s in sources])
+        tokens = np.concatenate([s.lengths for s in sources])
+        self._lengths = expanded_length(tokens, self._images, self._images * image_tokens)
         starts = [s.shard_starts[:-1] + o for s, o in zip(sources, self._offsets[:-1], strict=True)]
         self._shard_starts = np.concatenate([*starts, self._offsets[-1:]])
         self._remote = any(isinstance(s, CacheSource) and s.cache.is_remote for s in sources)
@@ -159,7 +160,7 @@ class StepPlan:
 
     def _weights(self, numbers: Ints) -> dict[int, Weights]:
         rows, positions = self._rows[numbers], self._positions[numbers]
-        images = self._has_image[numbers].astype(np.int64)
+        images = self._images[numbers]
         tokens = positions + images * self._image_tokens
         row, position, image, token = (1.0 / max(int(c.sum()), 1) for c in (rows, positions, images, tokens))
         each = Weights(row, position, image, token, sample=1.0 / len(numbers))
@@ -174,7 +175,7 @@ class StepPlan:
         if shuffle == "auto":
             shuffle = "shards" if self._remote else "full"
         starts = np.searchsorted(chosen, self._shard_starts)
-        samples = Samples(self._lengths[chosen], self._has_image[chosen], starts)
+        samples = Samples(self._lengths[chosen], self._images[chosen] > 0, starts)
         order = Order(self._config.seed, self._config.global_batch, shuffle, self._config.group)
         return [chosen[batch] for batch in epoch_batches(samples, order, epoch)]
 

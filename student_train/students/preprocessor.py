@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image as PillowImage
 
@@ -12,6 +14,8 @@ from student_train.students.processor import own_image_mode
 from teacher_cache.data.conversations import Image
 from teacher_cache.data.images import image_tokens_of, load_image, square
 from teacher_cache.data.tokenization import image_token_id
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -25,6 +29,10 @@ class Preprocessor:
     pad: int
     image_size: int
     """Pixels of a side of what the tower looks at."""
+
+    def widths(self, placeholders: Ints) -> Ints:
+        """(G,) positions of a sample's placeholders; ``placeholders`` (G,): the number of the image each stands for."""
+        return np.full(len(placeholders), self.image_tokens)
 
     def blank(self) -> torch.Tensor:
         """(3, H, W): what stands in for an image that cannot be read."""

@@ -16,7 +16,7 @@ from teacher_cache.errors import ConfigError
 from teacher_cache.models.model_config import load_model_config
 from teacher_cache.models.model_sizes import size_of
 from teacher_cache.store.manifest import MANIFEST, Manifest, new_manifest, read_manifest
-from teacher_cache.store.records import TeacherShape
+from teacher_cache.store.records import Axis, TeacherShape, pairs
 from teacher_cache.store.storage import Storage
 
 
@@ -38,19 +38,23 @@ def source_manifest(source: SourceConfig) -> Manifest:
             "made_with: for a cache)"
         )
     phase_one = load_config(CacheConfig, source.made_with or None)
-    facts: dict[str, Any] = {"shape": {"hidden_size": 1, "vocabulary": 1, "image_tokens": 0}}
+    facts: dict[str, Any] = {"shape": {"hidden_size": 1, "vocabulary": 1}}
+    image_tokens = 0
     if source.made_with:
         teacher = load_model_config(phase_one.teacher.model, phase_one.teacher.revision)
         text = teacher.get_text_config()
-        shape = TeacherShape(text.hidden_size, text.vocab_size, image_tokens_of(teacher))
+        shape, image_tokens = TeacherShape(text.hidden_size, text.vocab_size), image_tokens_of(teacher)
         facts = {"shape": dataclasses.asdict(shape), "model": phase_one.teacher.model}
+    with_image = round(expected.samples * expected.image_share)
     counts = {
         "samples": expected.samples,
         "rows": round(expected.samples * expected.rows_per_sample),
         "tokens": round(expected.samples * expected.tokens_per_sample),
         "positions": round(expected.samples * float(text_positions(expected.tokens_per_sample, expected.image_share))),
         "images": expected.images,
-        "with_image": round(expected.samples * expected.image_share),
+        "runs": with_image,
+        "image_positions": with_image * image_tokens,
+        **dict.fromkeys(("least_image", "most_image"), image_tokens),
     }
     manifest = new_manifest(phase_one, facts, {}, expected.samples)
     return dataclasses.replace(manifest, counts=counts)
@@ -73,18 +77,22 @@ def epoch_of(config: FitConfig, source: SourceConfig, manifest: Manifest, image_
     counts = manifest.counts
     whole, tokens = max(counts["samples"], 1), counts["tokens"]
     samples = int(source.share * min(source.max_samples or whole, counts["samples"]))
-    images = counts.get("with_image", tokens - counts["samples"] - counts["positions"])
+    images = counts["runs"]
     mean = expanded_length(tokens, images, images * image_tokens) / whole
     longest = max(mean, float(manifest.teacher.get("max_length", 0)) if source.cache else 0.0)
     if not distils(source):
         return Epoch(samples, samples * mean, longest)
-    lines = {"token": tokens, "row": counts["rows"], "position": counts["positions"], "image": images}
+    n = manifest.image_tokens
+    lines: dict[Axis, float] = {
+        **{"token": tokens, "row": counts["rows"], "position": counts["positions"], "run": images, "image": images},
+        **{"patch": counts["image_positions"], "pair": images * pairs(n), "cell": counts["rows"] * n},
+    }
     names, visual = needed_arrays(config.losses, manifest)
-    wanted = {"input_ids", "loss_mask", *names, *visual}
+    wanted = {"input_ids", "loss_mask", "runs", *names, *visual}
     arrays = [spec for spec in (*manifest.arrays, *manifest.image_arrays) if spec.name in wanted]
     flops = 0.0
     if any(not isinstance(loss.entry, Answers) for loss in config.losses):
-        read = expanded_length(tokens, images, images * manifest.shape.image_tokens)
+        read = expanded_length(tokens, images, counts["image_positions"])
         flops = 2.0 * _teacher_parameters(str(manifest.teacher.get("model", ""))) * read
     part = samples / whole
     return Epoch(

@@ -127,7 +127,7 @@ def plan_fit(config: FitConfig, known: Mapping[str, StudentConfig] | None = None
         if distils(source):
             check_image_mode(config.losses, mode, manifest, source.cache)
             check_losses(config.losses, manifest, source.cache)
-            check_grids(config.losses, manifest.shape.image_tokens, image_tokens_of(model.config))
+            check_grids(config.losses, manifest.image_tokens, image_tokens_of(model.config))
     projectors = _projector_parameters(config, model, manifests)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) + projectors
     image_tokens, text = image_tokens_of(model.config), model.config.get_text_config()

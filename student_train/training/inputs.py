@@ -12,8 +12,10 @@ from accelerate.utils import broadcast_object_list
 
 from student_train.config import FitConfig
 from student_train.feed.features import ImageFeatures, compute_features
+from student_train.feed.plain import PlainSource
+from student_train.feed.raw import Source
 from student_train.feed.skipped import SkippedFile
-from student_train.feed.sources import CacheSource, PlainSource, Source, check_images, leave_out_damaged, open_source
+from student_train.feed.sources import CacheSource, check_images, leave_out_damaged, open_source
 from student_train.losses.image_losses import head_square
 from student_train.losses.needs import check_losses, check_shared, needed_arrays, reads_head_square
 from student_train.losses.shared_ids import shared_count

@@ -334,7 +334,7 @@ def teacher_side(
         scales={name: scales_on(scales, device) for name, scales in full_scales(cache).items()},
         head=weight,
         hidden_size=manifest.shape.hidden_size,
-        image_tokens=manifest.shape.image_tokens,
+        image_tokens=manifest.image_tokens,
     )
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from student_train.config import FitConfig
-from student_train.feed.sources import CacheSource, Source
+from student_train.feed.raw import Source
+from student_train.feed.sources import CacheSource
 from teacher_cache.config import as_plain
 
 _SPEED = (

@@ -17,8 +17,9 @@ from torch import nn
 
 from student_train.config import FitConfig, check_fit_config
 from student_train.feed.loader import MicroBatches, make_loader, on_device
+from student_train.feed.plain import PlainSource
 from student_train.feed.skipped import SkippedFile, check_share
-from student_train.feed.sources import CacheSource, PlainSource
+from student_train.feed.sources import CacheSource
 from student_train.feed.step_plan import MicroBatch, StepPlan
 from student_train.students.export import save_student
 from student_train.students.preprocessor import preprocessor_of

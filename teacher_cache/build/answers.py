@@ -7,14 +7,12 @@ file, written complete or not at all, so a killed run answers at most one shard 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from teacher_cache.build.context import Build
@@ -24,7 +22,7 @@ from teacher_cache.errors import CacheError, TeacherCrashed
 from teacher_cache.progress import note
 from teacher_cache.store.manifest import Manifest, digest
 from teacher_cache.store.storage import Storage
-from teacher_cache.store.tables import INDEX_BYTES, json_object, parquet_file, read_table, text
+from teacher_cache.store.tables import INDEX_BYTES, json_object, parquet_file, read_table, table_bytes, text
 from teacher_cache.store.writer import answers_name
 from teacher_cache.teachers.teacher import OVERFLOW, AnswerRequest
 
@@ -145,10 +143,8 @@ def write_answers(
         for turn, (ids, reason) in enumerate(zip(sample.answers, sample.finish_reasons, strict=True))
     ]
     metadata = json.dumps({"fingerprint": answers_fingerprint(manifest)}).encode()
-    table = pa.Table.from_pylist(lines, schema=_SCHEMA.with_metadata({_KEY: metadata}))
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    storage.write(answers_name(number), [sink.getvalue()])
+    table = pa.Table.from_pylist(lines, schema=_SCHEMA)
+    storage.write(answers_name(number), [table_bytes(table, {_KEY: metadata})])
 
 
 def read_answers(storage: Storage, manifest: Manifest, number: int) -> dict[str, AnsweredSample] | None:
@@ -172,7 +168,7 @@ def read_answers(storage: Storage, manifest: Manifest, number: int) -> dict[str,
     samples: dict[str, AnsweredSample] = {}
     for line in table.to_pylist():
         sample = samples.setdefault(line["sample_id"], AnsweredSample(line["sample_id"], [], [], line["source"]))
-        sample.image_checksum = line.get("image_checksum") or ""  # a column that caches of 0.1 lack
+        sample.image_checksum = line["image_checksum"]
         sample.answers.append(tuple(line["token_ids"]))
         sample.finish_reasons.append(line["finish_reason"])
     return samples
@@ -184,10 +180,7 @@ def read_answer_lines(data: bytes, where: str) -> tuple[pa.Table, dict[str, Any]
     metadata = json_object((file.metadata.metadata or {}).get(_KEY, b""), where)
     text(metadata.get("fingerprint"), "fingerprint", where)
     columns = {field.name: field.type for field in _SCHEMA if field.name not in ("turn", "text")}
-    if "image_checksum" not in file.schema_arrow.names:  # 0.1
-        del columns["image_checksum"]
-    table = read_table(data, where, columns, checked=True)
-    return table, metadata
+    return read_table(data, where, columns, checked=True), metadata
 
 
 def answer_text(tokenizer: Any, ids: Ids) -> str:

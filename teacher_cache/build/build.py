@@ -269,7 +269,7 @@ def _manifest(config: CacheConfig, samples: SampleFile, teacher: Teacher) -> Man
     """What this configuration, these samples and this teacher make."""
     data = as_plain(config.data) | {"files": samples.files, "image_reading": IMAGE_READING} | answerer_facts(config)
     data = {name: value for name, value in data.items() if name not in _PLACES}
-    manifest = new_manifest(config, dataclasses.asdict(teacher.description), data, len(samples))
+    manifest = new_manifest(config, teacher.description.facts(), data, len(samples))
     names = ", ".join(path.name for path in data_files(config.data.path))
     return dataclasses.replace(manifest, made_with=_versions() | {"data": names})
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 from teacher_cache.build.context import Build
-from teacher_cache.build.inputs import ShardInput, unfit_sample
+from teacher_cache.build.inputs import ShardInput, tokenized_sample, unfit_sample
 from teacher_cache.build.signals import finite_logits, finite_states, wanted_states
 from teacher_cache.data.conversations import Conversation, Skipped
 from teacher_cache.data.sample_reader import SkipCount
-from teacher_cache.data.tokenization import assemble, tokenize_answer
+from teacher_cache.data.tokenization import tokenize_answer
 from teacher_cache.errors import DataError, TeacherError
 from teacher_cache.store.codecs import ChannelScales, fit_channel_scales
 from teacher_cache.teachers.teacher import SampleStates, ScoreRequest
@@ -79,7 +79,7 @@ def _usable(build: Build) -> list[ScoreRequest]:
         for sample in shard.samples:
             original = sample.conversation.answers
             answers = [tokenize_answer(a, build.template, build.teacher.tokenizer) for a in original]
-            tokenized = assemble(sample.prompt, answers)
+            tokenized = tokenized_sample(build.teacher, sample.prompt, answers)
             if reason := unfit_sample(build, tokenized):
                 skips.add(Skipped(sample.sample_id, reason))
             elif len(found) < count or (visual and shown < count and sample.picture is not None):

@@ -18,11 +18,12 @@ from teacher_cache.data.tokenization import Ids, Template, template_by_name
 from teacher_cache.errors import TeacherError
 from teacher_cache.progress import Style
 from teacher_cache.store.codecs import ChannelScales
+from teacher_cache.store.index import ImagePlace
 from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.reader import scales_from_bytes
 from teacher_cache.store.storage import Storage
 from teacher_cache.store.tables import INDEX_BYTES
-from teacher_cache.store.writer import SCALES, ImagePlace
+from teacher_cache.store.writer import SCALES
 from teacher_cache.teachers.teacher import Teacher
 
 
@@ -73,7 +74,7 @@ class Build:
     def length(self, ids: Ids | npt.NDArray[np.int64]) -> int:
         """Positions that ``ids`` take in the teacher, each placeholder expanded."""
         images = int(np.count_nonzero(np.asarray(ids) == self.teacher.description.image_token))
-        return int(expanded_length(len(ids), images, images * self.manifest.shape.image_tokens))
+        return int(expanded_length(len(ids), images, images * self.teacher.description.image_tokens))
 
     @cached_property
     def extractor(self) -> Extractor:

@@ -45,6 +45,7 @@ def _score_image(build: Build, conversation: Conversation) -> dict[str, Array] |
     probe = dataclasses.replace(conversation, questions=("",), answers=("",))
     ids = np.asarray(tokenize_prompt(probe, build.template, build.teacher.tokenizer).segments[0], np.int64)
     sample = TokenizedSample(conversation.sample_id, ids, np.zeros(len(ids), np.bool_))
+    sample = sample.with_runs(build.teacher.description.image_token, build.teacher.description.image_tokens)
     ((_, (states,)),) = build.teacher.score([ScoreRequest(sample, image)], wanted_states(build.config.signals))
     assert states.visual is not None
     arrays = build.extractor.image(states.visual)

@@ -12,8 +12,9 @@ import numpy as np
 from teacher_cache.build.context import Build
 from teacher_cache.data.conversations import Conversation, Skipped
 from teacher_cache.data.images import Picture, open_picture
-from teacher_cache.data.tokenization import Prompt, TokenizedSample, tokenize_prompt
+from teacher_cache.data.tokenization import Ids, Prompt, TokenizedSample, assemble, tokenize_prompt
 from teacher_cache.errors import ImageError
+from teacher_cache.teachers.teacher import Teacher
 
 KEPT_BYTES = 256 << 20
 """Of decoded images in a shard; those beyond it are decoded again when they are shown to the teacher. 512 photographs
@@ -104,6 +105,12 @@ def _unfit_prompt(build: Build, prompt: Prompt) -> str:
     """Why a conversation cannot be answered, or an empty text."""
     length, (limit, what) = sum(map(build.length, prompt.segments)), build.limit
     return f"questions alone take {length} tokens, {what}: {length - limit + 1} over" if length >= limit else ""
+
+
+def tokenized_sample(teacher: Teacher, prompt: Prompt, answers: Sequence[Ids]) -> TokenizedSample:
+    """Prompt and answers as the teacher reads them, each image a run."""
+    description = teacher.description
+    return assemble(prompt, answers).with_runs(description.image_token, description.image_tokens)
 
 
 def unfit_sample(build: Build, sample: TokenizedSample) -> str:

@@ -10,21 +10,23 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
+
 from teacher_cache.build.answers import AnsweredSample, answer_conversations, answer_text, read_answers, write_answers
 from teacher_cache.build.context import Build, shard_size
 from teacher_cache.build.image_owners import image_lines, owned_images
-from teacher_cache.build.inputs import ReadSample, ShardInput, unfit_sample
+from teacher_cache.build.inputs import ReadSample, ShardInput, tokenized_sample, unfit_sample
 from teacher_cache.build.signals import NOT_FINITE, finite_arrays, finite_states, wanted_states
 from teacher_cache.build.skips import check_share
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.conversations import Skipped
 from teacher_cache.data.image_files import OtherImageError
-from teacher_cache.data.rows import positions_of
-from teacher_cache.data.tokenization import TokenizedSample, assemble
+from teacher_cache.data.tokenization import TokenizedSample
 from teacher_cache.errors import TeacherCrashed, TeacherError
 from teacher_cache.progress import note, stage
+from teacher_cache.store.index import ImagePlace
 from teacher_cache.store.records import Array, TeacherRecord
-from teacher_cache.store.writer import ImagePlace, answers_name, write_images, write_shard
+from teacher_cache.store.writer import answers_name, write_images, write_shard
 from teacher_cache.teachers.teacher import SampleStates, ScoreRequest, pick
 
 Answered = dict[str, AnsweredSample]
@@ -116,7 +118,9 @@ def score_shard(build: Build, number: int, shard: ShardInput, answered: Answered
         return "" if whole else f"too long before its last question: {build.limit[1]}"
 
     shard.skip(unanswered)
-    tokenized = {s.sample_id: assemble(s.prompt, answered[s.sample_id].answers) for s in shard.samples}
+    tokenized = {
+        s.sample_id: tokenized_sample(build.teacher, s.prompt, answered[s.sample_id].answers) for s in shard.samples
+    }
     shard.skip(lambda sample: unfit_sample(build, tokenized[sample.sample_id]))
     arrays, visual = _scored_arrays(build, number, shard, answered, tokenized)
     shard.skip(lambda sample: "" if sample.sample_id in arrays else NOT_FINITE)
@@ -164,7 +168,7 @@ def _states(
     build: Build, shard: ShardInput, answered: Answered, tokenized: Tokenized
 ) -> Iterator[tuple[list[ReadSample], list[SampleStates]]]:
     """States of every sample: those captured while answering, the rest from a scoring pass."""
-    wanted, description = wanted_states(build.config.signals), build.teacher.description
+    wanted = wanted_states(build.config.signals)
     captured = [s for s in shard.samples if answered[s.sample_id].hidden is not None]
     rest = [s for s in shard.samples if answered[s.sample_id].hidden is None]
     for begin in range(0, len(captured), _CAPTURED_BATCH):
@@ -173,8 +177,7 @@ def _states(
             answers, whole = answered[sample.sample_id], tokenized[sample.sample_id]
             hidden, answers.hidden = answers.hidden, None  # freed as soon as it is used
             assert hidden is not None
-            tokens, image_tokens = description.image_token, description.shape.image_tokens
-            positions = positions_of(whole.input_ids, whole.loss_mask, tokens, image_tokens)
+            positions = whole.positions(build.teacher.description.image_token)
             states.append(pick(positions, wanted, hidden.to(build.extractor.head.device)))
         yield batch, states
     requests = [ScoreRequest(tokenized[s.sample_id], s.picture) for s in rest]
@@ -188,23 +191,25 @@ _CAPTURED_BATCH = 32
 def _record(
     build: Build, sample: ReadSample, answered: AnsweredSample, whole: TokenizedSample, arrays: dict[str, Array]
 ) -> TeacherRecord:
-    ids = whole.input_ids.astype(build.manifest.shape.id_dtype)
+    ids, runs = whole.input_ids.astype(build.manifest.shape.id_dtype), whole.runs.astype(np.uint32)
+    images = () if sample.picture is None else (sample.picture.image,)
     return TeacherRecord(
         sample_id=sample.sample_id,
-        image_id=sample.image_id,
-        questions=sample.conversation.texts,
+        image_ids=tuple(image.image_id for image in images),
+        questions=sample.conversation.questions,
+        system=sample.conversation.system,
         answers=tuple(answer_text(build.teacher.tokenizer, a) for a in answered.answers),
         original_answers=sample.conversation.answers,
         source=answered.source,
-        image_checksum=sample.picture.image.checksum if sample.picture is not None else "",
-        arrays={"input_ids": ids, "loss_mask": whole.loss_mask, **arrays},
+        image_checksums=tuple(image.checksum for image in images),
+        arrays={"input_ids": ids, "loss_mask": whole.loss_mask, "runs": runs, **arrays},
     )
 
 
 def _commit(build: Build, number: int, scored: Scored, skipped: list[Skipped]) -> None:
     """Images first: a committed shard never points at image lines that are not there yet."""
     records, images = scored
-    places = [build.image_places.get(record.image_id, ImagePlace()) for record in records]
+    places = [build.image_places.get(next(iter(r.image_ids), ""), ImagePlace()) for r in records]
     if build.manifest.image_arrays:
         write_images(build.storage, build.manifest, number, images)
     write_shard(build.storage, build.manifest, number, records, places, skipped)

@@ -73,7 +73,7 @@ class Extractor:
 
     @torch.inference_mode()
     def records(self, sample_ids: Sequence[str], states: Sequence[SampleStates]) -> list[dict[str, Array]]:
-        """For each sample the arrays of ``records.record_arrays`` but input_ids and loss_mask."""
+        """For each sample the arrays of ``records.record_arrays`` but input_ids, loss_mask and runs."""
         rows = torch.cat([s.rows for s in states])
         arrays = self._rows(rows, sample_ids, [len(s.rows) for s in states])
         counts = {name: [len(s.rows) for s in states] for name in arrays}
@@ -84,17 +84,14 @@ class Extractor:
             for key, value in self._encoded(name, torch.cat([k for k in kept if k is not None])).items():
                 arrays[key], counts[key] = value, [len(k) for k in kept if k is not None]
         if self.signals.attention:
-            blank = rows.new_zeros(0, self.shape.image_tokens)
-            maps = [
-                s.attention if s.attention is not None else blank.new_zeros(len(s.rows), blank.shape[1]) for s in states
-            ]
+            maps = [rows.new_zeros(0) if s.attention is None else s.attention.flatten() for s in states]
             arrays["attention"] = torch.cat(maps).to(torch.float16)
-            counts["attention"] = [len(s.rows) for s in states]
+            counts["attention"] = [len(m) for m in maps]
         return _split({name: array.cpu().numpy() for name, array in arrays.items()}, counts, len(states))
 
     @torch.inference_mode()
     def image(self, visual: torch.Tensor) -> dict[str, Array]:
-        """(N, d) visual states of one image → the arrays of ``records.image_arrays``, one line."""
+        """(N, d) visual states of one image → its lines of the arrays of ``records.image_arrays``."""
         signals = self.signals
         if signals.visual == "states":
             arrays = self._encoded("visual", visual)
@@ -154,7 +151,7 @@ class Extractor:
         upper = torch.triu_indices(len(states), len(states), device=states.device)
         scale = torch.stack([gram.abs().max().clamp(min=1e-30) for gram in grams])
         packed = [(gram / s)[upper[0], upper[1]].half() for gram, s in zip(grams, scale, strict=True)]
-        return {"gram_hidden": packed[0], "gram_logits": packed[1], "gram_scale": scale}
+        return {"gram_hidden": packed[0], "gram_logits": packed[1], "gram_scale": scale.unsqueeze(0)}
 
 
 def row_signals(logits: torch.Tensor, k: int, temperatures: Sequence[float]) -> dict[str, torch.Tensor]:

@@ -2,13 +2,14 @@
 
 The state at position p of a causal language model gives the distribution of token p + 1. Row r of the cache is the
 distribution and the state for *answer token r*, so it is taken one position before that token, in the sequence that
-the model reads: each image placeholder expanded to the positions of its image. How many those are may differ from image
+the model reads: each image placeholder expanded to its run of positions. How many those are may differ from image
 to image and from teacher to student; rows and text positions are the same in number and order for both.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,12 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[Any]
 Widths = int | npt.NDArray[Any]
-"""Positions of each placeholder in the expanded sequence: one number for all, or (I,) in their order."""
+"""Positions of each placeholder in the expanded sequence: one number for all, or (G,) in their order."""
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions of one sample in its expanded sequence: rows (R,), text (P,), visual (all images',), images (I,)."""
+    """Positions of one sample in its expanded sequence: rows (R,), text (P,), visual (all images',), images (G,)."""
 
     rows: Ints
     """The positions that predict the answer tokens."""
@@ -30,14 +31,14 @@ class Positions:
     """The text positions that predict a token: all but the sequence's last."""
     visual: Ints
     images: Ints
-    """The first position of each image."""
+    """The first position of each placeholder's run."""
     length: int
 
 
 def positions_of(input_ids: Ids, loss_mask: Ids, image_token: int, widths: Widths) -> Positions:
     """Where the rows, text and image positions of one sample stand in the sequence that the model reads.
 
-    ``input_ids``, ``loss_mask`` (T,), one placeholder an image; ``loss_mask`` marks the answer tokens.
+    ``input_ids``, ``loss_mask`` (T,), one placeholder a run of image positions; ``loss_mask`` marks the answer tokens.
     """
     is_image, width = _widths(input_ids, image_token, widths)
     start = np.cumsum(width) - width
@@ -58,9 +59,9 @@ def rows_among_text(input_ids: Ids, loss_mask: Ids, image_token: int) -> Ints:
     return np.searchsorted(found.text, found.rows)
 
 
-def text_positions(tokens: Any, images: Any) -> Any:
-    """P, the text positions that predict a token, of samples with ``tokens`` tokens and ``images`` placeholders."""
-    return np.maximum(tokens - 1 - images, 0)
+def text_positions(tokens: Any, runs: Any) -> Any:
+    """P, the text positions that predict a token, of samples with ``tokens`` tokens, ``runs`` placeholders of them."""
+    return np.maximum(tokens - 1 - runs, 0)
 
 
 def expand(input_ids: Ids, image_token: int, widths: Widths) -> Ids:
@@ -68,9 +69,36 @@ def expand(input_ids: Ids, image_token: int, widths: Widths) -> Ids:
     return np.repeat(input_ids, _widths(input_ids, image_token, widths)[1])
 
 
-def expanded_length(tokens: Any, images: Any, image_positions: Any) -> Any:
-    """S, what the model reads of ``tokens`` tokens, ``images`` of them placeholders for ``image_positions`` in all."""
-    return tokens - images + image_positions
+def collapse(input_ids: Ids, loss_mask: Ids, image: Ids) -> tuple[Ids, Ids, Ints]:
+    """What a model reads, as a cache keeps it: of each run of positions that show one image its first one alone.
+
+    ``image`` (S,): the number of the image that a position shows, −1 for text. Returns ``input_ids`` and ``loss_mask``
+    (T,) and the runs (G, 2): positions, image number; they are the widths of :func:`expand`.
+    """
+    begins = np.ones(len(image), np.bool_)
+    begins[1:] = (image[1:] != image[:-1]) | (image[1:] < 0)
+    first = np.flatnonzero(begins)
+    lengths = np.diff(np.append(first, len(image)))
+    runs = np.stack([lengths, image[first]], -1).astype(np.int64)
+    return input_ids[first], loss_mask[first], runs[image[first] >= 0]
+
+
+def equal_runs(input_ids: Ids, image_token: int, length: int) -> Ints:
+    """(G, 2) the runs of a sample whose images have ``length`` positions each, in the order of its placeholders."""
+    count = int(np.count_nonzero(input_ids == image_token))
+    return np.stack([np.full(count, length, np.int64), np.arange(count)], -1)
+
+
+def turns(loss_mask: Ids) -> list[slice]:
+    """Which rows belong to each answer: an answer is a run of supervised tokens."""
+    at = np.flatnonzero(loss_mask)
+    cuts = [0, *(np.flatnonzero(np.diff(at) > 1) + 1).tolist(), len(at)]
+    return [slice(a, b) for a, b in pairwise(cuts) if b > a]
+
+
+def expanded_length(tokens: Any, runs: Any, image_positions: Any) -> Any:
+    """S, what the model reads of ``tokens`` tokens, ``runs`` of them placeholders for ``image_positions`` in all."""
+    return tokens - runs + image_positions
 
 
 def _widths(input_ids: Ids, image_token: int, widths: Widths) -> tuple[npt.NDArray[np.bool_], Ints]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from teacher_cache.data.conversations import IMAGE_TAG, Conversation
+from teacher_cache.data.rows import Positions, equal_runs, positions_of
 from teacher_cache.errors import TemplateError
 
 Ids = tuple[int, ...]
@@ -98,25 +99,39 @@ class Prompt:
 class TokenizedSample:
     """A whole conversation.
 
-    input_ids: (T,) int64, one placeholder for the image · loss_mask: (T,) bool, true at answer tokens, the
-    end-of-answer token included. The mask names the *answer tokens*; which position predicts them is the teacher's
-    business (``data.rows``).
+    input_ids: (T,) int64, one placeholder a run of image positions · loss_mask: (T,) bool, true at answer tokens, the
+    end-of-answer token included · runs: (G, 2) positions and image number of each placeholder. The mask names the
+    *answer tokens*; which position predicts them is ``data.rows``' business.
     """
 
     sample_id: str
     input_ids: npt.NDArray[np.int64]
     loss_mask: npt.NDArray[np.bool_]
+    runs: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), np.int64))
 
     @property
     def rows(self) -> int:
         """R: the number of answer tokens."""
         return int(self.loss_mask.sum())
 
+    def positions(self, image_token: int) -> Positions:
+        """Where its rows, text and images stand in what the model reads."""
+        return positions_of(self.input_ids, self.loss_mask, image_token, self.runs[:, 0])
+
+    def with_runs(self, image_token: int, image_tokens: int) -> TokenizedSample:
+        """For a model that shows every image in as many positions."""
+        return replace(self, runs=equal_runs(self.input_ids, image_token, image_tokens))
+
 
 def template_by_name(name: str) -> Template:
     if name not in TEMPLATES:
         raise TemplateError(f"teacher.template: no template {name!r}; there are {', '.join(sorted(TEMPLATES))}")
     return TEMPLATES[name]
+
+
+def template_text(template: Template) -> str:
+    """All of the template, for a manifest."""
+    return json.dumps(asdict(template), sort_keys=True)
 
 
 def image_token_id(tokenizer: Any) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from teacher_cache.models.weights import checkpoint_folder
 
 WHOLE = "whole:"
-"""What a digest of every byte begins with. Those of 0.1 do not: of files over 64 MiB they hold the ends only."""
+"""What a digest of every byte begins with. """
 
 
 def checkpoint_digest(model: str, revision: str = "") -> str:

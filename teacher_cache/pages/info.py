@@ -29,7 +29,7 @@ def cache_info(storage: Storage) -> list[tuple[str, str]]:
         ("state", f"{state}, {done} of {manifest.planned_shards} shards"),
         ("fingerprint", manifest.fingerprint[:16]),
         ("teacher", f"{teacher['model']} ({teacher['dtype']}, {size})"),
-        ("template, images", f"{teacher['template']}, {manifest.shape.image_tokens} tokens an image"),
+        ("template, images", f"{teacher['template']}, {_image_tokens(counts)}"),
         ("data", f"{data_names(manifest)} (regenerate: {manifest.data['regenerate']})"),
         ("generation", _generation(manifest.generation)),
         ("preset", f"{signals['preset']}: top-{signals['top_k']}, hidden {signals['hidden']} ({signals['codec']})"),
@@ -55,14 +55,19 @@ def export_answers(storage: Storage, output: Path) -> int:
     count = 0
     with TeacherCache(storage) as cache, whole(output) as part, part.open("w", encoding="utf-8") as file:
         for text in cache.texts():
-            image = Image(text.image_id, path=text.image_id) if text.image_id else None
-            sample = Conversation.with_image(text.sample_id, text.questions, text.answers, image)
-            (line,) = to_llava_json([sample])
+            images = tuple(Image(name, path=name) for name in text.image_ids)
+            questions, answers = tuple(text.questions), tuple(text.answers)
+            (line,) = to_llava_json([Conversation(text.sample_id, questions, answers, images, system=text.system)])
             plain = json.dumps(line, ensure_ascii=False, indent=1).replace("\n", "\n ")
             file.write(f"{',' if count else '['}\n {plain}")
             count += 1
         file.write("\n]" if count else "[]")
     return count
+
+
+def _image_tokens(counts: dict[str, int]) -> str:
+    least, most = counts.get("least_image", 0), counts.get("most_image", 0)
+    return f"{least} to {most} tokens an image" if least < most else f"{most} tokens an image" if most else "no images"
 
 
 def _generation(generation: dict[str, Any]) -> str:

@@ -46,7 +46,9 @@ def write_view(
         chosen = choose_samples(opened, samples, ids, seed)
         words = TokenText.open(tokenizer, opened) if tokenizer else TokenText()
         names = [image_folder] if isinstance(image_folder, str | Path) else image_folder
-        figures = find_figures([str(n) for n in names if str(n)], opened.read(chosen, []).image_ids)
+        figures = find_figures(
+            [str(n) for n in names if str(n)], [i for ids in opened.read(chosen, []).image_ids for i in ids]
+        )
         measured = measure(opened, seed)
         how = "chosen by id" if ids else f"drawn at random with seed {seed}"
         return write_page(
@@ -90,7 +92,7 @@ def find_figures(names: Sequence[str], image_ids: Sequence[str]) -> Callable[[st
         raise CacheError(f"--image-folder {' '.join(names)}: expected one folder, or data files that are there")
     files = [str(file) for folder in folders for file in sorted(Path(folder).glob("*.parquet"))]
     files += [file for files_of_name in found.values() for file in files_of_name]
-    wanted, embedded = set(image_ids) - {""}, dict[str, Image]()
+    wanted, embedded = set(image_ids), dict[str, Image]()
     for sample in read_conversations(DataConfig(path=tuple(files), duplicate_ids="number")) if files else ():
         if isinstance(sample, Conversation) and sample.image and sample.image.image_id in wanted:
             embedded[sample.image.image_id] = sample.image

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from teacher_cache.data.rows import turns
 from teacher_cache.pages.charts import Series, histogram, key, line_chart
 from teacher_cache.pages.page import Card
 from teacher_cache.store.reader import TeacherCache
@@ -74,13 +74,6 @@ def sample_texts(cache: TeacherCache, shard: int, lines: Iterable[int]) -> list[
     return [{n: [line[n]] if isinstance(line[n], str) else line[n] for n in names} for line in table]
 
 
-def answer_slices(loss_mask: Array) -> list[slice]:
-    """Which rows belong to each answer: an answer is a run of supervised tokens."""
-    at = np.flatnonzero(loss_mask)
-    cuts = [0, *(np.flatnonzero(np.diff(at) > 1) + 1).tolist(), len(at)]
-    return [slice(a, b) for a, b in pairwise(cuts) if b > a]
-
-
 def answer_type(answer: str) -> str:
     """The kind of an answer by its words, one of ``TYPES``."""
     words = answer.strip().rstrip(".").split()
@@ -125,7 +118,7 @@ def _add(measured: Measured, cache: TeacherCache, shard: int, first: int, lines:
 
 
 def _add_sample(measured: Measured, mask: Array, entropy: Array, texts: Texts) -> None:
-    for part, answer in zip(answer_slices(mask), texts["answers"], strict=True):
+    for part, answer in zip(turns(mask), texts["answers"], strict=True):
         rows = entropy[part]
         measured.by_type[answer_type(answer)].append(rows)
         places = np.searchsorted(POSITION_EDGES, np.arange(len(rows)), side="right") - 1

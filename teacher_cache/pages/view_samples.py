@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from teacher_cache.data.rows import turns
 from teacher_cache.pages.page import Figure
 from teacher_cache.pages.token_text import TokenText
-from teacher_cache.pages.view_overview import Texts, answer_slices, sample_texts
+from teacher_cache.pages.view_overview import Texts, sample_texts
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import Array
 
@@ -98,14 +99,14 @@ def sample_values(cache: TeacherCache, index: int, figure: Callable[[str], Figur
     shard = cache.shard_of(index)
     texts = sample_texts(cache, shard, [index - int(cache.shard_starts[shard])])[0]
     tokens = _tokens(batch.arrays, cache.manifest.stats_names.index("entropy"), words)
-    image_id = batch.image_ids[0]
+    images = batch.image_ids[0]
     return {
         "number": index,
         "id": batch.sample_ids[0],
-        "image_id": image_id,
-        "figure": figure(image_id) if image_id else None,
-        "about": f"{image_id or 'text only'} · {len(batch.arrays['input_ids']):,} tokens, {len(tokens):,} in answers",
-        "turns": [_turn(texts, t, tokens[part]) for t, part in enumerate(answer_slices(batch.arrays["loss_mask"]))],
+        "figures": [(image_id, figure(image_id)) for image_id in images],
+        "about": f"{', '.join(images) or 'text only'} · {len(batch.arrays['input_ids']):,} tokens, "
+        f"{len(tokens):,} in answers",
+        "turns": [_turn(texts, t, tokens[part]) for t, part in enumerate(turns(batch.arrays["loss_mask"]))],
     }
 
 

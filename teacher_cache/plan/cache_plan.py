@@ -29,7 +29,7 @@ from teacher_cache.models.pretrained import check_llava
 from teacher_cache.plan.cost import TeacherMemory, Throughput, assumed_throughput, teacher_memory
 from teacher_cache.plan.lengths import Lengths, conversation_lengths, load_tokenizer
 from teacher_cache.store.arrays import ArrayLayout, chunk_rows_for
-from teacher_cache.store.records import Axis, TeacherShape, image_arrays, record_arrays
+from teacher_cache.store.records import Axis, TeacherShape, image_arrays, pairs, record_arrays
 from teacher_cache.store.storage import Storage
 from teacher_cache.store.tables import INDEX_BYTES, answer_ids
 from teacher_cache.store.writer import answers_name
@@ -109,7 +109,7 @@ def plan_cache(config: CacheConfig, *, answer_factor: float = 1.0, throughput: T
     samples = read_conversations(config.data)
     shards = -(-len(samples) // config.layout.shard_samples)
     conversations = [s for s in samples if isinstance(s, Conversation)]
-    model, shape = _teacher(config)
+    model, shape, image_tokens = _teacher(config)
     storage = Storage(config.output or ".")
     tokenizer = load_tokenizer(config.teacher.model, config.teacher.revision)
     answered = _answered(storage, shards) if config.output else {}
@@ -122,10 +122,10 @@ def plan_cache(config: CacheConfig, *, answer_factor: float = 1.0, throughput: T
         most_a_turn=config.generation.max_new_tokens,
     )
     image = np.array([c.image is not None for c in conversations], np.int64)  # (M,)
-    prompt = expanded_length(lengths.prompt, image, image * shape.image_tokens)
+    prompt = expanded_length(lengths.prompt, image, image * image_tokens)
     whole = prompt + lengths.answers
     kept = (whole <= config.teacher.max_length) & _image_there(conversations, config)
-    lines = _lines(conversations, lengths, image, kept)
+    lines = _lines(conversations, lengths, image, kept, image_tokens)
     texts = _text_bytes([conversations[i] for i in np.flatnonzero(kept)])
     parts = {
         name: _part_bytes(as_preset(config.signals, name), config, shape, lines, shards, texts) for name in PRESETS
@@ -160,11 +160,11 @@ def as_preset(signals: SignalsConfig, name: str) -> SignalsConfig:
     return dataclasses.replace(signals, **(undone | PRESETS[name]))
 
 
-def _teacher(config: CacheConfig) -> tuple[Any, TeacherShape]:
+def _teacher(config: CacheConfig) -> tuple[Any, TeacherShape, int]:
     model = load_model_config(config.teacher.model, config.teacher.revision, "teacher.model")
     check_llava("teacher.model", config.teacher.model, model)
     text = model.get_text_config()
-    return model, TeacherShape(text.hidden_size, text.vocab_size, image_tokens_of(model))
+    return model, TeacherShape(text.hidden_size, text.vocab_size), image_tokens_of(model)
 
 
 def _lines(
@@ -172,14 +172,20 @@ def _lines(
     lengths: Lengths,
     image: npt.NDArray[np.int64],
     kept: npt.NDArray[np.bool_],
+    image_tokens: int,
 ) -> dict[Axis, int]:
     """Lines of the cache on each axis. An image has its line even where all its samples are left out."""
     tokens = (lengths.prompt + lengths.answers)[kept]
+    distinct = len({c.image.image_id for c in conversations if c.image is not None})
     return {
         "token": int(tokens.sum()),
         "row": int(lengths.answers[kept].sum()),
         "position": int(text_positions(tokens, image[kept]).sum()),
-        "image": len({c.image.image_id for c in conversations if c.image is not None}),
+        "run": int(image[kept].sum()),
+        "cell": int((image * lengths.answers)[kept].sum()) * image_tokens,
+        "image": distinct,
+        "patch": distinct * image_tokens,
+        "pair": distinct * pairs(image_tokens),
     }
 
 

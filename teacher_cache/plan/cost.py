@@ -59,9 +59,8 @@ def measured_throughput(storage: Storage) -> Throughput:
     from writing.
     """
     with TeacherCache(storage) as cache:
-        counts, image_tokens = cache.manifest.counts, cache.manifest.shape.image_tokens
-        images = int(cache.has_image().sum())
-        read = expanded_length(counts["tokens"], images, images * image_tokens)
+        counts = cache.manifest.counts
+        read = expanded_length(counts["tokens"], counts["runs"], counts["image_positions"])
         rows = zip(cache.counts("row").tolist(), cache.texts(), strict=True)
         written = sum(count for count, text in rows if text.source != "original")
     cost = json.loads(storage.read("cost.json")) if storage.exists("cost.json") else {}

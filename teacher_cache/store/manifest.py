@@ -23,7 +23,7 @@ from teacher_cache.store.records import ArraySpec, TeacherShape, image_arrays, r
 from teacher_cache.store.storage import Storage
 from teacher_cache.store.tables import JSON_BYTES, json_object
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Manifest:
     """Plain data; ``teacher``, ``data``, ``generation`` and ``layout`` as they were configured and found.
 
     ``files``: sha256 of the cache's side files once it is complete. ``counts``: samples, skipped, rows, tokens,
-    positions, images, bytes.
+    positions, runs, image_positions, images, bytes, and the fewest and most positions of one image.
     """
 
     teacher: dict[str, Any]
@@ -62,8 +62,13 @@ class Manifest:
 
     @property
     def logit_rule(self) -> LogitRule:
-        """How the teacher's logits follow from ``hidden @ head.T``."""
         return LogitRule(**self.teacher["logit_rule"])
+
+    @property
+    def image_tokens(self) -> int:
+        """N where every image has as many positions; 0 where they differ, or there is none."""
+        least, most = self.counts.get("least_image", 0), self.counts.get("most_image", 0)
+        return least if least == most else 0
 
     @property
     def signals_config(self) -> SignalsConfig:
@@ -84,7 +89,7 @@ class Manifest:
 
 def data_names(manifest: Manifest) -> str:
     """The data files as the cache's maker called them."""
-    return manifest.made_with.get("data") or ", ".join(f["name"] for f in manifest.data["files"] if "name" in f)
+    return manifest.made_with.get("data", "")
 
 
 _TEACHER_SETTINGS = ("template", "max_length", "quantization", "image_mode")
@@ -136,8 +141,9 @@ def read_manifest(storage: Storage) -> Manifest:
         raise CacheError(f"{where}: not a manifest ({error} is missing); {_RESTORE}") from error
     if version != FORMAT_VERSION:
         raise CacheVersionError(
-            f"{storage.url}: cache format {str(version)[:40]}, this package reads format {FORMAT_VERSION}. "
-            "Install the package version that made it (made_with in the manifest), or build the cache again"
+            f"{where}: cache format {str(version)[:40]}, this package reads format {FORMAT_VERSION}. Build the "
+            "cache again, with the same configuration and another output (answers/ of the old one cannot be kept); or "
+            "install the package version that made it (made_with in the manifest)"
         )
     if digest(plain) != claimed or _canonical(plain | {"digest": claimed}) != text:
         raise CacheError(f"{where}: the file was changed after it was written; {_RESTORE}")
@@ -145,7 +151,7 @@ def read_manifest(storage: Storage) -> Manifest:
     fingerprint = plain.pop("fingerprint", None)
     try:
         manifest = Manifest(**plain)
-        _ = manifest.shape, manifest.arrays, manifest.image_arrays
+        _ = manifest.shape, manifest.logit_rule, manifest.arrays, manifest.image_arrays
     except (TypeError, ValueError) as error:
         raise CacheError(f"{where}: not a manifest of format {FORMAT_VERSION} ({error})") from error
     if manifest.fingerprint != fingerprint:
@@ -163,7 +169,6 @@ def check_same_content(old: Manifest, new: Manifest, where: str) -> None:
     """Refuse to go on with a cache that was begun with other content settings; names the first differences."""
     if old.fingerprint == new.fingerprint:
         return
-    check_weights(old, str(new.teacher["weights"]), where)
     differences = [
         f"{path}: {was!r} in the cache, {now!r} now"
         for name in _CONTENT
@@ -175,23 +180,6 @@ def check_same_content(old: Manifest, new: Manifest, where: str) -> None:
         + (f" (and {len(differences) - 3} more)" if len(differences) > 3 else "")
         + ". Set them back, or choose another output"
     )
-
-
-def check_weights(manifest: Manifest, weights: str, where: str) -> None:
-    """Refuse to go on with a cache of which it cannot be told whether this checkpoint made it.
-
-    Raises
-    ------
-    CacheError
-        It was made by 0.1, whose digest left most of a large weight file out.
-    """
-    whole = "whole:"  # what models.checkpoint writes
-    if weights.startswith(whole) and not str(manifest.teacher["weights"]).startswith(whole):
-        raise CacheError(
-            f"{where}: made by teacher-cache 0.1, whose digest of a checkpoint did not cover every byte, so it cannot "
-            "be told whether this is the same teacher. Its students can be trained as before; to go on with it or to "
-            "score it again, use 0.1, or build it again into another output"
-        )
 
 
 def digest(plain: Any) -> str:

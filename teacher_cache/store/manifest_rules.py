@@ -11,15 +11,18 @@ from teacher_cache.store.names import SIDE_FILES, known_names
 from teacher_cache.store.tables import mapping, text, whole
 
 MOST_SAMPLES = 1 << 40
-_SHAPE = {"hidden_size": (1, 1 << 20), "vocabulary": (2, 1 << 24), "image_tokens": (0, 1 << 16)}
-_TEACHER_TEXTS = ("model", "tokenizer", "dtype", "template")
-_COUNTS = ("samples", "skipped", "rows", "tokens", "positions", "images", "bytes")
+_SHAPE = {"hidden_size": (1, 1 << 20), "vocabulary": (2, 1 << 24)}
+_TEACHER_TEXTS = ("model", "tokenizer", "dtype", "template", "chat_template")
+_COUNTS = (
+    *("samples", "skipped", "rows", "tokens", "positions", "runs", "image_positions", "images", "bytes"),
+    *("least_image", "most_image"),
+)
 _NEEDED = {
     "generation": ("temperature", "top_p", "max_new_tokens", "seed"),
     "signals": ("preset", "top_k", "hidden", "codec", "pca", "sampled", "visual"),
     "layout": ("shard_samples", "chunk_kilobytes", "compression"),
 }
-"""Settings that every version wrote; what a later one added has its default in a cache of an earlier one."""
+"""Settings that are written always; others have their defaults."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -56,8 +59,39 @@ def _teacher(teacher: dict[str, Any], where: str) -> None:
     for name in _TEACHER_TEXTS:
         text(teacher.get(name), f"teacher.{name}", where)
     whole(teacher.get("layers"), 0, 1 << 16, "teacher.layers", where)
-    whole(teacher.get("image_token"), -1, 1 << 32, "teacher.image_token", where)
+    for name in ("image_token", "end_token"):
+        whole(teacher.get(name), -1, 1 << 32, f"teacher.{name}", where)
     whole(teacher.get("max_length"), 1, 1 << 24, "teacher.max_length", where)
+
+    mapping(teacher.get("processor"), "teacher.processor", where)
+    rule = mapping(teacher.get("logit_rule"), "teacher.logit_rule", where)
+    scale, cap = (_number(rule.get(name)) for name in ("scale", "cap"))
+    if set(rule) != {"scale", "cap"} or not (scale > 0 and cap >= 0):
+        raise CacheError(
+            f"{where}: teacher.logit_rule: expected a scale above 0 and a cap of 0 or more, found {ascii(rule)[:80]}"
+        )
+    if vocabulary := mapping(teacher.get("vocabulary"), "teacher.vocabulary", where):
+        _vocabulary(vocabulary, f"{where}: teacher.vocabulary")
+
+
+def _number(value: object) -> float:
+    """``value`` where it is a number of sober size, else one that is below every bound."""
+    sober = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+    return float(value) if sober else -1.0  # type: ignore[arg-type]
+
+
+def _vocabulary(vocabulary: dict[str, Any], where: str) -> None:
+    for name in ("base", "merges"):
+        text(vocabulary.get(name), name, where)
+    whole(vocabulary.get("ids"), 0, 1 << 24, "ids", where)
+    for number, token in mapping(vocabulary.get("added"), "added", where).items():
+        if not number.isdecimal() or len(number) > 10:
+            raise CacheError(f"{where}: added: expected an id, found {ascii(number)[:80]}")
+        text(token, f"added.{number}", where)
+    for name in ("begin", "end"):
+        special = vocabulary.get(name)
+        if special is not None and not (isinstance(special, list) and [type(v) for v in special] == [int, str]):
+            raise CacheError(f"{where}: {name}: expected an id and its token, or null, found {ascii(special)[:80]}")
 
 
 def _settings(plain: dict[str, Any], where: str) -> None:
@@ -85,5 +119,5 @@ def _files(files: object, where: str) -> None:
         raise CacheError(f"{where}: data.files: expected a list, found {ascii(files)[:80]}")
     for number, file in enumerate(files):
         for name, value in mapping(file, f"data.files[{number}]", where).items():
-            if name in ("name", "sha256"):  # 0.1 kept a name; a place is no content
+            if name in ("name", "sha256"):
                 text(value, f"data.files[{number}].{name}", where)

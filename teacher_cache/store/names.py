@@ -34,6 +34,18 @@ INDEX = "index.parquet"
 _MOST_CHARACTERS = 255
 
 
+def shard_name(number: int) -> str:
+    return f"shards/{number:05d}"
+
+
+def images_name(number: int) -> str:
+    return f"images/{number:05d}"
+
+
+def answers_name(number: int) -> str:
+    return f"answers/part-{number:05d}.parquet"
+
+
 def plain_name(name: object, where: str) -> str:
     """``name`` itself, where it is one that cannot lead out of a folder; ``where`` says which file it stands in.
 

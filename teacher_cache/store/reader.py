@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,12 @@ import pyarrow.compute as pc
 
 from teacher_cache.errors import CacheError
 from teacher_cache.store.arrays import load_safetensors_array as load_safetensors_array
+from teacher_cache.store.batches import ImageBatch, RecordBatch, SampleTexts, image_batch, record_batch
 from teacher_cache.store.checksums import INDEX, sha256
 from teacher_cache.store.codecs import ChannelScales
 from teacher_cache.store.codecs import scales_from_bytes as scales_from_bytes
-from teacher_cache.store.folder import COUNTS, REPAIR, Files, ShardFolder
+from teacher_cache.store.folder import REPAIR, Files, ShardFolder
+from teacher_cache.store.index import AXES, TEXT_LISTS
 from teacher_cache.store.manifest import Manifest, read_manifest
 from teacher_cache.store.maps import Kept
 from teacher_cache.store.prefetch import LocalCopy, LocalFiles
@@ -38,36 +39,6 @@ from teacher_cache.store.writer import HEAD, LEDGER, SAMPLES, SCALES, images_nam
 
 _INDEX_BYTES = 1 << 30
 """Indexes kept in memory, some 50 kB a shard of 512 samples: all of them up to ten million samples."""
-
-
-@dataclass(frozen=True)
-class RecordBatch:
-    """Several samples, their lines one after another.
-
-    ``arrays[name]`` (Σ lines, …) in the order of ``indices`` · ``counts[axis]`` (B,) lines of each sample on the axes
-    token, row, position · ``image_places`` (B, 2) shard and line of each sample's image, −1 where there is none.
-    """
-
-    indices: npt.NDArray[np.int64]
-    sample_ids: list[str]
-    image_ids: list[str]
-    image_checksums: list[str]
-    arrays: dict[str, Array]
-    counts: dict[Axis, npt.NDArray[np.int64]]
-    image_places: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class SampleTexts:
-    """What was asked and said in one sample. ``source`` of the answers: teacher, student or original."""
-
-    sample_id: str
-    image_id: str
-    image_checksum: str
-    questions: list[str]
-    answers: list[str]
-    original_answers: list[str]
-    source: str
 
 
 class TeacherCache:
@@ -174,13 +145,12 @@ class TeacherCache:
         texts = folder.texts.slice(line, 1).to_pylist()[0]
         return TeacherRecord(
             sample_id=batch.sample_ids[0],
-            image_id=batch.image_ids[0],
-            questions=tuple(texts["questions"]),
-            answers=tuple(texts["answers"]),
-            original_answers=tuple(texts["original_answers"]),
-            source=texts["source"],
-            image_checksum=batch.image_checksums[0],
+            image_ids=tuple(batch.image_ids[0]),
+            image_checksums=tuple(batch.image_checksums[0]),
             arrays=batch.arrays,
+            system=texts["system"],
+            source=texts["source"],
+            **{name: tuple(texts[name]) for name in TEXT_LISTS},
         )
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64], names: Sequence[str] | None = None) -> RecordBatch:
@@ -197,26 +167,12 @@ class TeacherCache:
         """
         specs = [self._spec(name) for name in (self._specs if names is None else names)]
         places = self._places(np.asarray(indices, np.int64))
-        lines = np.array([folder.numbers[line] for folder, line in places], np.int64).reshape(len(places), 8)
-        starts = {axis: lines[:, 2 * n].tolist() for n, axis in enumerate(COUNTS)}
-        counts: dict[Axis, npt.NDArray[np.int64]] = {axis: lines[:, 2 * n + 1] for n, axis in enumerate(COUNTS)}
-        arrays = {}
-        for spec in specs:
-            spans = zip(places, starts[spec.axis], counts[spec.axis].tolist(), strict=True)
-            parts = [folder.lines(spec.name, start, count) for (folder, _), start, count in spans]
-            arrays[spec.name] = np.concatenate(parts) if parts else np.zeros((0, *spec.shape), spec.dtype)
-        return RecordBatch(
-            indices=np.array(indices, np.int64),
-            sample_ids=[f.sample_ids[line].as_py() for f, line in places],
-            image_ids=[f.image_ids[line].as_py() for f, line in places],
-            image_checksums=[f.image_checksum(line) for f, line in places],
-            arrays=arrays,
-            counts=counts,
-            image_places=lines[:, 6:],
-        )
+        batch = record_batch(np.array(indices, np.int64), places, specs)
+        batch.check_runs(lambda index: f"{self.storage.url}/{shard_name(self.shard_of(index))}")
+        return batch
 
-    def read_images(self, places: npt.NDArray[np.int64], names: Sequence[str] | None = None) -> dict[str, Array]:
-        """Arrays of images at ``places`` (B, 2), (B, …) each; the places come from :attr:`RecordBatch.image_places`.
+    def read_images(self, places: npt.NDArray[np.int64], names: Sequence[str] | None = None) -> ImageBatch:
+        """Arrays of the images at ``places`` (I, 2), which come from :attr:`RecordBatch.image_places`.
 
         Raises ``CacheError`` when the cache holds no visual signal, ``IndexError`` for a place of −1.
         """
@@ -227,7 +183,7 @@ class TeacherCache:
             )
         lines = [(int(shard), int(row)) for shard, row in places]
         if any(shard < 0 for shard, _ in lines):
-            raise IndexError("a text-only sample has no image states")
+            raise IndexError("a sample without visual signals")
         for shard, _ in lines:
             if shard >= self.manifest.planned_shards:
                 raise CacheError(
@@ -235,24 +191,19 @@ class TeacherCache:
                 )
         with self._lock:
             self._fresh_source()
-        folders = [self._folder(images_name, shard) for shard, _ in lines]
-        for folder, (shard, row) in zip(folders, lines, strict=True):
-            if folder.present is None or not 0 <= row < len(folder.present) or not folder.present[row]:
+        found = [(self._folder(images_name, shard), row) for shard, row in lines]
+        for (folder, row), (shard, _) in zip(found, lines, strict=True):
+            if not 0 <= row < len(folder.images.present) or not folder.images.present[row]:
                 raise CacheError(f"{self.storage.url}/{images_name(shard)}: line {row} holds no image; {REPAIR}")
-        out = {}
-        for spec in self._image_specs.values():
-            if names is None or spec.name in names:
-                parts = [f.lines(spec.name, row, 1) for f, (_, row) in zip(folders, lines, strict=True)]
-                out[spec.name] = np.concatenate(parts) if parts else np.zeros((0, *spec.shape), spec.dtype)
-        return out
+        return image_batch(found, [s for s in self._image_specs.values() if names is None or s.name in names])
 
     def counts(self, axis: Axis) -> npt.NDArray[np.int64]:
-        """(M,) lines of every sample on ``axis``."""
-        return np.asarray(self._samples(COUNTS[axis][1]), np.int64)
+        """(M,) lines of every sample on ``axis``: token, row, position or run."""
+        return np.asarray(self._samples(AXES[axis]), np.int64)
 
-    def has_image(self) -> npt.NDArray[np.bool_]:
-        """(M,) which samples have an image."""
-        return np.asarray(self._samples("has_image"), np.bool_)
+    def images(self) -> npt.NDArray[np.int64]:
+        """(M,) how many images each sample shows."""
+        return np.asarray(self._samples("images"), np.int64)
 
     def sample_ids(self) -> Iterator[str]:
         """Every sample_id in order."""
@@ -263,9 +214,9 @@ class TeacherCache:
         """Questions and answers of every sample in order; each index is read once, no array is."""
         for number in range(self.manifest.planned_shards):
             folder = self._open_folder(shard_name(number), self._digests[shard_name][number].as_py(), True)
+            names = (folder.samples.sample_ids, folder.samples.image_ids, folder.samples.image_checksums)
             for line, texts in enumerate(folder.texts.to_pylist()):
-                image = folder.image_ids[line].as_py()
-                yield SampleTexts(folder.sample_ids[line].as_py(), image, folder.image_checksum(line), **texts)
+                yield SampleTexts(*(column[line].as_py() for column in names), **texts)
 
     def shard_texts(self, number: int) -> pa.Table:
         """questions, answers, original_answers (lists) and source, a line each sample of one shard."""
@@ -361,11 +312,11 @@ class TeacherCache:
 
     def _open_folder(self, name: str, digest: str, checked: bool) -> ShardFolder:
         folder = ShardFolder(self._fresh_source(), name, digest, checked, self.storage.url, self.manifest)
-        if folder.present is None:
+        if name.startswith("shards/"):
             number = int(name.rpartition("/")[2])
             expected = int(self._starts[number + 1] - self._starts[number])
-            if len(folder.numbers) != expected:
-                found = f"{len(folder.numbers):,} samples, but the ledger counts {expected:,}"
+            if len(folder.samples.sample_ids) != expected:
+                found = f"{len(folder.samples.sample_ids):,} samples, but the ledger counts {expected:,}"
                 raise CacheError(f"{self.storage.url}/{name}/{INDEX}: {found}; {REPAIR}")
         return folder
 

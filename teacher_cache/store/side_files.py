@@ -7,6 +7,7 @@ import pyarrow as pa
 from teacher_cache.errors import CacheError
 from teacher_cache.store.arrays import load_safetensors_array
 from teacher_cache.store.codecs import ChannelScales, scales_from_bytes
+from teacher_cache.store.index import COUNTED
 from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.names import HEAD, LEDGER, SAMPLES, SCALES
 from teacher_cache.store.records import Array
@@ -39,11 +40,7 @@ def scale_arrays(data: bytes, where: str, manifest: Manifest) -> dict[str, Chann
     return scales_from_bytes(data, where, manifest.shape.hidden_size, manifest.signals["pca"])
 
 
-SAMPLE_COLUMNS = {
-    "sample_id": pa.string(),
-    "has_image": pa.bool_(),
-    **dict.fromkeys(("tokens", "rows", "positions"), pa.int32()),
-}
+SAMPLE_COLUMNS = {"sample_id": pa.string(), **dict.fromkeys((*COUNTED, "images"), pa.int32())}
 
 
 def read_samples(storage: Storage, manifest: Manifest) -> pa.Table:

@@ -115,6 +115,7 @@ class Storage:
         target = names.inside(self.local, name)
         with explained("write", str(target)):
             kept = list(parts)  # a try after a fault writes all of it again
+            self.remove_unfinished(name)
         patiently("write", str(target), lambda: _write_whole(target, kept))
 
     def create(self, name: str, data: bytes) -> bool:
@@ -163,14 +164,15 @@ class Storage:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def remove_unfinished(self, folder: str) -> None:
-        """Delete what a killed process left of ``folder``; nothing that was committed."""
+        """Delete what a killed process left of a folder (or file); nothing that was committed."""
         if self.local is None:
             return
         target = names.inside(self.local, folder)
         for left in target.parent.glob(f".{target.name}.tmp-*"):
-            if left.is_symlink():  # a stranger's: never followed
-                left.unlink()
-            shutil.rmtree(left, ignore_errors=True)
+            if left.is_dir() and not left.is_symlink():  # a stranger's link is never followed
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
     def remove(self, folder: str, mark: str) -> None:
         """Delete a committed folder: at once, or not at all."""

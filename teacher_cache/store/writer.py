@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from teacher_cache.data.conversations import Skipped
 from teacher_cache.data.skipped import Allowed, counted
@@ -26,6 +24,12 @@ from teacher_cache.store.arrays import (
     zarr_metadata,
 )
 from teacher_cache.store.checksums import INDEX, METADATA_KEY, read_file_sums, sha256, sums_to_plain
+from teacher_cache.store.index import (
+    ImagePlace,
+    image_table,
+    sample_table,
+)
+from teacher_cache.store.ledger import check_fingerprint, ledger_lines, shard_entry, total_counts
 from teacher_cache.store.manifest import FORMAT_VERSION, Manifest, write_manifest
 from teacher_cache.store.names import GROUPS
 from teacher_cache.store.names import HEAD as HEAD
@@ -33,46 +37,12 @@ from teacher_cache.store.names import LEDGER as LEDGER
 from teacher_cache.store.names import SAMPLES as SAMPLES
 from teacher_cache.store.names import SCALES as SCALES
 from teacher_cache.store.names import SKIPPED as SKIPPED
-from teacher_cache.store.records import Array, ArraySpec, TeacherRecord, line_counts
+from teacher_cache.store.names import answers_name as answers_name
+from teacher_cache.store.names import images_name as images_name
+from teacher_cache.store.names import shard_name as shard_name
+from teacher_cache.store.records import Array, ArraySpec, TeacherRecord
 from teacher_cache.store.storage import Parts, Storage
-from teacher_cache.store.tables import INDEX_BYTES, json_lines, read_table, text
-
-
-@dataclass(frozen=True)
-class ImagePlace:
-    """Where an image's line stands: ``images/{shard:05d}``, line ``row``; (−1, −1) where there is none."""
-
-    shard: int = -1
-    row: int = -1
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """One line of the ledger ``shards.parquet``."""
-
-    shard: int
-    samples: int
-    skipped: int
-    rows: int
-    tokens: int
-    positions: int
-    images: int
-    bytes: int
-    index_sha256: str
-    images_sha256: str
-    answers_sha256: str
-
-
-def shard_name(number: int) -> str:
-    return f"shards/{number:05d}"
-
-
-def images_name(number: int) -> str:
-    return f"images/{number:05d}"
-
-
-def answers_name(number: int) -> str:
-    return f"answers/part-{number:05d}.parquet"
+from teacher_cache.store.tables import INDEX_BYTES, json_lines, table_bytes, text
 
 
 def write_shard(
@@ -86,7 +56,7 @@ def write_shard(
     """Commit ``shards/{number:05d}`` with its records in order; an unfinished one from before is replaced."""
     arrays = {s.name: _concatenate([r.arrays[s.name] for r in records], s) for s in manifest.arrays}
     files = _array_files(arrays, manifest.arrays, manifest)
-    table = _index_table(records, places, manifest)
+    table = sample_table(records, places, manifest.image_token)
     extra = {"skipped": [dataclasses.asdict(s) for s in skipped], "shard": number}
     files[INDEX] = _index_bytes(table, files, manifest, extra)
     storage.commit_folder(shard_name(number), files, INDEX)
@@ -95,15 +65,21 @@ def write_shard(
 def write_images(
     storage: Storage, manifest: Manifest, number: int, images: Sequence[tuple[str, Mapping[str, Array] | None]]
 ) -> None:
-    """Commit ``images/{number:05d}``: a line per image, in order; None (unreadable image) becomes zeros, unused."""
-    arrays = {}
-    for spec in manifest.image_arrays:
-        lines = [np.zeros(spec.shape, spec.dtype) if a is None else a[spec.name] for _, a in images]
-        arrays[spec.name] = np.stack(lines) if lines else np.zeros((0, *spec.shape), spec.dtype)
-    files = _array_files(arrays, manifest.image_arrays, manifest)
-    table = pa.table({"image_id": [i for i, _ in images], "present": [a is not None for _, a in images]})
+    """Commit ``images/{number:05d}``: the images in order; None (unreadable image) has a line of zeros, unused."""
+    arrays, specs = {}, manifest.image_arrays
+    for spec in specs:
+        blank = np.zeros((1 if spec.axis == "image" else 0, *spec.shape), spec.dtype)
+        arrays[spec.name] = _concatenate([blank if a is None else a[spec.name] for _, a in images], spec)
+    files = _array_files(arrays, specs, manifest)
+    table = image_table([(image_id, None if a is None else _patches(a, specs)) for image_id, a in images])
     files[INDEX] = _index_bytes(table, files, manifest, {"shard": number})
     storage.commit_folder(images_name(number), files, INDEX)
+
+
+def _patches(arrays: Mapping[str, Array], specs: Sequence[ArraySpec]) -> int:
+    """N, the positions of an image with these arrays; of a Gram from the length of its upper triangle."""
+    lines = len(arrays[specs[0].name])
+    return lines if specs[0].axis == "patch" else (math.isqrt(8 * lines + 1) - 1) // 2
 
 
 def committed_shards(storage: Storage, manifest: Manifest) -> set[int]:
@@ -127,7 +103,7 @@ def refuse_foreign_shards(storage: Storage, manifest: Manifest) -> None:
                 _, metadata = read_file_sums(storage.read(index, INDEX_BYTES), f"{storage.url}/{index}")
             except CacheError:
                 continue  # cut by an interrupted copy: made again
-            _check_fingerprint(storage, manifest, f"shards/{name}", metadata)
+            check_fingerprint(storage, manifest, f"shards/{name}", metadata)
 
 
 def finish(storage: Storage, manifest: Manifest, allowed: Allowed | None = None) -> Manifest:
@@ -151,23 +127,23 @@ def finish(storage: Storage, manifest: Manifest, allowed: Allowed | None = None)
     present: dict[int, Array] = {}
     seen: dict[str, tuple[str, int]] = {}
     for number in range(manifest.planned_shards):
-        entry, reasons, table = _entry(storage, manifest, number, present, seen)
+        entry, reasons, table = shard_entry(storage, manifest, number, present, seen)
         entries.append(entry)
         skipped += reasons
         tables.append(table)
     if allowed is not None:
         again = " and run teacher-cache build (with --redo-skipped, if the data was mended)"
         allowed.check(len(skipped), counted(skipped), where=storage.url, do=again)
-    ledger = pa.Table.from_pylist([dataclasses.asdict(e) for e in entries], schema=_LEDGER_SCHEMA)
-    storage.write(LEDGER, [_parquet(ledger)])
-    storage.write(SAMPLES, [_parquet(pa.concat_tables(tables))])
+    storage.write(LEDGER, [table_bytes(ledger_lines(entries))])
+    samples = pa.concat_tables(tables)
+    counts = total_counts(entries, len(skipped), samples)
+    storage.write(SAMPLES, [table_bytes(samples)])
     lines = "".join(json.dumps(dataclasses.asdict(s), ensure_ascii=False) + "\n" for s in skipped)
     storage.write(SKIPPED, [lines.encode()])
     for name in _groups(manifest):
         storage.write(name, [group_metadata({"teacher_cache_format": FORMAT_VERSION})])
-    done = dataclasses.replace(
-        manifest, complete=True, counts=_counts(entries, len(skipped)), files=_side_files(storage, manifest)
-    )
+    files = _side_files(storage, manifest)
+    done = dataclasses.replace(manifest, complete=True, counts=counts, files=files)
     write_manifest(storage, done)
     return done
 
@@ -182,111 +158,6 @@ def skipped_lines(storage: Storage) -> list[dict[str, Any]]:
     return lines
 
 
-def _check_images(storage: Storage, number: int, table: pa.Table, seen: dict[str, tuple[str, int]]) -> None:
-    """One image has one content; ``seen`` (image_id → checksum, shard) grows."""
-    for image, checksum in zip(table["image_id"].to_pylist(), table["image_checksum"].to_pylist(), strict=True):
-        before = seen.setdefault(image, (checksum, number))
-        if before[0] != checksum:
-            raise CacheError(
-                f"{storage.url}/{shard_name(number)}: image {image} was other bytes (checksum {checksum}) than when "
-                f"{shard_name(before[1])} was made ({before[0]}): the image folder changed in the middle of the build. "
-                "Restore it, delete the shards made with the other images, and run teacher-cache build again"
-            )
-
-
-def absent_images(places: Array, present: Mapping[int, Array]) -> Iterator[tuple[int, int, int]]:
-    """(line, image shard, image line) of samples whose image line holds none.
-
-    places (M, 2): shard and line of each sample's image, −1 without one · present: by shard, which lines hold an image
-    that could be read when the shard was made; it may have been readable only later, when another shard was.
-    """
-    for line, (shard, row) in enumerate(places.tolist()):
-        if shard in present and not (0 <= row < len(present[shard]) and present[shard][row]):
-            yield line, shard, row
-
-
-def _entry(
-    storage: Storage, manifest: Manifest, number: int, present: dict[int, Array], seen: dict[str, tuple[str, int]]
-) -> tuple[ShardEntry, list[Skipped], pa.Table]:
-    """The shard's line of the ledger, what it left out and its lines of ``samples.parquet``; adds to ``present``."""
-    where = f"{storage.url}/{shard_name(number)}/{INDEX}"
-    index = storage.read(f"{shard_name(number)}/{INDEX}", INDEX_BYTES)
-    sums, metadata = read_file_sums(index, where)
-    _check_fingerprint(storage, manifest, shard_name(number), metadata)
-    table = read_table(index, where, _ENTRY_COLUMNS)
-    _check_images(storage, number, table, seen)
-    skipped = [Skipped(**s) for s in metadata["skipped"]]
-    size = manifest.layout["shard_samples"]
-    planned = min(size, manifest.planned_samples - number * size)
-    if table.num_rows + len(skipped) != planned:
-        raise CacheError(
-            f"{storage.url}/{shard_name(number)}: {table.num_rows} cached + {len(skipped)} skipped samples, expected "
-            f"{planned}. Run teacher-cache verify --repair, then teacher-cache build again"
-        )
-    total = {name: int(np.sum(table[name].to_numpy())) for name in ("tokens", "rows", "positions")}
-    byte_count, images, images_digest = sum(s.bytes for s in sums.values()) + len(index), 0, ""
-    if manifest.image_arrays:
-        where = f"{storage.url}/{images_name(number)}/{INDEX}"
-        images_index = storage.read(f"{images_name(number)}/{INDEX}", INDEX_BYTES)
-        images_sums, metadata = read_file_sums(images_index, where)
-        _check_fingerprint(storage, manifest, images_name(number), metadata)
-        present[number] = read_table(images_index, where, {"present": pa.bool_()})["present"].to_numpy()
-        images = len(present[number])
-        byte_count += sum(s.bytes for s in images_sums.values()) + len(images_index)
-        images_digest = sha256(images_index)
-    places = np.stack([table[name].to_numpy() for name in ("image_shard", "image_row")], -1)
-    for line, shard, _ in absent_images(places, present):
-        raise CacheError(
-            f"{storage.url}/{shard_name(number)}: sample {table['sample_id'][line]} has an image that could not be "
-            f"read when {images_name(shard)} was made, and can be now. Run teacher-cache build "
-            "--redo-skipped with the same configuration: it makes both again"
-        )
-    answers = answers_name(number)
-    answers_digest = sha256(storage.read(answers)) if storage.exists(answers) else ""
-    entry = ShardEntry(
-        shard=number,
-        samples=table.num_rows,
-        skipped=len(skipped),
-        **total,
-        images=images,
-        bytes=byte_count,
-        index_sha256=sha256(index),
-        images_sha256=images_digest,
-        answers_sha256=answers_digest,
-    )
-    return entry, skipped, _sample_lines(table, number)
-
-
-_ENTRY_COLUMNS = {
-    **dict.fromkeys(("sample_id", "image_id", "image_checksum"), pa.string()),
-    **dict.fromkeys(("tokens", "rows", "positions"), pa.int64()),
-    **dict.fromkeys(("image_shard", "image_row"), pa.int32()),
-}
-
-
-def _sample_lines(table: pa.Table, shard: int) -> pa.Table:
-    columns: dict[str, Any] = {"sample_id": table["sample_id"].cast(pa.string())}
-    columns["shard"] = pa.array(np.full(table.num_rows, shard, np.int32))
-    for name in ("tokens", "rows", "positions"):
-        columns[name] = table[name].cast(pa.int32())
-    columns["has_image"] = pa.array([bool(i) for i in table["image_id"].to_pylist()], pa.bool_())
-    return pa.table(columns)
-
-
-def _check_fingerprint(storage: Storage, manifest: Manifest, name: str, metadata: Mapping[str, Any]) -> None:
-    if metadata["fingerprint"] != manifest.fingerprint:
-        raise CacheError(
-            f"{storage.url}/{name}: made with other settings (fingerprint {metadata['fingerprint'][:12]}, expected "
-            f"{manifest.fingerprint[:12]}). Choose another output, or move that folder away and run teacher-cache "
-            "build again with the configuration that made the rest"
-        )
-
-
-def _counts(entries: Sequence[ShardEntry], skipped: int) -> dict[str, int]:
-    names = ("samples", "rows", "tokens", "positions", "images", "bytes")
-    return {"skipped": skipped, **{n: sum(getattr(e, n) for e in entries) for n in names}}
-
-
 def _side_files(storage: Storage, manifest: Manifest) -> dict[str, str]:
     names = (LEDGER, SAMPLES, SKIPPED, HEAD, SCALES, *_groups(manifest))
     return {name: sha256(storage.read(name)) for name in names if storage.exists(name)}
@@ -295,11 +166,6 @@ def _side_files(storage: Storage, manifest: Manifest) -> dict[str, str]:
 def _groups(manifest: Manifest) -> list[str]:
     """The Zarr groups above those of the shards, so that plain zarr opens the cache as one hierarchy."""
     return [name for name in GROUPS if manifest.image_arrays or not name.startswith("images/")]
-
-
-_LEDGER_SCHEMA = pa.schema(
-    [(f.name, pa.string() if f.name.endswith("sha256") else pa.int64()) for f in dataclasses.fields(ShardEntry)]
-)
 
 
 def _concatenate(parts: Sequence[Array], spec: ArraySpec) -> Array:
@@ -326,26 +192,6 @@ def _array_files(arrays: Mapping[str, Array], specs: Sequence[ArraySpec], manife
     return files
 
 
-def _index_table(records: Sequence[TeacherRecord], places: Sequence[ImagePlace], manifest: Manifest) -> pa.Table:
-    counts = [line_counts(r.arrays["input_ids"], r.arrays["loss_mask"], manifest.image_token) for r in records]
-    columns: dict[str, Any] = {
-        "sample_id": pa.array([r.sample_id for r in records], pa.string()),
-        "image_id": pa.array([r.image_id for r in records], pa.string()),
-        "image_checksum": pa.array([r.image_checksum for r in records], pa.string()),
-        "image_shard": pa.array([p.shard for p in places], pa.int32()),
-        "image_row": pa.array([p.row for p in places], pa.int32()),
-    }
-    for axis, plural in (("token", "tokens"), ("row", "rows"), ("position", "positions")):
-        lines = np.array([c[axis] for c in counts], np.int64)  # type: ignore[index]
-        columns[f"{axis}_start"] = np.cumsum(lines) - lines
-        columns[plural] = lines
-    texts = pa.list_(pa.string())
-    for name in ("questions", "answers", "original_answers"):
-        columns[name] = pa.array([list(getattr(r, name)) for r in records], texts)
-    columns["source"] = pa.array([r.source for r in records], pa.string())
-    return pa.table(columns)
-
-
 def _index_bytes(table: pa.Table, files: Mapping[str, Parts], manifest: Manifest, extra: dict[str, Any]) -> list[bytes]:
     metadata = {
         "files": sums_to_plain(files),
@@ -354,10 +200,4 @@ def _index_bytes(table: pa.Table, files: Mapping[str, Parts], manifest: Manifest
         **extra,
     }
     encoded = json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode()
-    return [_parquet(table.replace_schema_metadata({METADATA_KEY: encoded}))]
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue()
+    return [table_bytes(table, {METADATA_KEY: encoded})]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,11 +29,20 @@ class TeacherDescription:
     dtype: str
     image_token: int
     end_token: int
-    image_processing: str
-    """A digest of the image preprocessing: size, crop, mean, std, pad or crop."""
+    processor: dict[str, Any]
+    """Every setting of its processor, with the library that resizes images."""
+    image_tokens: int
+    """N, the positions of an image: of one teacher the same for all of them. Not in the manifest: samples have runs."""
+    chat_template: str = ""
     vocabulary: dict[str, Any] = field(default_factory=dict)
     """What its ids mean: ``data.vocabulary.describe_vocabulary``."""
     logit_rule: LogitRule = AS_THEY_ARE
+
+    def facts(self) -> dict[str, Any]:
+        """What stands in the manifest."""
+        plain = dataclasses.asdict(self)
+        del plain["image_tokens"]
+        return plain
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,8 @@ class SampleStates:
     """The teacher's states for one sample, after the final norm, on the teacher's device in its dtype.
 
     rows (R, d) · text (P, d) · visual (N, d) · *_second_last likewise, before the last layer and not normed ·
-    attention (R, N), last layer, mean over heads. What was not wanted, or does not exist (no image), is None.
+    attention (R, its image positions), last layer, mean over heads. What was not wanted, or does not exist (no image),
+    is None.
     """
 
     rows: torch.Tensor

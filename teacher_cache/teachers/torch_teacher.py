@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,14 @@ import torch
 from teacher_cache.config import GenerationConfig, SpeedConfig, TeacherConfig
 from teacher_cache.data.images import AnyImage, image_tokens_of, square
 from teacher_cache.data.logit_rule import LogitRule
-from teacher_cache.data.rows import expand, positions_of
-from teacher_cache.data.tokenization import end_token_id, image_token_id, template_by_name, tokenizer_fingerprint
+from teacher_cache.data.rows import expand
+from teacher_cache.data.tokenization import (
+    end_token_id,
+    image_token_id,
+    template_by_name,
+    template_text,
+    tokenizer_fingerprint,
+)
 from teacher_cache.data.vocabulary import describe_vocabulary
 from teacher_cache.errors import TeacherError
 from teacher_cache.models.checkpoint import checkpoint_digest
@@ -31,6 +35,7 @@ from teacher_cache.models.pretrained import (
     read_tokenizer,
 )
 from teacher_cache.models.probe import TOKENS, probe
+from teacher_cache.models.processor_settings import processor_settings
 from teacher_cache.store.records import TeacherShape
 from teacher_cache.teachers.teacher import (
     OVERFLOW,
@@ -137,8 +142,7 @@ class TorchTeacher:
 
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
-        shape, token = self._description.shape, self._description.image_token
-        positions = [positions_of(r.sample.input_ids, r.sample.loss_mask, token, shape.image_tokens) for r in requests]
+        positions = [r.sample.positions(self._description.image_token) for r in requests]
         order = sorted(range(len(requests)), key=lambda i: (requests[i].image is None, positions[i].length, i))
         for places in _token_batches(order, requests, positions, self._speed.score_batch_tokens):
             hidden, second_last, attention = self._forward([requests[i] for i in places], wanted)
@@ -163,7 +167,7 @@ class TorchTeacher:
             return most
         description = self._description
         ids = np.asarray(request.input_ids, np.int64)
-        read = len(expand(ids, description.image_token, description.shape.image_tokens))
+        read = len(expand(ids, description.image_token, description.image_tokens))
         return max(min(most, limit + 1 - read), 1)
 
     def _generate(self, requests: list[AnswerRequest], room: int) -> list[Answer]:
@@ -200,9 +204,9 @@ class TorchTeacher:
     def _fields(self, input_ids: Any, image: AnyImage | None) -> dict[str, torch.Tensor]:
         """What the model reads of ``input_ids``, which hold one placeholder for ``image``."""
         description = self._description
-        ids = expand(np.asarray(input_ids, np.int64), description.image_token, description.shape.image_tokens)
+        ids = expand(np.asarray(input_ids, np.int64), description.image_token, description.image_tokens)
         fields = {"input_ids": torch.from_numpy(ids)}
-        if image is not None and not description.shape.image_tokens:
+        if image is not None and not description.image_tokens:
             raise TeacherError(
                 f"teacher.model={self._name}: a model that reads text alone, and a sample has an image. Take a model "
                 "with a vision tower, or data without images"
@@ -271,45 +275,21 @@ def describe_teacher(config: TeacherConfig, tokenizer: Any, processor: Any) -> T
     text = model.get_text_config()
     template = template_by_name(config.template)
     sees = not reads_text_alone(model)
-    processing = {"mode": config.image_mode, **_processing(processor.image_processor)} if sees else {}
     return TeacherDescription(
         model=Path(config.model).name if Path(config.model).is_dir() else config.model,
         weights=checkpoint_digest(config.model, config.revision),
         tokenizer=tokenizer_fingerprint(tokenizer),
-        shape=TeacherShape(text.hidden_size, text.vocab_size, image_tokens_of(model) if sees else 0),
+        shape=TeacherShape(text.hidden_size, text.vocab_size),
         layers=text.num_hidden_layers,
         dtype=config.dtype,
         image_token=image_token_id(tokenizer) if sees else -1,
         end_token=end_token_id(tokenizer, template),
-        image_processing=_digest(processing),
+        processor=processor_settings(processor) if sees else {},
+        image_tokens=image_tokens_of(model) if sees else 0,
+        chat_template=template_text(template),
         vocabulary=describe_vocabulary(tokenizer),
         logit_rule=LogitRule.of(model),
     )
-
-
-_PROCESSING = [
-    "size",
-    "crop_size",
-    "do_resize",
-    "do_center_crop",
-    "do_pad",
-    "do_rescale",
-    "do_normalize",
-    "do_convert_rgb",
-    "rescale_factor",
-    "image_mean",
-    "image_std",
-    "resample",
-]
-
-
-def _processing(image_processor: Any) -> dict[str, Any]:
-    plain = image_processor.to_dict()
-    return {name: plain.get(name) for name in _PROCESSING}
-
-
-def _digest(plain: Any) -> str:
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _token_batches(

@@ -22,7 +22,6 @@ from teacher_cache.config import CacheConfig
 from teacher_cache.data.logit_rule import LogitRule
 from teacher_cache.data.rows import rows_among_text
 from teacher_cache.store.codecs import decode, is_coarse, with_exact_head
-from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import Array, TeacherRecord
 from teacher_cache.store.storage import Storage
@@ -101,7 +100,7 @@ def cache_fidelity(
     """
     with TeacherCache(storage) as cache:
         records = [r for r in drawn_records(cache, samples, seed) if r.rows]
-        exact, head = _exact_states(config, teacher, records, cache.manifest) if config is not None else (None, None)
+        exact, head = _exact_states(config, teacher, records) if config is not None else (None, None)
         stored = [_row_states(cache, r) for r in records]
         if head is None and stored and stored[0] is not None:
             head = cache.head.astype(np.float32)
@@ -266,8 +265,8 @@ def _row_states(cache: TeacherCache, record: TeacherRecord) -> Array | None:
 
 
 def _exact_states(
-    config: CacheConfig, teacher: Teacher | None, records: list[TeacherRecord], manifest: Manifest
+    config: CacheConfig, teacher: Teacher | None, records: list[TeacherRecord]
 ) -> tuple[list[Array], Array]:
     """(R, d) states of every record from the live teacher, and its output head (V, d)."""
-    with scoring_again(config, manifest, teacher) as (live, score):
+    with scoring_again(config, teacher) as (live, score):
         return [s.rows.float().cpu().numpy() for s in score(records)], live.head().float().cpu().numpy()

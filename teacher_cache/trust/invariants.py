@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from teacher_cache.data.rows import rows_among_text, text_positions
+from teacher_cache.data.rows import expanded_length, rows_among_text, text_positions, turns
 from teacher_cache.store.checksums import BLOCK_BYTES
 from teacher_cache.store.codecs import ChannelScales, decode
-from teacher_cache.store.folder import COUNTS, ShardFolder
+from teacher_cache.store.folder import ShardFolder
+from teacher_cache.store.index import run_fault
 from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.records import Array, ArraySpec
 from teacher_cache.trust.fidelity import log_softmax
@@ -41,90 +42,70 @@ def shard_faults(
 
     ``head``: (head, scales), where the cache has them · ``answers``: token ids by sample, where they are stored.
     """
-    yield from _counts(folder, manifest)
-    lengths = folder.lengths()
-    for spec in manifest.arrays:
-        expected = int(folder.numbers[:, _column(spec) + 1].sum()) if len(folder.numbers) else 0
-        if lengths[spec.name] != expected:
-            yield f"{lengths[spec.name]} lines, but the index counts {expected}", spec.name, ""
-            return
+    yield from _listed(folder, manifest)
     impossible = [fault for spec in manifest.arrays for fault in _values(folder, spec, manifest)]
     if impossible:  # what follows reckons with these numbers
         yield from impossible
         return
+    yield from _runs(folder, manifest)
     yield from _masks(folder, manifest)
     yield from _image_places(folder, manifest)
     if answers is not None:
-        yield from _answer_tokens(folder, manifest, answers)
+        yield from _answer_tokens(folder, answers)
     if manifest.generation["temperature"] == 0 and manifest.signals["top_k"]:
         yield from _greedy(folder)
-    if head is not None and manifest.signals["top_k"] and "hidden" in lengths and not manifest.signals["pca"]:
+    stored = manifest.signals["hidden"] != "none" and manifest.signals["top_k"] and not manifest.signals["pca"]
+    if head is not None and stored:
         yield from _states_give_logprobs(folder, manifest, *head)
 
 
 def sample_of_block(folder: ShardFolder, file: str, block: int) -> str:
     """The first sample with a line in block ``block`` of an array's data file; empty where it is no such file."""
     name, _, rest = file.partition("/")
-    if not rest.startswith("c/") or not hasattr(folder, "numbers"):
+    if not rest.startswith("c/") or not hasattr(folder, "samples"):
         return ""
     try:
-        line = block * BLOCK_BYTES // max(folder.line_bytes(name), 1)
-        axis = folder.axis(name)
+        owner = folder.owner(name, block * BLOCK_BYTES // max(folder.line_bytes(name), 1))
     except (OSError, ValueError, KeyError):
         return ""
-    start = list(COUNTS).index(axis) * 2 if axis in COUNTS else 0
-    ends = folder.numbers[:, start] + folder.numbers[:, start + 1]
-    place = int(np.searchsorted(ends, line, side="right"))
-    return str(folder.sample_ids[min(place, len(ends) - 1)].as_py()) if len(ends) else ""
+    ids = folder.samples.sample_ids
+    return str(ids[min(owner, len(ids) - 1)].as_py()) if len(ids) else ""
 
 
-def _column(spec: ArraySpec) -> int:
-    return 2 * list(COUNTS).index(spec.axis)
-
-
-def _sample(folder: ShardFolder, spec_column: int, line: int) -> str:
-    ends = folder.numbers[:, spec_column] + folder.numbers[:, spec_column + 1]
-    return str(folder.sample_ids[int(np.searchsorted(ends, line, side="right"))].as_py())
-
-
-def _counts(folder: ShardFolder, manifest: Manifest) -> Iterator[Fault]:
-    for number, (axis, _) in enumerate(COUNTS.items()):
-        starts, counts = folder.numbers[:, 2 * number], folder.numbers[:, 2 * number + 1]
-        if not np.array_equal(starts, np.cumsum(counts) - counts):
-            yield f"the starts on axis {axis} do not follow from the counts", "index.parquet", ""
-    if len(set(folder.sample_ids.to_pylist())) != len(folder.sample_ids):
+def _listed(folder: ShardFolder, manifest: Manifest) -> Iterator[Fault]:
+    ids = folder.samples.sample_ids
+    if len(set(ids.to_pylist())) != len(ids):
         yield "a sample_id comes twice", "index.parquet", ""
-    planned = manifest.layout["shard_samples"]
-    number = folder.extra["shard"]
+    planned, number = manifest.layout["shard_samples"], folder.extra["shard"]
     expected = min(planned, manifest.planned_samples - number * planned)
-    if len(folder.numbers) + len(folder.extra["skipped"]) != expected:
+    if len(ids) + len(folder.extra["skipped"]) != expected:
         yield f"cached + skipped samples are not the {expected} of this shard", "index.parquet", ""
 
 
 def _values(folder: ShardFolder, spec: ArraySpec, manifest: Manifest) -> Iterator[Fault]:
     """The first line of an array that holds what it cannot hold."""
-    total = int(folder.numbers[:, _column(spec) + 1].sum()) if len(folder.numbers) else 0
+    total = folder.total(spec.name)
     step = _lines_at_once(spec)
     for start in range(0, total, step):
         lines = folder.lines(spec.name, start, min(step, total - start))
         bad, what = _bad_lines(spec, lines, manifest)
         if bad.any():
-            yield what, spec.name, _sample(folder, _column(spec), start + int(np.argmax(bad)))
+            owner = folder.owner(spec.name, start + int(np.argmax(bad)))
+            yield what, spec.name, str(folder.samples.sample_ids[owner].as_py())
             return
 
 
 def image_faults(folder: ShardFolder, manifest: Manifest) -> Iterator[Fault]:
-    """What an images folder holds and cannot hold, in the lines of its images that could be read."""
-    assert folder.present is not None
-    present = np.flatnonzero(folder.present)
+    """What an images folder holds and cannot hold."""
     for spec in manifest.image_arrays:
         step = _lines_at_once(spec)
-        for start in range(0, len(folder.present), step):
-            lines = folder.lines(spec.name, start, min(step, len(folder.present) - start))
-            at = present[(present >= start) & (present < start + len(lines))]
-            bad, what = _bad_lines(spec, lines[at - start], manifest)
+        total = folder.total(spec.name)
+        for start in range(0, total, step):
+            lines = folder.lines(spec.name, start, min(step, total - start))
+            bad, what = _bad_lines(spec, lines, manifest)
             if bad.any():
-                yield f"line {at[int(np.argmax(bad))]}: {what}", spec.name, ""
+                image = folder.owner(spec.name, start + int(np.argmax(bad)))
+                yield f"image {image}: {what}", spec.name, ""
                 break
 
 
@@ -163,43 +144,75 @@ def _bad_lines(spec: ArraySpec, lines: Array, manifest: Manifest) -> tuple[npt.N
     return bad, what
 
 
-def _per_sample(folder: ShardFolder, name: str, column: int) -> Iterator[tuple[str, Array]]:
-    for sample_id, numbers in zip(folder.sample_ids, folder.numbers, strict=True):
-        yield sample_id.as_py(), folder.lines(name, int(numbers[column]), int(numbers[column + 1]))
+def _per_sample(folder: ShardFolder, *names: str) -> Iterator[tuple[Any, ...]]:
+    """sample_id, and its lines of each array."""
+    for line, sample in enumerate(folder.samples.sample_ids.to_pylist()):
+        yield sample, *(folder.of(name, line) for name in names)
+
+
+def _runs(folder: ShardFolder, manifest: Manifest) -> Iterator[Fault]:
+    """A run for each placeholder, of an image that the sample has; no longer together than the teacher reads."""
+    samples = folder.samples
+    runs = folder.lines("runs", 0, folder.total("runs"))
+    if fault := run_fault(runs, samples.counts["run"], samples.images, samples.image_positions):
+        yield fault[1], "runs", str(samples.sample_ids[fault[0]].as_py())
+        return
+    read = expanded_length(samples.counts["token"], samples.counts["run"], samples.image_positions)
+    most = manifest.teacher["max_length"]
+    if len(over := np.flatnonzero(read > most)):
+        sample = str(samples.sample_ids[int(over[0])].as_py())
+        yield f"{read[over[0]]:,} tokens with its images, more than {most:,}", "runs", sample
+    for line, (sample, lengths) in enumerate(_per_sample(folder, "runs")):
+        if len(np.unique(lengths[:, 1])) != samples.images[line]:
+            yield f"its runs show {len(np.unique(lengths[:, 1]))} of {samples.images[line]} images", "runs", sample
+            return
 
 
 def _masks(folder: ShardFolder, manifest: Manifest) -> Iterator[Fault]:
-    """As many rows as supervised tokens, as many positions as text tokens that predict one."""
-    ids = _per_sample(folder, "input_ids", 0)
-    masks = _per_sample(folder, "loss_mask", 0)
-    for (sample, tokens), (_, mask), numbers in zip(ids, masks, folder.numbers, strict=True):
+    """As many rows as supervised tokens, as many positions as text tokens that predict one, an answer a turn."""
+    answers = [len(texts) for texts in folder.texts["answers"].to_pylist()]
+    counts = folder.samples.counts
+    for line, (sample, tokens, mask) in enumerate(_per_sample(folder, "input_ids", "loss_mask")):
+        rows, runs = counts["row"][line], counts["run"][line]
         supervised = int(np.count_nonzero(mask))
-        if supervised != numbers[3]:
-            yield f"{supervised} supervised tokens, but {numbers[3]} rows", "loss_mask", sample
+        if supervised != rows:
+            yield f"{supervised} supervised tokens, but {rows} rows", "loss_mask", sample
             return
-        images = int(np.count_nonzero(tokens == manifest.image_token))
-        if text_positions(len(tokens), images) != numbers[5] or images > 1:
-            yield f"{images} images and {len(tokens)} tokens do not make {numbers[5]} positions", "input_ids", sample
+        placeholders = tokens == manifest.image_token
+        if np.count_nonzero(placeholders) != runs or text_positions(len(tokens), runs) != counts["position"][line]:
+            what = f"{np.count_nonzero(placeholders)} placeholders among {len(tokens)} tokens"
+            yield f"{what} do not make {runs} runs and {counts['position'][line]} positions", "input_ids", sample
             return
-        if len(mask) and (mask[0] or (mask & (tokens == manifest.image_token)).any()):
-            yield "the first token or the image is supervised", "loss_mask", sample
+        if len(mask) and (mask[0] or (mask & placeholders).any()):
+            yield "the first token or an image is supervised", "loss_mask", sample
+            return
+        if len(turns(mask)) > answers[line]:
+            yield f"{len(turns(mask))} answers in its tokens, {answers[line]} in its texts", "loss_mask", sample
             return
 
 
 def _image_places(folder: ShardFolder, manifest: Manifest) -> Iterator[Fault]:
-    """A sample's image stands in this shard or in an earlier one; a sample without one points nowhere."""
-    for image_id, sample_id, numbers in zip(folder.image_ids, folder.sample_ids, folder.numbers, strict=True):
-        wanted = bool(image_id.as_py()) and bool(manifest.image_arrays)
-        shard, row = int(numbers[6]), int(numbers[7])
+    """A sample's image stands in this shard or in an earlier one; a sample without one points nowhere. What is kept
+    once an image is the same for all its samples only behind the same ids."""
+    before: dict[str, bytes] = {}
+    for line, (sample, tokens) in enumerate(_per_sample(folder, "input_ids")):
+        images = folder.samples.image_ids[line].as_py()
+        wanted = bool(images) and bool(manifest.image_arrays)
+        shard, row = folder.samples.places[line].tolist()
         if (0 <= shard <= folder.extra["shard"] and row >= 0) != wanted:
-            yield f"its image's place is shard {shard}, line {row}", "index.parquet", sample_id.as_py()
+            yield f"its image's place is shard {shard}, line {row}", "index.parquet", sample
+            return
+        if not wanted:
+            continue
+        ids = tokens[: int(np.argmax(tokens == manifest.image_token))].tobytes()
+        if len(images) > 1 or before.setdefault(images[0], ids) != ids:
+            yield "visual signals of an image that is not alone, or not always behind the same ids", "input_ids", sample
             return
 
 
-def _answer_tokens(folder: ShardFolder, manifest: Manifest, wanted: dict[str, list[int]]) -> Iterator[Fault]:
+def _answer_tokens(folder: ShardFolder, wanted: dict[str, list[int]]) -> Iterator[Fault]:
     """The supervised tokens are the answers' tokens, in order."""
-    ids_of, masks = _per_sample(folder, "input_ids", 0), _per_sample(folder, "loss_mask", 0)
-    for (sample, tokens), (_, mask) in zip(ids_of, masks, strict=True):
+    for sample, tokens, mask in _per_sample(folder, "input_ids", "loss_mask"):
         if tokens[mask].tolist() != wanted.get(sample):
             yield "the supervised tokens are not those of its answers", "input_ids", sample
             return
@@ -210,9 +223,8 @@ def _greedy(folder: ShardFolder) -> Iterator[Fault]:
     sources = folder.texts["source"].to_pylist()
     same = seen = 0
     worst = (1.0, "")
-    ids, masks = _per_sample(folder, "input_ids", 0), _per_sample(folder, "loss_mask", 0)
-    for source, (sample, tokens), (_, mask), (_, top) in zip(
-        sources, ids, masks, _per_sample(folder, "topk_ids", 2), strict=True
+    for source, (sample, tokens, mask, top) in zip(
+        sources, _per_sample(folder, "input_ids", "loss_mask", "topk_ids"), strict=True
     ):
         if source == "teacher" and len(top):
             equal = tokens[mask] == top[:, 0]
@@ -226,40 +238,30 @@ def _greedy(folder: ShardFolder) -> Iterator[Fault]:
 def _states_give_logprobs(folder: ShardFolder, manifest: Manifest, head: Array, scales: Any) -> Iterator[Fault]:
     """``hidden @ head.T`` of some samples gives their top-k log-probabilities."""
     compared = 0
-    codec = manifest.signals["codec"]
-    for line in range(len(folder.numbers)):
+    allowed = TOLERANCE[manifest.signals["codec"]]
+    for line, (sample, ids, stored) in enumerate(_per_sample(folder, "topk_ids", "topk_logprobs")):
         if compared >= COMPARED_ROWS:
             return
-        rows = int(folder.numbers[line, 3])
-        if not rows:
+        if not len(ids):
             continue
-        exact = log_softmax(
-            manifest.logit_rule.apply(_row_states(folder, manifest, scales, line) @ head.astype(np.float32).T)
-        )
-        ids, stored = (folder.lines(n, int(folder.numbers[line, 2]), rows) for n in ("topk_ids", "topk_logprobs"))
+        product = _row_states(folder, manifest, scales, line) @ head.astype(np.float32).T
+        exact = log_softmax(manifest.logit_rule.apply(product))
         given = np.take_along_axis(exact, ids.astype(np.int64), -1)
         # what is far down the tail says little, and bfloat16 logits are coarse there
         error = float(np.sqrt(np.average((given - stored) ** 2, weights=np.exp(stored.astype(np.float64)))))
-        if error > TOLERANCE[codec]:
-            what = f"the states give other log-probabilities: {error:.2f} nats apart (allowed {TOLERANCE[codec]})"
-            yield what, "hidden", str(folder.sample_ids[line].as_py())
+        if error > allowed:
+            what = f"the states give other log-probabilities: {error:.2f} nats apart (allowed {allowed})"
+            yield what, "hidden", sample
             return
-        compared += rows
+        compared += len(ids)
 
 
 def _row_states(folder: ShardFolder, manifest: Manifest, scales: Any, line: int) -> npt.NDArray[np.float32]:
-    signals, numbers = manifest.signals, folder.numbers[line]
-    column = 2 if signals["hidden"] == "rows" else 4
-    start, count = int(numbers[column]), int(numbers[column + 1])
-    codes = folder.lines("hidden", start, count)
-    scale = folder.lines("hidden_scale", start, count) if signals["codec"] in ("int8", "int4") else None
-    states = decode(
-        codes,
-        scale,
-        signals["codec"],
-        scales.get("hidden") or ChannelScales(np.ones(manifest.shape.hidden_size, np.float32)),
-    )
+    signals = manifest.signals
+    scale = folder.of("hidden_scale", line) if signals["codec"] in ("int8", "int4") else None
+    none = ChannelScales(np.ones(manifest.shape.hidden_size, np.float32))
+    states = decode(folder.of("hidden", line), scale, signals["codec"], scales.get("hidden") or none)
     if signals["hidden"] == "rows":
         return states
-    tokens, mask = (folder.lines(n, int(numbers[0]), int(numbers[1])) for n in ("input_ids", "loss_mask"))
+    tokens, mask = (folder.of(name, line) for name in ("input_ids", "loss_mask"))
     return states[rows_among_text(tokens, mask, manifest.image_token)]

@@ -14,7 +14,6 @@ from teacher_cache.data.images import load_image
 from teacher_cache.data.sample_reader import read_conversations
 from teacher_cache.data.tokenization import TokenizedSample
 from teacher_cache.errors import CacheError
-from teacher_cache.store.manifest import Manifest, check_weights
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import TeacherRecord
 from teacher_cache.store.storage import Storage
@@ -60,10 +59,9 @@ def rescore_cache(
 ) -> RescoreReport:
     """Let the teacher of ``config`` score ``samples`` samples of its cache again.
 
-    Raises ``CacheError`` when a sample of the cache is not in the data any more, or the cache has no top-k, or 0.1
-    made it.
+    Raises ``CacheError`` when a sample of the cache is not in the data any more, or the cache has no top-k.
     """
-    with TeacherCache(Storage(config.output)) as cache, scoring_again(config, cache.manifest, teacher) as (live, score):
+    with TeacherCache(Storage(config.output)) as cache, scoring_again(config, teacher) as (live, score):
         if not cache.manifest.signals_config.top_k:
             raise CacheError(
                 f"{config.output}: no top-k to compare with (signals.top_k is 0). Compare the states in its place: "
@@ -83,11 +81,11 @@ Score = Callable[[Sequence[TeacherRecord]], list[SampleStates]]
 
 
 @contextlib.contextmanager
-def scoring_again(config: CacheConfig, manifest: Manifest, teacher: Teacher | None) -> Iterator[tuple[Teacher, Score]]:
+def scoring_again(config: CacheConfig, teacher: Teacher | None) -> Iterator[tuple[Teacher, Score]]:
     """The teacher of ``config``, opened and closed here unless it is given, and what gives its states for the stored
     token ids of records, in order.
 
-    Raises ``CacheError`` for another teacher than the cache's, and for a sample that is not in the data any more.
+    Raises ``CacheError`` for a sample that is not in the data any more.
     """
     from teacher_cache.build.build import open_teacher
 
@@ -95,7 +93,6 @@ def scoring_again(config: CacheConfig, manifest: Manifest, teacher: Teacher | No
     live = teacher if teacher is not None else open_teacher(config, data)
     by_id = {s.sample_id: s for s in data if isinstance(s, Conversation)}
     try:
-        check_weights(manifest, live.description.weights, config.output)
         yield live, lambda records: _score_again(config, live, records, by_id)
     finally:
         if teacher is None:
@@ -114,7 +111,8 @@ def _score_again(
             )
         ids, mask = record.arrays["input_ids"].astype(np.int64), record.arrays["loss_mask"]
         image = load_image(conversation.image, config.data.image_folder) if conversation.image is not None else None
-        requests.append(ScoreRequest(TokenizedSample(record.sample_id, ids, mask), image))
+        runs = record.arrays["runs"].astype(np.int64)
+        requests.append(ScoreRequest(TokenizedSample(record.sample_id, ids, mask, runs), image))
     states: dict[int, SampleStates] = {}
     for places, batch in teacher.score(requests, Wanted()):
         states.update(zip(places, batch, strict=True))

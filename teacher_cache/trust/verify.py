@@ -23,6 +23,7 @@ from teacher_cache.errors import CacheError, CacheVersionError, StorageError
 from teacher_cache.store.checksums import INDEX, bad_block_of_file, sha256
 from teacher_cache.store.faults import PASSING_NUMBERS
 from teacher_cache.store.folder import Files, ShardFolder
+from teacher_cache.store.ledger import absent_images
 from teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from teacher_cache.store.prefetch import LocalCopy, LocalFiles
 from teacher_cache.store.side_files import read_head, read_ledger, read_samples, read_scales
@@ -34,7 +35,6 @@ from teacher_cache.store.writer import (
     SAMPLES,
     SCALES,
     SKIPPED,
-    absent_images,
     answers_name,
     images_name,
     shard_name,
@@ -227,8 +227,8 @@ class _Check:
         folder = self._folder(files, shard_name(number), number, line.get("index_sha256"), manifest)
         if manifest.image_arrays:
             images = self._folder(files, images_name(number), number, line.get("images_sha256"), manifest)
-            if images is not None and images.present is not None:
-                self._present[number] = images.present
+            if images is not None:
+                self._present[number] = images.images.present
             if images is not None and self.deep and not any(p.shard == number for p in self.problems):
                 self._faults(number, images_name(number), image_faults(images, manifest))
         answers = self._answers(number, line.get("answers_sha256"))
@@ -236,25 +236,25 @@ class _Check:
             return
         self._listed(folder, number, line)
         self.shards += 1
-        self.samples += len(folder.numbers)
-        for line_number, shard, row in absent_images(folder.numbers[:, 6:], self._present):
+        self.samples += len(folder.samples.sample_ids)
+        for line_number, shard, row in absent_images(folder.samples.places, self._present):
             what = f"refers to line {row}, whose image could not be read when it was made"
-            self.problems.append(Problem(what, images_name(shard), shard, folder.sample_ids[line_number].as_py()))
+            sample = folder.samples.sample_ids[line_number].as_py()
+            self.problems.append(Problem(what, images_name(shard), shard, sample))
         self.skipped += len(folder.extra["skipped"])
         if self.deep and not any(p.shard == number for p in self.problems):
             self._faults(number, shard_name(number), shard_faults(folder, manifest, head, answers))
 
     def _listed(self, folder: ShardFolder, number: int, line: dict[str, Any]) -> None:
         """The shard's samples are those that the ledger counts and ``samples.parquet`` lists."""
-        count = len(folder.numbers)
+        samples, count = folder.samples, len(folder.samples.sample_ids)
         if line and line["samples"] != count:
             self.problems.append(Problem(f"{line['samples']} samples of shard {number}, but it has {count}", LEDGER))
         if self._lines is None or any(p.file == LEDGER or p.shard is not None for p in self.problems):
             return
         listed = self._lines.slice(self.samples, count)
-        counts = [listed[name].to_pylist() for name in ("tokens", "rows", "positions")]
-        same = listed["sample_id"].to_pylist() == folder.sample_ids.to_pylist()
-        if not same or counts != folder.numbers[:, 1:6:2].T.tolist():
+        same = listed["sample_id"].to_pylist() == samples.sample_ids.to_pylist()
+        if not same or any((listed[name].to_numpy() != column).any() for name, column in samples.counted.items()):
             self.problems.append(Problem(f"other samples or counts than those of shard {number}", SAMPLES))
             self._lines = None
 

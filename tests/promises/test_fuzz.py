@@ -85,9 +85,11 @@ def changed_tree(tree: Any, chance: random.Random) -> Any:
     return tree
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return synthetic_cache(tmp_path_factory.mktemp("fuzz") / "cache", config=signals("full", hidden="text"))
+@pytest.fixture(scope="module", params=[False, True], ids=["one image", "several images"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    extra = {"visual": "none", "attention": True} if request.param else {}
+    config = signals("full", hidden="text", **extra)
+    return synthetic_cache(tmp_path_factory.mktemp("fuzz") / "cache", config=config, several=request.param)
 
 
 @pytest.fixture
@@ -221,7 +223,8 @@ def test_forged_indexes_are_refused_or_harmless(root: Path) -> None:
     chance = random.Random(SEED)
     beside = {n: (root / n).read_bytes() for n in ("manifest.json", "shards.parquet")}
     for _ in range(EXAMPLES):
-        folder = chance.choice(["shards/00000", "shards/00001", "images/00000"])
+        folders = ["shards/00000", "shards/00001", "images/00000"]
+        folder = chance.choice([name for name in folders if (root / name).is_dir()])
         path = root / folder / "index.parquet"
         index = path.read_bytes()
         table = forged(pq.read_table(io.BytesIO(index)), chance)
@@ -246,10 +249,11 @@ def forged(table: pa.Table, chance: random.Random) -> pa.Table:
     if chance.random() < 0.5:
         metadata = changed_tree(metadata, chance)
     elif chance.random() < 0.8:
-        numbers = [n for n in table.column_names if pa.types.is_integer(table.schema.field(n).type)]
-        name = chance.choice(numbers or ["present"])
-        kind, values = table.schema.field(name).type, table[name].to_pylist()
+        kinds = {n: table.schema.field(n).type for n in table.column_names}
+        name = chance.choice([n for n, kind in kinds.items() if not pa.types.is_string(kind)])
+        kind, values = kinds[name], table[name].to_pylist()
         lies = [True, False, None] if name == "present" else [-1, -(2**31), 2**31 - 1, 10**6, None]
+        lies = [[], None, [None], ["x"] * 9, [""]] if pa.types.is_list(kind) else lies
         values[chance.randrange(len(values))] = chance.choice(lies)
         table = table.set_column(table.column_names.index(name), name, pa.array(values, kind))
     else:

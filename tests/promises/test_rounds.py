@@ -81,7 +81,7 @@ def test_student_answers_its_share_and_originals_stay(cache: TeacherCache) -> No
 def test_teacher_scores_what_the_student_said(cache: TeacherCache) -> None:
     """The states are the teacher's on the student's words, not the student's own."""
     oracle = Oracle(str(cache.storage.url))
-    number = next(i for i, record in enumerate(cache) if record.source == "student" and record.image_id)
+    number = next(i for i, record in enumerate(cache) if record.source == "student" and record.image_ids)
     sample, teacher = oracle.asked(number)
     record = cache[number]
     assert np.allclose(record.arrays["hidden"], teacher.last[sample.rows].numpy(), **within(operations=MODEL))

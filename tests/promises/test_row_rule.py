@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from teacher_cache.build.build import build_cache
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.conversations import Image
 from teacher_cache.data.images import load_image, square
-from teacher_cache.data.rows import expand, expanded_length, positions_of, rows_among_text, text_positions
+from teacher_cache.data.rows import collapse, expand, expanded_length, positions_of, rows_among_text, text_positions
 from teacher_cache.data.tokenization import TokenizedSample
 from teacher_cache.store.codecs import decode
 from teacher_cache.store.reader import TeacherCache
@@ -30,13 +31,13 @@ IMAGE = 99
 
 def dense(teacher: TorchTeacher, record, folder: Path) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     """Logits and final states of one unpadded forward pass, and the ids the model read: no code of ours but images."""
-    model, n = teacher._model, teacher.description.shape.image_tokens
+    model, n = teacher._model, teacher.description.image_tokens
     ids = [
         i for t in record.arrays["input_ids"].tolist() for i in [t] * (n if t == teacher.description.image_token else 1)
     ]
     inputs = {"input_ids": torch.tensor([ids])}
-    if record.image_id:
-        image = square(load_image(Image(record.image_id, record.image_id), folder), (0.5, 0.5, 0.5), "pad")
+    if record.image_ids:
+        image = square(load_image(Image(*record.image_ids, *record.image_ids), folder), (0.5, 0.5, 0.5), "pad")
         inputs["pixel_values"] = teacher._image_processor([image], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         out = model(**inputs, output_hidden_states=True)
@@ -119,16 +120,16 @@ def test_positions_equal_a_plain_loop(turns: list[tuple[int, int]], has_image: b
         start = [1, IMAGE] if has_image and turn == 0 else []
         ids += start + [2] * prompt + [3] * answer
         mask += [False] * (len(start) + prompt) + [True] * answer
-    sample = TokenizedSample("s", np.array(ids), np.array(mask))
+    sample = TokenizedSample("s", np.array(ids), np.array(mask)).with_runs(IMAGE, image_tokens)
     expanded: list[tuple[int, int]] = []  # (placeholder index, id)
     for place, token in enumerate(ids):
         expanded += [(place, token)] * (image_tokens if token == IMAGE else 1)
-    found = positions_of(sample.input_ids, sample.loss_mask, IMAGE, image_tokens)
+    found = sample.positions(IMAGE)
     assert found.length == len(expanded)
     assert found.rows.tolist() == [p - 1 for p, (place, _) in enumerate(expanded) if mask[place]]
     assert found.text.tolist() == [p for p, (_, t) in enumerate(expanded[:-1]) if t != IMAGE]
     assert found.visual.tolist() == [p for p, (_, t) in enumerate(expanded) if t == IMAGE]
-    counts = line_counts(sample.input_ids, sample.loss_mask, IMAGE)
+    counts = line_counts({"input_ids": sample.input_ids, "loss_mask": sample.loss_mask, "runs": sample.runs}, IMAGE)
     assert (counts["row"], counts["position"]) == (len(found.rows), len(found.text))
     assert (found.text[rows_among_text(sample.input_ids, sample.loss_mask, IMAGE)] == found.rows).all()
 
@@ -140,8 +141,10 @@ def test_padding_and_batch_do_not_change_a_samples_states(
         records = [cache[i] for i in range(12)]
     requests = [
         ScoreRequest(
-            TokenizedSample(r.sample_id, r.arrays["input_ids"].astype(np.int64), r.arrays["loss_mask"]),
-            load_image(Image(r.image_id, r.image_id), world / "images") if r.image_id else None,
+            TokenizedSample(
+                r.sample_id, r.arrays["input_ids"].astype(np.int64), r.arrays["loss_mask"], r.arrays["runs"]
+            ),
+            load_image(Image(*r.image_ids, *r.image_ids), world / "images") if r.image_ids else None,
         )
         for r in records
     ]
@@ -160,15 +163,35 @@ def test_visual_states_do_not_depend_on_the_conversation(
     with TeacherCache.open(cache_folder) as cache:
         batch = cache.read(range(len(cache)))
         stored = {}
-        for index, (image_id, place) in enumerate(zip(batch.image_ids, batch.image_places, strict=True)):
-            if not image_id:
+        for index, (image_ids, place) in enumerate(zip(batch.image_ids, batch.image_places, strict=True)):
+            if not image_ids:
                 continue
             record = cache[index]
             _, states, ids = dense(teacher, record, world / "images")
             mine = states[ids == cache.manifest.image_token].numpy()
-            line = stored.setdefault(image_id, cache.read_images(place[None])["visual"][0].astype(np.float32))
+            line = stored.setdefault(*image_ids, cache.read_images(place[None]).arrays["visual"].astype(np.float32))
             np.testing.assert_allclose(line, mine, **within(torch.float16, 2))
         assert len(stored) < sum(bool(i) for i in batch.image_ids)  # some images have several conversations
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([-1, -1, 0, 1]), st.integers(1, 5)), min_size=1, max_size=9), st.randoms())
+def test_a_collapsed_sample_expands_to_what_the_model_reads(
+    parts: list[tuple[int, int]], chance: random.Random
+) -> None:
+    """Images side by side, in several runs, at the very end: ids, mask, rows and text are those of the whole."""
+    image = np.array([number for number, count in parts for _ in range(count)])
+    ids = np.where(image >= 0, IMAGE, [chance.randrange(50) for _ in image])
+    mask = np.array([chance.random() < 0.5 for _ in image]) & (image < 0)
+    mask[0] = False
+    kept, marks, runs = collapse(ids, mask, image)
+    np.testing.assert_array_equal(expand(kept, IMAGE, runs[:, 0]), ids)
+    found = TokenizedSample("s", kept, marks, runs).positions(IMAGE)
+    assert found.rows.tolist() == (np.flatnonzero(mask) - 1).tolist()
+    assert found.visual.tolist() == np.flatnonzero(image >= 0).tolist()
+    assert found.text.tolist() == np.flatnonzero(image[:-1] < 0).tolist()
+    owner = np.repeat(runs[:, 1], runs[:, 0])
+    np.testing.assert_array_equal(owner, image[image >= 0])
 
 
 @settings(max_examples=200, deadline=None)

@@ -75,6 +75,17 @@ def filled(array, byte, folder="shards/00000"):
     return make
 
 
+def poked(array, place, *values):
+    """The first numbers of an array of uint32 from ``place`` on, replaced."""
+    data = np.array(values, "<u4").tobytes()
+    return lambda root: edit_file(
+        root,
+        "shards/00000",
+        f"{array}/c/0/0",
+        lambda whole: whole[: 4 * place] + data + whole[4 * place + len(data) :],
+    )
+
+
 def tensors(name, header, body=b""):
     def make(root):
         text = json.dumps(header).encode() if isinstance(header, dict) else header
@@ -170,6 +181,20 @@ FORGED = {
     "manifest: a data file without a name": section("data", files=[{"sha256": "0"}]),
     "manifest: the model is a number": teacher(model=5),
     "manifest: max_length of 10^12": teacher(max_length=10**12),
+    "manifest: version 1": manifest(lambda plain: plain.update(format_version=1)),
+    "manifest: no logit rule": manifest(lambda plain: plain["teacher"].pop("logit_rule")),
+    "manifest: a scale of 0": teacher(logit_rule={"scale": 0.0, "cap": 0.0}),
+    "manifest: a negative cap": teacher(logit_rule={"scale": 1.0, "cap": -30.0}),
+    "manifest: another logit rule": teacher(logit_rule={"scale": 0.25, "cap": 0.0}),
+    "manifest: the chat template is a number": teacher(chat_template=7),
+    "manifest: the processor is text": teacher(processor="<b>"),
+    "manifest: added tokens in a list": teacher(
+        vocabulary={"base": "b", "merges": "", "ids": 9, "added": [], "begin": None, "end": None}
+    ),
+    "manifest: an end token without its id": teacher(
+        vocabulary={"base": "b", "merges": "", "ids": 9, "added": {}, "begin": None, "end": ["</s>"]}
+    ),
+    "manifest: no end token": manifest(lambda plain: plain["teacher"].pop("end_token")),
     "manifest: nested 200,000 deep": lambda root: (root / "manifest.json").write_bytes(DEEP),
     "manifest: empty": lambda root: (root / "manifest.json").write_bytes(b""),
     "manifest: not UTF-8": lambda root: (root / "manifest.json").write_bytes(b"\xff\xfe{}"),
@@ -196,6 +221,28 @@ FORGED = {
     "index: an image row beyond the end": index(image_row=10**6),
     "index: image shard 10^6": index(image_shard=10**6),
     "index: an image of a later shard": index(image_shard=2),
+    "index: negative runs": index(runs=-1),
+    "index: 2^40 runs": index(runs=2**40),
+    "index: runs overlap": index(line=1, run_start=0),
+    "index: runs beyond the end": index(line=1, run_start=10**7),
+    "index: runs without an image": index(image_ids=[], image_checksums=[]),
+    "index: an image without a run": index(line=1, image_ids=["x"], image_checksums=["y"]),
+    "index: more images than runs": index(image_ids=["x", "y"], image_checksums=["x", "y"]),
+    "index: an image without a checksum": index(image_checksums=[]),
+    "index: images are null": index(image_ids=None),
+    "index: an image is null": index(image_ids=[None]),
+    "index: negative image positions": index(image_positions=-4),
+    "index: 2^60 image positions": index(image_positions=2**60),
+    "index: image positions that are not the runs'": index(image_positions=5),
+    "images: negative patches": index("images/00000", patches=-1),
+    "images: 2^40 patches": index("images/00000", patches=2**40),
+    "images: patches overlap": index("images/00000", line=1, patch_start=0),
+    "images: patches of an image that is not there": index("images/00000", present=False),
+    "array: runs of no position": filled("runs", 0),
+    "array: runs of 2^32 images": filled("runs", 0xFF),
+    "array: a run longer than the index says": poked("runs", 0, 5),
+    "array: a run of 2^32 positions": poked("runs", 0, 2**32 - 1),
+    "array: a run of an image beyond the list": poked("runs", 1, 1),
     "index: sample_id is null": index(sample_id=None),
     "index: answers are null": index(answers=None),
     "index: fewer answers than questions": index(answers=["only one"]),
@@ -261,6 +308,7 @@ UNSEEN_WHEN_READ = {
     "array: visual_scale is NaN",
     "array: input_ids beyond the vocabulary",
     "manifest: max_length of 10^12",
+    "manifest: another logit rule",
 }
 """The cache's numbers are given as they are; ``verify --deep`` looks at what they are."""
 

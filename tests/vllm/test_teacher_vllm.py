@@ -27,13 +27,12 @@ from student_train.students.export import export_run
 from student_train.training.trainer import fit
 from teacher_cache.build.answers import AnsweredSample, answer_conversations
 from teacher_cache.build.build import build_cache
-from teacher_cache.build.inputs import ShardInput
+from teacher_cache.build.inputs import ShardInput, tokenized_sample
 from teacher_cache.build.signals import row_signals, stable_topk
 from teacher_cache.config import CacheConfig, as_plain
 from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.images import Picture, load_image
-from teacher_cache.data.rows import positions_of
-from teacher_cache.data.tokenization import Prompt, TokenizedSample, assemble, template_by_name, tokenize_prompt
+from teacher_cache.data.tokenization import Prompt, TokenizedSample, template_by_name, tokenize_prompt
 from teacher_cache.errors import TeacherCrashed, TeacherError
 from teacher_cache.models.weights import rename_vision_weights, tensor_files
 from teacher_cache.store.reader import TeacherCache
@@ -71,7 +70,7 @@ def answer_all(teacher: Teacher, config: CacheConfig, conversations: Sequence[Co
     read = ShardInput.load(build, conversations).samples
     assert len(read) == len(conversations)
     samples = answer_conversations(build, read)
-    tokenized = [assemble(r.prompt, s.answers) for r, s in zip(read, samples, strict=True)]
+    tokenized = [tokenized_sample(teacher, r.prompt, s.answers) for r, s in zip(read, samples, strict=True)]
     return Answered(samples, tokenized, [r.picture for r in read], [r.prompt for r in read])
 
 
@@ -80,9 +79,7 @@ def captured_states(teacher: Teacher, answered: Answered) -> list[SampleStates]:
     states = []
     for sample, tokenized in zip(answered.samples, answered.tokenized, strict=True):
         assert sample.hidden is not None
-        positions = positions_of(
-            tokenized.input_ids, tokenized.loss_mask, description.image_token, description.shape.image_tokens
-        )
+        positions = tokenized.positions(description.image_token)
         assert len(sample.hidden) == positions.length - 1, "every position but the last token's"
         states.append(pick(positions, WANTED, sample.hidden))
     return states
@@ -239,8 +236,8 @@ def both_caches(
 def test_the_cache_built_in_one_pass_equals_the_one_of_torch(both_caches: tuple[Path, Path]) -> None:
     assert_same_caches(*both_caches)
     with TeacherCache.open(both_caches[0]) as ours, TeacherCache.open(both_caches[1]) as oracle:
-        images = np.flatnonzero(oracle.has_image())
-        mine, theirs = (cache.read_images(cache.read(images, []).image_places) for cache in (ours, oracle))
+        images = np.flatnonzero(oracle.images())
+        mine, theirs = (cache.read_images(cache.read(images, []).image_places).arrays for cache in (ours, oracle))
         assert mine.keys() == theirs.keys() == {"visual"}
         np.testing.assert_allclose(mine["visual"], theirs["visual"], **CLOSE)
 

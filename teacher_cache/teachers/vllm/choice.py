@@ -116,7 +116,7 @@ def context_length(
         original = [len(tokenize_answer(answer, template, tokenizer)) for answer in sample.answers]
         closed = len(prompt.segments) - 1  # end tokens that the template writes behind answers that were cut off
         tokens = sum(map(len, prompt.segments)) + closed + sum(max(room, answer) for answer in original)
-        tokens = expanded_length(tokens, shown, shown * description.shape.image_tokens)
+        tokens = expanded_length(tokens, shown, shown * description.image_tokens)
         longest = max(longest, min(tokens, cap))
         if min(tokens, cap) > limit:
             over[sample.sample_id] = min(tokens, cap)

@@ -22,7 +22,7 @@ from PIL import Image as PillowImage
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.conversations import IMAGE_TAG, Conversation, Skipped
 from teacher_cache.data.images import AnyImage, square
-from teacher_cache.data.rows import expand, positions_of
+from teacher_cache.data.rows import expand
 from teacher_cache.errors import TeacherError
 from teacher_cache.models.weights import checkpoint_folder, final_norm, output_head
 from teacher_cache.teachers.teacher import (
@@ -173,12 +173,10 @@ class VllmTeacher:
         """
         if wanted.attention or (wanted.second_last and not self._second_last):
             raise TeacherError("vLLM was not set up for signals.attention or signals.second_last: score with torch")
-        shape, token = self._description.shape, self._description.image_token
         jobs = [self._score_job(place, request) for place, request in enumerate(requests)]
         for job, outcome in self._run(self._scoring_mode, jobs):
             hidden, second_last = self._checked(job, outcome)
-            sample = requests[job.place].sample
-            positions = positions_of(sample.input_ids, sample.loss_mask, token, shape.image_tokens)
+            positions = requests[job.place].sample.positions(self._description.image_token)
             yield [job.place], [pick(positions, wanted, hidden, second_last if wanted.second_last else None)]
 
     def _answer_job(self, place: int, request: AnswerRequest) -> Job:
@@ -317,7 +315,7 @@ class VllmTeacher:
         return (wide * scale * self._norm).to(self._dtype)
 
     def _expanded(self, ids: Iterable[int]) -> npt.NDArray[np.int64]:
-        return expand(np.asarray(ids, np.int64), self._description.image_token, self._description.shape.image_tokens)
+        return expand(np.asarray(ids, np.int64), self._description.image_token, self._description.image_tokens)
 
     @property
     def _answering_mode(self) -> Mode:

@@ -49,7 +49,7 @@ def test_images_of_one_name_in_two_folders_are_two(config: FitConfig, kept: str)
     for micro, batch in make_loader(run.dataset, run.plan, range(1), 0, 1, 0, False):
         values = batch.pixel_values if kept == "compute" else batch.image_features
         assert values is not None
-        order = np.argsort([i for i in micro.indices if run.dataset.sources[micro.source].has_image[i]])
+        order = np.argsort([i for i in micro.indices if run.dataset.sources[micro.source].image_counts[i]])
         assert len(order) == len(values) > 1
         seen.append(values[torch.from_numpy(order)])
     assert len(seen) == 2
@@ -117,7 +117,7 @@ def test_images_are_listed_without_reading_an_array(tmp_path: Path, cache_folder
     with pytest.raises(CacheError):
         bare.read([0])
     assert [i.image_id for i in bare.images()] == [
-        r.image_id for r in map(whole.cache.__getitem__, range(len(whole))) if r.image_id
+        *(i for r in map(whole.cache.__getitem__, range(len(whole))) for i in r.image_ids)
     ]
 
 

@@ -36,12 +36,14 @@ STUDENT_STATES, STUDENT_HEAD = random(2, IMAGES, TOKENS, STUDENT_WIDTH), random(
 def cached(visual: str, codec: str = "float16", top_k: int = 8) -> ImageTargets:
     """The images through phase one's extractor and back."""
     signals = SignalsConfig(visual=visual, codec=codec, visual_top_k=top_k)  # type: ignore[arg-type]
-    shape = TeacherShape(WIDTH, VOCABULARY, TOKENS)
+    shape = TeacherShape(WIDTH, VOCABULARY)
     scales = {"visual": ChannelScales(np.ones(WIDTH, np.float32))}
     head = TEACHER_HEAD.float()
     extractor = Extractor(signals, shape, head, scales)
     lines = [extractor.image(states.float()) for states in TEACHER_STATES]
     arrays = {name: torch.from_numpy(np.stack([line[name] for line in lines])) for name in lines[0]}
+    if visual == "gram":
+        arrays["gram_scale"] = arrays["gram_scale"].squeeze(1)
     on_device = {name: scales_on(s, "cpu") for name, s in scales.items()}
     return TeacherSide(signals, on_device, head, WIDTH, TOKENS).images(arrays)
 

@@ -35,13 +35,15 @@ LIVE = torch.cat([t[p] for t, p in zip(TEXT, PREDICTING, strict=True)]).double()
 def from_cache(signals: SignalsConfig, rule: LogitRule = AS_THEY_ARE) -> RowTargets:
     """Two samples through phase one's extractor, their arrays joined as a batch joins them."""
     scales = {name: ChannelScales(np.ones(WIDTH, np.float32)) for name in ("hidden", "hidden_second_last")}
-    extractor = Extractor(signals, TeacherShape(WIDTH, VOCABULARY, TOKENS), HEAD, scales, rule=rule)
+    extractor = Extractor(signals, TeacherShape(WIDTH, VOCABULARY), HEAD, scales, rule=rule)
     states = [
         SampleStates(text[p], text, None, before[p], before, attention)
         for text, before, attention, p in zip(TEXT, BEFORE, ATTENTION, PREDICTING, strict=True)
     ]
     records = extractor.records(["a", "b"], states)
     arrays = {name: torch.from_numpy(np.concatenate([r[name] for r in records])) for name in records[0]}
+    if "attention" in arrays:
+        arrays["attention"] = arrays["attention"].reshape(-1, TOKENS)  # as the feed gives it
     row_index = torch.cat([PREDICTING[0], PREDICTING[1] + POSITIONS[0]])
     on_device = {name: scales_on(s, "cpu") for name, s in scales.items()}
     return TeacherSide(signals, on_device, HEAD.double(), WIDTH, TOKENS, rule=rule).rows(arrays, ANSWERS, row_index)

@@ -337,7 +337,7 @@ def test_texts_are_those_of_the_records(cache_folder: Path) -> None:
         for index in range(0, len(cache), 7):
             record = cache[index]
             assert tuple(texts[index].answers) == record.answers
-            assert (texts[index].image_id, texts[index].source) == (record.image_id, record.source)
+            assert (tuple(texts[index].image_ids), texts[index].source) == (record.image_ids, record.source)
 
 
 def test_errors_are_shown_as_they_are_written(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from teacher_cache.store.codecs import ChannelScales
 from teacher_cache.store.records import image_arrays, record_arrays, stats_names
 from teacher_cache.teachers.teacher import SampleStates
 from tests.fixtures.rounding import rounding, within
-from tests.fixtures.store import IMAGE_TOKEN, SHAPE, signals
+from tests.fixtures.store import IMAGE_TOKEN, IMAGE_TOKENS, SHAPE, signals
 
 GRID = (0.5, 1.0, 2.0)
 
@@ -91,14 +91,14 @@ def _extractor(config, head_rows=3, seed=0, whole=False):
     head = (2 * head).round() / 2 if whole else head
     ones = ChannelScales(np.ones(SHAPE.hidden_size, np.float32))
     scales = dict.fromkeys(("hidden", "hidden_second_last", "visual"), ones)
-    return Extractor(config, SHAPE, head, scales, seed, head_rows)
+    return Extractor(config, SHAPE, head, scales, seed=seed, head_rows=head_rows)
 
 
 def _states(rows: int, seed: int, image: bool = True) -> SampleStates:
     random = np.random.default_rng(seed)
     make = lambda n: torch.from_numpy(random.normal(size=(n, SHAPE.hidden_size)).astype(np.float32))  # noqa: E731
-    visual = make(SHAPE.image_tokens) if image else None
-    attention = torch.rand(rows, SHAPE.image_tokens) if image else None
+    visual = make(IMAGE_TOKENS) if image else None
+    attention = torch.rand(rows, IMAGE_TOKENS) if image else None
     return SampleStates(make(rows), make(rows + 3), visual, make(rows), make(rows + 3), attention)
 
 
@@ -110,16 +110,18 @@ def test_a_record_has_exactly_the_arrays_of_the_contract(preset, extra):
     config = signals(preset, **extra)
     states = [_states(4, 1), _states(0, 2, image=False), _states(7, 3)]
     records = _extractor(config).records(["a", "b", "c"], states)
-    specs = [s for s in record_arrays(config, SHAPE) if s.axis != "token"]
+    specs = [s for s in record_arrays(config, SHAPE) if s.axis not in ("token", "run")]
     for record, state in zip(records, states, strict=True):
         assert set(record) == {s.name for s in specs}
         for spec in specs:
-            lines = len(state.rows) if spec.axis == "row" else len(state.text)
+            cells = 0 if state.attention is None else state.attention.numel()
+            lines = {"row": len(state.rows), "position": len(state.text), "cell": cells}[spec.axis]
             array = record[spec.name]
             assert (array.shape, str(array.dtype)) == ((lines, *spec.shape), spec.dtype), spec.name
     for spec in image_arrays(config, SHAPE):
-        line = _extractor(config).image(states[0].visual)[spec.name]
-        assert (np.asarray(line).shape, str(line.dtype)) == (spec.shape, spec.dtype), spec.name
+        array = _extractor(config).image(states[0].visual)[spec.name]
+        lines = {"image": 1, "patch": IMAGE_TOKENS, "pair": IMAGE_TOKENS * (IMAGE_TOKENS + 1) // 2}[spec.axis]
+        assert (array.shape, str(array.dtype)) == ((lines, *spec.shape), spec.dtype), spec.name
 
 
 def _whole_numbers(states: SampleStates) -> SampleStates:
@@ -158,9 +160,9 @@ def test_the_gram_is_that_of_states_and_of_logits():
         ("gram_hidden", state.double() @ state.double().T, 0),
         ("gram_logits", logits @ logits.T, 1),
     ):
-        upper = np.triu_indices(SHAPE.image_tokens)
+        upper = np.triu_indices(IMAGE_TOKENS)
         wanted = dense.numpy()[upper]
-        found = stored[name].astype(np.float64) * stored["gram_scale"][scale]
+        found = stored[name].astype(np.float64) * stored["gram_scale"][0, scale]
         np.testing.assert_allclose(found, wanted, **within(torch.float16, 1, np.abs(wanted).max()))
 
 

@@ -184,7 +184,7 @@ def test_samples_beyond_the_teachers_positions_are_skipped_with_their_length(
     reasons = [line["reason"] for line in skipped_in(config.output)]
     assert all("the model has 24 positions" in reason for reason in reasons)
     with TeacherCache.open(config.output) as cache:
-        token, image_tokens = cache.manifest.image_token, cache.manifest.shape.image_tokens
+        token, image_tokens = cache.manifest.image_token, cache.manifest.image_tokens
         lengths = [len(expand(cache[i].arrays["input_ids"], token, image_tokens)) for i in range(len(cache))]
     assert max(lengths) <= 24
     assert any(length > 20 for length in lengths), "the limit itself is usable"

@@ -136,15 +136,6 @@ def test_a_base_student_trains_on_an_instruct_teachers_cache_when_told_so(tmp_pa
     assert fit(told, "quiet").steps == 1
 
 
-def test_a_cache_without_a_description_wants_an_equal_tokenizer(cache_folder: Path, tmp_path: Path) -> None:
-    """As 0.1 made them: equal is read as ever, anything else is refused."""
-    with TeacherCache.open(cache_folder) as cache:
-        cache.manifest.teacher.pop("vocabulary")
-        check_tokenizer(cache, tokenizer_of(TEACHER), same_ids=False)
-        with pytest.raises(CacheError, match="fingerprint"):
-            check_tokenizer(cache, tokenizer_of(copy_of(tmp_path / "more", ("<unused>",))), same_ids=True)
-
-
 def test_words_are_shown_with_a_tokenizer_of_the_same_ids(opened: TeacherCache, tmp_path: Path) -> None:
     assert TokenText.open(str(copy_of(tmp_path / "base", eos_token="<pad>")), opened).known
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import dataclasses
 import json
 import os
 import pickle
@@ -32,18 +31,12 @@ from student_train.config import StudentConfig
 from student_train.evaluation.answers import Student
 from student_train.students.on_meta import student_architecture
 from student_train.students.student import load_student
-from teacher_cache.build.build import build_cache
 from teacher_cache.config import CacheConfig, DataConfig, GenerationConfig, SpeedConfig, TeacherConfig
-from teacher_cache.errors import CacheError, ConfigError, TeacherError
+from teacher_cache.errors import ConfigError, TeacherError
 from teacher_cache.models.checkpoint import checkpoint_digest
 from teacher_cache.models.pretrained import ModelError, load_language_model, read_processor
 from teacher_cache.plan.cache_plan import plan_cache
-from teacher_cache.store.manifest import read_manifest, write_manifest
-from teacher_cache.store.reader import TeacherCache
-from teacher_cache.store.storage import Storage
 from teacher_cache.teachers.torch_teacher import TorchTeacher
-from teacher_cache.trust.fidelity import cache_fidelity
-from teacher_cache.trust.rescore import rescore_cache
 
 ROOT = Path(__file__).parents[3]
 Rename = Callable[[str], str]
@@ -340,35 +333,3 @@ def test_a_digest_covers_every_byte_of_a_large_checkpoint(tmp_path: Path) -> Non
     assert checkpoint_digest(str(tmp_path)) != before
     path.write_bytes(content)
     assert checkpoint_digest(str(tmp_path)) == before
-
-
-def test_a_cache_whose_digest_did_not_cover_the_checkpoint_is_read_but_not_gone_on_with(
-    cache_config: CacheConfig, cache_folder: Path, teacher: TorchTeacher, tmp_path: Path
-) -> None:
-    folder = tmp_path / "cache"
-    shutil.copytree(cache_folder, folder)
-    storage = Storage(folder)
-    manifest = read_manifest(storage)
-    old = dataclasses.replace(manifest, teacher=manifest.teacher | {"weights": "0" * 64}, complete=False)
-    write_manifest(storage, old)
-    config = dataclasses.replace(cache_config, output=str(folder))
-    with pytest.raises(CacheError, match=r"made by teacher-cache 0\.1, whose digest.*students can be trained"):
-        build_cache(config, teacher=teacher, style="quiet")
-
-
-def test_a_cache_of_another_digest_scheme_is_not_scored_again(
-    cache_config: CacheConfig, teacher: TorchTeacher, tmp_path: Path
-) -> None:
-    config = dataclasses.replace(
-        cache_config, output=str(tmp_path / "cache"), data=dataclasses.replace(cache_config.data, max_samples=3)
-    )
-    description = dataclasses.replace(teacher.description, weights="0" * 64)
-    old = TorchTeacher(cache_config.teacher, cache_config.generation, cache_config.speed)
-    old._description = description
-    build_cache(config, teacher=old, style="quiet")
-    with TeacherCache.open(config.output) as cache:
-        assert len(cache) == 3, "reading needs no digest"
-    with pytest.raises(CacheError, match=r"made by teacher-cache 0\.1"):
-        rescore_cache(config, 2, teacher=teacher)
-    with pytest.raises(CacheError, match=r"made by teacher-cache 0\.1"):
-        cache_fidelity(Storage(config.output), 2, config=config, teacher=teacher)

@@ -31,13 +31,14 @@ from student_train.studies.table import draw, make_table
 from teacher_cache.build.build import build_cache
 from teacher_cache.cli import app
 from teacher_cache.config import CacheConfig, DataConfig
+from teacher_cache.data.rows import turns
 from teacher_cache.errors import CacheError, ReportError
 from teacher_cache.pages import view_overview
 from teacher_cache.pages.charts import Dot, scatter_chart
 from teacher_cache.pages.info import cache_info
 from teacher_cache.pages.page import clean
 from teacher_cache.pages.view import write_view
-from teacher_cache.pages.view_overview import answer_slices, answer_type
+from teacher_cache.pages.view_overview import answer_type
 from teacher_cache.pages.view_samples import LEAST_SHARE, percent
 from teacher_cache.store.reader import TeacherCache
 from tests.fixtures.store import signals, synthetic_cache
@@ -366,8 +367,8 @@ def test_info_of_a_cache_that_lost_shards_does_not_call_it_complete(tmp_path: Pa
 
 def test_answers_are_runs_of_supervised_tokens() -> None:
     mask = np.array([0, 1, 1, 0, 0, 1, 0, 1, 1, 1], bool)
-    assert answer_slices(mask) == [slice(0, 2), slice(2, 3), slice(3, 6)]
-    assert answer_slices(np.zeros(4, bool)) == []
+    assert turns(mask) == [slice(0, 2), slice(2, 3), slice(3, 6)]
+    assert turns(np.zeros(4, bool)) == []
     answers = ("Yes.", "1,024", "A red car", "The car is red and it stands in front of a house", "word " * 30)
     assert [answer_type(a) for a in answers] == list(view_overview.TYPES)
 

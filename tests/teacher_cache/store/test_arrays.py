@@ -23,7 +23,7 @@ from teacher_cache.store.arrays import (
     view,
     zarr_metadata,
 )
-from teacher_cache.store.folder import CompressedArray
+from teacher_cache.store.open_arrays import CompressedArray
 from tests.fixtures.store import signals, synthetic_cache
 
 DTYPES = ["bool", "int8", "uint8", "uint16", "uint32", "int64", "float16", "float32"]
@@ -106,8 +106,8 @@ def test_pandas_and_duckdb_read_the_index_and_the_ledger(made):
     index = pandas.read_parquet(folder / "shards/00001/index.parquet")
     assert index["sample_id"].tolist() == ["sample-4", "sample-5", "sample-7"]
     assert index["rows"].sum() == len(_expected(made, "topk_ids"))
-    query = f"select sum(rows) from '{folder}/samples.parquet' where has_image"
-    assert duckdb.sql(query).fetchall()[0][0] == sum(r.rows for r in made.records if r.image_id)
+    query = f"select sum(rows) from '{folder}/samples.parquet' where images > 0"
+    assert duckdb.sql(query).fetchall()[0][0] == sum(r.rows for r in made.records if r.image_ids)
     joined = duckdb.sql(f"select count(*) from '{folder}/shards/*/index.parquet' where answers[1] like 'answer%'")
     assert joined.fetchall()[0][0] == len(made.records)
     assert pandas.read_parquet(folder / "shards.parquet")["samples"].sum() == len(made.records)

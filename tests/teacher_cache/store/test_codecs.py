@@ -70,7 +70,7 @@ def test_codes_have_the_shape_and_type_that_the_manifest_promises(codec, pca):
     config = SignalsConfig(codec=codec, pca=pca)
     scales = fit_channel_scales(peaked_states(40, 33), codec, pca)
     arrays = encode(torch.from_numpy(peaked_states(5, 33)), codec, scales)
-    specs = hidden_arrays("hidden", "row", config, TeacherShape(33, 97, 4))
+    specs = hidden_arrays("hidden", "row", config, TeacherShape(33, 97))
     for spec, array in zip(specs, [a for a in arrays if a is not None], strict=True):
         assert (tuple(array.shape[1:]), str(array.numpy().dtype)) == (spec.shape, spec.dtype), spec.name
 
@@ -244,8 +244,9 @@ def test_a_student_sees_the_exact_head_where_states_are_coarse(tmp_path, codec, 
     with TeacherCache.open(tmp_path / "c") as cache:
         arrays = {n: torch.from_numpy(a) for n, a in cache.read(range(4)).arrays.items()}
         scales = {name: scales_on(s, "cpu") for name, s in cache.scales.items()}
-        shape = cache.manifest.shape
-        side = TeacherSide(cache.manifest.signals_config, scales, made.head, shape.hidden_size, shape.image_tokens)
+        manifest = cache.manifest
+        width, n = manifest.shape.hidden_size, manifest.image_tokens
+        side = TeacherSide(manifest.signals_config, scales, made.head, width, n)
         targets = side.rows(arrays, None)
     logits = targets.exact_logits(slice(None))
     kept = arrays["topk_logprobs"].float()
@@ -255,5 +256,5 @@ def test_a_student_sees_the_exact_head_where_states_are_coarse(tmp_path, codec, 
 
 def test_the_small_preset_takes_less_than_114_bytes_a_row():
     config = SignalsConfig(preset="small", **PRESETS["small"])
-    specs = [s for s in record_arrays(config, TeacherShape(5120, 32064, 576)) if s.axis == "row"]
+    specs = [s for s in record_arrays(config, TeacherShape(5120, 32064)) if s.axis == "row"]
     assert sum(s.line_bytes for s in specs) == 110

@@ -38,7 +38,7 @@ def test_something_else_is_not_a_manifest(tmp_path, text):
 def test_another_format_version_is_refused(tmp_path):
     storage = Storage(tmp_path)
     write_manifest(storage, dataclasses.replace(_manifest(), format_version=7))
-    with pytest.raises(CacheError, match=r"cache format 7, this package reads format 1\. Install the package version"):
+    with pytest.raises(CacheError, match=r"cache format 7, this package reads format 2\. Build the cache again"):
         read_manifest(storage)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from teacher_cache.errors import CacheError
-from teacher_cache.store import folder, reader
+from teacher_cache.store import open_arrays, reader
 from teacher_cache.store.maps import MAPS, OpenMaps
 from teacher_cache.store.reader import TeacherCache
 from tests.fixtures.store import Made, synthetic_cache
@@ -26,7 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture
 def maps(monkeypatch: pytest.MonkeyPatch) -> OpenMaps:
     few = OpenMaps(11)
-    monkeypatch.setattr(folder, "MAPS", few)
+    monkeypatch.setattr(open_arrays, "MAPS", few)
     return few
 
 
@@ -96,7 +96,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from teacher_cache.store.arrays import ArrayLayout
-from teacher_cache.store.folder import MappedArray
+from teacher_cache.store.open_arrays import MappedArray
 folder, layout = Path(sys.argv[1]), ArrayLayout("uint8", (), 1 << 30, 1 << 30)
 arrays = []
 for number in range(8):

@@ -16,11 +16,12 @@ from teacher_cache.store.manifest import read_manifest, write_manifest
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.storage import Storage
 from teacher_cache.store.writer import ImagePlace, committed_shards, finish, write_shard
+from teacher_cache.trust.verify import verify_cache
 from tests.fixtures.store import signals, synthetic_cache
 from tests.fixtures.waiting import PATIENCE
 
 
-@pytest.fixture(scope="module", params=["plain", "zstd", "full", "gram"])
+@pytest.fixture(scope="module", params=["plain", "zstd", "full", "gram", "several"])
 def made(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache") / "c"
     kinds = {
@@ -31,6 +32,7 @@ def made(request, tmp_path_factory):
             "layout": {"chunk_kilobytes": 1},
         },
         "gram": {"config": signals("llava_kd", codec="int4")},
+        "several": {"config": signals(attention=True), "several": True},
     }
     return synthetic_cache(folder, 23, **kinds[request.param])
 
@@ -66,19 +68,36 @@ def test_any_batch_in_any_order_equals_its_samples_one_after_another(made, data)
         assert batch.counts["token"].tolist() == [len(made.records[i].arrays["input_ids"]) for i in indices]
 
 
+def test_several_images_in_any_turn_come_back_with_their_runs(tmp_path):
+    """Lists of images, runs of one image in two pieces, attention on all of them: the index counts what is there."""
+    made = synthetic_cache(tmp_path / "c", 23, config=signals(attention=True), several=True)
+    with TeacherCache(made.storage) as cache:
+        batch = cache.read(range(len(cache)))
+        assert batch.image_ids == [list(r.image_ids) for r in made.records]
+        assert max(map(len, batch.image_ids)) == 3
+        runs = batch.split("runs", "run")
+        assert any(len(r) > len(set(r[:, 1].tolist())) for r in runs)
+        assert batch.image_positions.tolist() == [int(r[:, 0].sum()) for r in runs]
+        cells = [rows * seen for rows, seen in zip(batch.counts["row"], batch.image_positions, strict=True)]
+        assert batch.counts["cell"].tolist() == cells
+        assert cache.images().tolist() == [len(ids) for ids in batch.image_ids]
+        assert cache.manifest.image_tokens == 0
+    assert verify_cache(made.storage, deep=True).ok
+
+
 def test_images_are_read_by_their_place(made):
     with TeacherCache(made.storage) as cache:
         if not made.manifest.image_arrays:
             with pytest.raises(CacheError, match=r"no visual states in this cache.*signals\.visual"):
                 cache.read_images(np.zeros((1, 2), np.int64))
             return
-        batch = cache.read([i for i, r in enumerate(made.records) if r.image_id])
+        batch = cache.read([i for i, r in enumerate(made.records) if r.image_ids])
         images = cache.read_images(batch.image_places)
-        for line, image_id in enumerate(batch.image_ids):
-            for spec in made.manifest.image_arrays:
-                wanted = np.asarray(made.images[image_id][spec.name])
-                np.testing.assert_array_equal(images[spec.name][line], wanted)
-        with pytest.raises(IndexError, match="text-only sample"):
+        for spec in made.manifest.image_arrays:
+            found = images.split(spec.name, spec.axis)
+            for (image_id,), lines in zip(batch.image_ids, found, strict=True):
+                np.testing.assert_array_equal(lines, made.images[image_id][spec.name])
+        with pytest.raises(IndexError, match="a sample without visual signals"):
             cache.read_images(np.array([[-1, -1]]))
 
 
@@ -93,7 +112,7 @@ def test_counts_ids_and_find_agree_with_the_samples(made):
     with TeacherCache(made.storage) as cache:
         assert cache.counts("row").tolist() == [r.rows for r in made.records]
         assert cache.counts("token").tolist() == [len(r.arrays["input_ids"]) for r in made.records]
-        assert cache.has_image().tolist() == [bool(r.image_id) for r in made.records]
+        assert cache.images().tolist() == [len(r.image_ids) for r in made.records]
         assert list(cache.sample_ids()) == [r.sample_id for r in made.records]
         assert cache.find("sample-22") == 21
         assert cache.shard_starts.tolist() == [0, 4, 7, 11, 15, 19, 22]
@@ -231,9 +250,10 @@ def test_a_changed_byte_is_never_returned_as_data(tmp_path, layout):
                 _same(cache[i], wanted)
             batch = cache.read(range(len(cache)))
             places = batch.image_places[batch.image_places[:, 0] >= 0]
-            for name, lines in cache.read_images(places).items():
-                for image_id, line in zip([i for i in batch.image_ids if i], lines, strict=True):
-                    np.testing.assert_array_equal(line, made.images[image_id][name])
+            images, shown = cache.read_images(places), [i for ids in batch.image_ids for i in ids]
+            for spec in made.manifest.image_arrays:
+                for image_id, lines in zip(shown, images.split(spec.name, spec.axis), strict=True):
+                    np.testing.assert_array_equal(lines, made.images[image_id][spec.name])
             assert list(cache.sample_ids()) == [r.sample_id for r in made.records]
             assert cache.head is not None
             assert cache.scales

@@ -93,5 +93,5 @@ def test_the_context_holds_the_end_tokens_of_answers_that_were_cut_off(cache_con
     sample = Conversation("six", ("what color is it",) * 6, ("red",) * 6)
     prompt = tokenize_prompt(sample, template, tokenizer)
     whole = assemble(prompt, [(7,) * room] * 6)
-    description = SimpleNamespace(shape=SimpleNamespace(image_tokens=4))
+    description = SimpleNamespace(image_tokens=4)
     assert context_length(config, [sample], tokenizer, description, 4096) == len(whole.input_ids)

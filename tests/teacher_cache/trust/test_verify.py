@@ -16,6 +16,7 @@ from teacher_cache.build.build import build_cache, prepare
 from teacher_cache.build.shards import build_shards
 from teacher_cache.cli import app
 from teacher_cache.config import as_plain
+from teacher_cache.data.logit_rule import LogitRule
 from teacher_cache.data.spool import spool
 from teacher_cache.errors import CacheError
 from teacher_cache.store.manifest import read_manifest, write_manifest
@@ -89,7 +90,7 @@ def test_a_flip_in_a_sample_names_the_sample(tmp_path):
 @pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize(
     "name",
-    ["shards/00001/topk_ids/c/0/0", "shards/00002/index.parquet", "images/00000/visual/c/0/0/0", "head.safetensors"],
+    ["shards/00001/topk_ids/c/0/0", "shards/00002/index.parquet", "images/00000/visual/c/0/0", "head.safetensors"],
 )
 def test_a_missing_file_is_named(tmp_path, name, deep):
     made = synthetic_cache(tmp_path / "c", config=signals("full"))
@@ -155,7 +156,7 @@ FAULTS = {
     ],
     "the states give other log-probabilities": _one_late,
     "a sample_id comes twice": lambda rs: [rs[1] if r is rs[2] else r for r in rs],
-    "the first token or the image is supervised": lambda rs: [
+    "the first token or an image is supervised": lambda rs: [
         _with(r, loss_mask=np.roll(r.arrays["loss_mask"], 1 + int(np.argmax(r.arrays["loss_mask"][::-1])))) for r in rs
     ],
 }
@@ -168,6 +169,28 @@ def test_a_broken_invariant_is_found_and_its_sample_named(tmp_path, what):
     assert any(what in p.what for p in problems), problems
     if what not in ("the states give other log-probabilities", "a sample_id comes twice") and "first token" not in what:
         assert problems[0].sample == "sample-1"
+
+
+@pytest.mark.parametrize("rule", [LogitRule(0.25, 0.0), LogitRule(1.0, 2.0)], ids=["scale", "cap"])
+def test_states_give_their_log_probabilities_by_the_logit_rule_of_the_manifest(tmp_path, rule):
+    made = synthetic_cache(tmp_path / "c", config=signals(), rule=rule)
+    assert TeacherCache(made.storage).manifest.logit_rule == rule
+    report = verify_cache(made.storage, deep=True)
+    assert report.ok, report.lines()
+
+
+def test_visual_signals_of_an_image_behind_other_ids_are_found(tmp_path):
+    made = synthetic_cache(tmp_path / "c", 12, shard_samples=12, skipped=(), config=signals("full"))
+    assert made.records[0].image_ids == made.records[6].image_ids
+    places = [made.images[r.image_ids[0]]["place"] if r.image_ids else ImagePlace() for r in made.records]
+    changed = [
+        _with(r, input_ids=_edit(r.arrays["input_ids"], 0, 7)) if r is made.records[6] else r for r in made.records
+    ]
+    write_shard(made.storage, made.manifest, 0, changed, places, [])
+    finish(made.storage, made.manifest)
+    (problem,) = verify_cache(made.storage, deep=True).problems
+    assert problem.sample == "sample-6"
+    assert "not always behind the same ids" in problem.what
 
 
 def test_greedy_answers_whose_rows_are_one_late_are_found(tmp_path):
@@ -215,7 +238,7 @@ def test_the_tiny_worlds_cache_is_sound(cache_folder):
     [
         ("shards/00001/hidden/c/0/0", [1]),
         ("shards/00000/index.parquet", [0]),
-        ("images/00002/visual/c/0/0/0", [2]),
+        ("images/00002/visual/c/0/0", [2]),
         ("answers/part-00001.parquet", [1]),
         ("shards.parquet", []),
         ("samples.parquet", []),
@@ -308,10 +331,10 @@ def test_rescoring_a_cache_without_top_k_says_what_to_do(tmp_path, cache_config,
 
 def test_a_cache_of_another_version_is_not_repaired(own_copy):
     manifest = own_copy / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 1'))
     before = manifest.read_bytes()
     storage = Storage(own_copy)
-    with pytest.raises(CacheError, match="cache format 2, this package reads format 1"):
+    with pytest.raises(CacheError, match=r"cache format 1, this package reads format 2\. Build"):
         repair_cache(storage, verify_cache(storage, deep=True))
     assert manifest.read_bytes() == before
 
@@ -366,7 +389,7 @@ def test_an_image_that_could_be_read_too_late_is_found(cache_config, teacher, wo
     with pytest.raises(CacheError, match=r"could not be read when images/00000 was made.*--redo-skipped"):
         build_cache(config, teacher=teacher, style="quiet")
     with monkeypatch.context() as patch:
-        patch.setattr("teacher_cache.store.writer.absent_images", lambda places, present: ())
+        patch.setattr("teacher_cache.store.ledger.absent_images", lambda places, present: ())
         build_cache(config, teacher=teacher, style="quiet")
     with TeacherCache.open(config.output) as cache, pytest.raises(CacheError, match="line 0 holds no image"):
         cache.read_images(cache.read([0]).image_places)
