@@ -182,7 +182,7 @@ BREAKS = (
     Break(
         5,
         "other images of the same names are trained on",
-        "student_train/feed/sources.py",
+        "student_train/feed/raw.py",
         "return [replace(embedded.get(name, Image(name, path=name)), checksum=checksum) for name, checksum in found]",
         "return [embedded.get(name, Image(name, path=name)) for name, checksum in found]",
         "tests/student_train/feed/test_features.py",
