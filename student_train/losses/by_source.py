@@ -20,7 +20,7 @@ def row_loss(spec: LossSpec, targets: RowTargets, student_logits: Tensor, rows: 
     """
     entry = spec.entry
     if isinstance(entry, Answers):
-        return entry.function(targets.answers(rows), student_logits)
+        return entry.function(targets.answers(rows), student_logits, **spec.own())
     if not isinstance(entry, Logits):
         known = ", ".join(name for name, other in CATALOGUE.items() if isinstance(other, (Answers, Logits)))
         raise LossError(f"loss {spec.name}: it is none of single rows' logits. Take one of {known}")

@@ -176,6 +176,7 @@ SETTINGS = {
         "code divides its distillation losses. Cross-entropy is the mean over rows there and here.",
     ),
     "beta": Setting(Share, 0.5, "The teacher's share of the mean distribution."),
+    "smoothing": Setting(Share, 0.0, "The share of the target that all ids get alike (label smoothing)."),
     "space": Setting(
         Literal["logits", "hidden"], "logits", "The Gram of the logits (LLaVA-KD's code) or of the final hidden states."
     ),
@@ -293,7 +294,7 @@ class ImageLogits(Images):
 
 
 CATALOGUE: dict[str, Entry] = {
-    "cross_entropy": Answers(row_losses.cross_entropy),
+    "cross_entropy": Answers(row_losses.cross_entropy, own=("smoothing",)),
     "forward_kl": Drawable(row_losses.forward_kl),
     "reverse_kl": Distributions(row_losses.reverse_kl),
     "jsd": Distributions(row_losses.jsd, own=("beta",)),

@@ -60,9 +60,11 @@ Target = SparseTarget | DenseTarget
 
 
 def supported(specs: Sequence[LossSpec]) -> bool:
-    """Whether these are at most one loss of the answers and at most one forward KL, and nothing else."""
+    """Whether these are at most one loss of the answers, without smoothing, and at most one forward KL, and nothing
+    else."""
     kinds = [type(spec.entry) for spec in specs]
-    return set(kinds) <= {Answers, Drawable} and len(set(kinds)) == len(kinds)
+    plain = not any(any(spec.own().values()) for spec in specs)
+    return plain and set(kinds) <= {Answers, Drawable} and len(set(kinds)) == len(kinds)
 
 
 def losses_and_gradient(

@@ -33,9 +33,13 @@ from student_train.losses.topk import STANDARDISE_EPS, tail_mass, wide
 from teacher_cache.errors import LossError
 
 
-def cross_entropy(answer_ids: Tensor, student_logits: Tensor) -> Tensor:
-    """−log q(answer): answer_ids (R,) int64, student_logits (R, V) → (R,). LLAVADI, eq. 2."""
-    return functional.cross_entropy(wide(student_logits), answer_ids, reduction="none")
+def cross_entropy(answer_ids: Tensor, student_logits: Tensor, smoothing: float = 0.0) -> Tensor:
+    """−log q(answer): answer_ids (R,) int64, student_logits (R, V) → (R,). LLAVADI, eq. 2.
+
+    ``smoothing``: the share of the target that all V ids get alike (Szegedy et al., 2016), the control of every claim
+    that a teacher's soft labels help.
+    """
+    return functional.cross_entropy(wide(student_logits), answer_ids, reduction="none", label_smoothing=smoothing)
 
 
 # Two distributions: log-probabilities (R, buckets) of the teacher and of the student

@@ -45,6 +45,7 @@ WRITTEN_OUT = [
 ]
 BY_AUTOGRAD = [
     [CE, LossSpec("reverse_kl"), LossSpec("jsd", source="exact", beta=0.3), LossSpec("logit_mse", 0.1)],
+    [LossSpec("cross_entropy", 0.5, smoothing=0.2), LossSpec("forward_kl")],
     [LossSpec("forward_kl_standardised", source="exact"), LossSpec("forward_kl", temperature=0.5)],
 ]
 

@@ -138,6 +138,15 @@ def test_dense_loss_equals_the_papers_equation(name: str, temperature: float) ->
     )
 
 
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_label_smoothing_gives_all_ids_a_share_of_the_target(smoothing: float) -> None:
+    logits, answers = torch.randn(5, 7, dtype=torch.float64), torch.tensor([0, 6, 3, 3, 1])
+    target = torch.full((5, 7), smoothing / 7, dtype=torch.float64)
+    target[range(5), answers] += 1 - smoothing
+    expected = -(target * logits.log_softmax(-1)).sum(-1)
+    assert torch.allclose(losses.cross_entropy(answers, logits, smoothing), expected, rtol=1e-12)
+
+
 def test_cross_entropy_is_minus_the_log_probability_of_the_answer() -> None:
     student, answers = random_logits(1), torch.tensor([0, 8, 3])
     objectives = [lambda _, s, a=a: -math.log(softmax(s, 1.0)[a]) for a in answers.tolist()]

@@ -92,6 +92,15 @@ def test_a_file_where_a_folder_is_to_be_is_named_and_removed_by_repair(tmp_path)
     assert storage.names("shards") == []
 
 
+def test_a_file_that_a_killed_process_left_half_written_goes_when_it_is_written_again(tmp_path: Path) -> None:
+    left, other = tmp_path / "answers/.part-0.parquet.tmp-999-00c0ffee", tmp_path / "answers/.part-1.parquet.tmp-999-1"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    other.write_bytes(b"of another file")
+    Storage(str(tmp_path)).write("answers/part-0.parquet", [b"whole"])
+    assert sorted(path.name for path in left.parent.iterdir()) == [other.name, "part-0.parquet"]
+
+
 def test_what_a_killed_process_left_is_cleared_and_never_listed_as_a_shard(tmp_path):
     left = tmp_path / "shards/.00000.tmp-999/a"
     left.mkdir(parents=True)
