@@ -139,7 +139,6 @@ def _fit(config: FitConfig, operation: int) -> None:
     if operation:
         for owner, names in (
             (checkpoint, ("save_file", "_digest", "flush")),
-            (features, ("_write",)),
             (features.google_crc32c, ("value",)),
             (Path, ("mkdir", "write_text", "rename")),
             (shutil, ("rmtree",)),

@@ -70,6 +70,7 @@ from teacher_cache.data.conversations import Skipped
 from teacher_cache.data.images import load_image
 from teacher_cache.data.spool import spool
 from teacher_cache.data.tokenization import template_by_name, tokenize_answer, tokenize_prompt
+from teacher_cache.models.collate import collate, to_model
 from teacher_cache.store.manifest import Manifest, read_manifest
 from teacher_cache.store.records import TeacherRecord
 from teacher_cache.store.storage import Storage
@@ -292,7 +293,8 @@ class PhaseOne:
         with torch.inference_mode():
             for places, _ in self._batches():
                 chosen = [self.requests[i] for i in places]
-                inputs = self.teacher._inputs([r.sample.input_ids for r in chosen], [r.image for r in chosen], "right")
+                samples = [self.teacher._fields(r.sample.input_ids, r.image) for r in chosen]
+                inputs = to_model(collate(samples, self.teacher._pad, "right"), self.teacher._model)
                 logits = self.teacher._model(**inputs, use_cache=False).logits
                 picked = torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, inputs["input_ids"][:, 1:, None])
                 total += picked.sum().item()

@@ -18,6 +18,7 @@ from student_train.studies.table import COSTS, make_table
 from teacher_cache.config import build_config
 from teacher_cache.errors import CacheError, ReportError
 from teacher_cache.pages.charts import Point
+from teacher_cache.store.index import AXES
 from teacher_cache.store.manifest import Manifest, read_manifest
 from teacher_cache.store.names import read_inside
 from teacher_cache.store.storage import Storage
@@ -25,7 +26,6 @@ from teacher_cache.store.tables import JSON_BYTES
 
 _RUN = re.compile(r"(?P<arm>.+)-seed(?P<seed>\d+)")
 _NOT_PARTS = {"step", "seconds", "cpu_seconds", "learning_rate"}
-_AXES = {"token": "tokens", "row": "rows", "position": "positions", "image": "images"}
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,25 @@ def read_predictions(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def bytes_read(tree: Mapping[str, Any], manifest: Manifest) -> int:
-    """Bytes of the cache that one pass over it reads: the ids, and the arrays that the run's losses need."""
+    """Bytes of the cache that one pass over it reads: the ids, and the arrays that the run's losses need.
+
+    Where images have unequal numbers of positions, signals of images count with the mean of the fewest and the most.
+    """
     if build_config(SourceConfig, tree["sources"][0], "sources").answers == "original":
         return 0
     specs = [build_config(LossSpec, loss, "losses") for loss in tree.get("losses", [DEFAULT_LOSS.as_plain()])]
     names, visual = needed_arrays(specs, manifest)
-    wanted = {"input_ids", "loss_mask", *names, *visual}
+    wanted = {"input_ids", "loss_mask", "runs", *names, *visual}
+    counts = manifest.counts
+    wide = (counts["least_image"] + counts["most_image"]) // 2
+    lines = {axis: counts[plural] for axis, plural in AXES.items() if plural in counts} | {
+        "image": counts["images"],
+        "patch": counts["images"] * wide,
+        "pair": counts["images"] * wide * (wide + 1) // 2,
+        "cell": counts["rows"] * wide,
+    }
     arrays = [*manifest.arrays, *manifest.image_arrays]
-    return sum(a.line_bytes * manifest.counts[_AXES[a.axis]] for a in arrays if a.name in wanted)
+    return sum(a.line_bytes * lines[a.axis] for a in arrays if a.name in wanted)
 
 
 def read_json(path: Path) -> dict[str, Any]:
