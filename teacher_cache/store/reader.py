@@ -199,15 +199,15 @@ class TeacherCache:
 
     def counts(self, axis: Axis) -> npt.NDArray[np.int64]:
         """(M,) lines of every sample on ``axis``: token, row, position or run."""
-        return np.asarray(self._samples(AXES[axis]), np.int64)
+        return np.asarray(self._samples[AXES[axis]], np.int64)
 
     def images(self) -> npt.NDArray[np.int64]:
         """(M,) how many images each sample shows."""
-        return np.asarray(self._samples("images"), np.int64)
+        return np.asarray(self._samples["images"], np.int64)
 
     def sample_ids(self) -> Iterator[str]:
         """Every sample_id in order."""
-        for chunk in self._samples("sample_id").iterchunks():
+        for chunk in self._samples["sample_id"].iterchunks():
             yield from chunk.to_pylist()
 
     def texts(self) -> Iterator[SampleTexts]:
@@ -224,7 +224,7 @@ class TeacherCache:
 
     def find(self, sample_id: str) -> int:
         """The number of ``sample_id``; raises ``KeyError`` when the cache does not hold it."""
-        index = pc.index(self._samples("sample_id"), sample_id).as_py()
+        index = pc.index(self._samples["sample_id"], sample_id).as_py()
         if index < 0:
             raise KeyError(f"{self.storage.url}: no sample {sample_id!r} (skipped ones are listed in skipped.jsonl)")
         return int(index)
@@ -287,9 +287,10 @@ class TeacherCache:
             )
         return self._specs[name]
 
-    def _samples(self, column: str) -> Any:
-        data, where = self._side_file(SAMPLES), f"{self.storage.url}/{SAMPLES}"
-        return read_table(data, where, {column: SAMPLE_COLUMNS[column]}, len(self))[column]
+    @cached_property
+    def _samples(self) -> pa.Table:
+        """A line a sample: read, and its digest compared, once."""
+        return read_table(self._side_file(SAMPLES), f"{self.storage.url}/{SAMPLES}", SAMPLE_COLUMNS, len(self))
 
     def _places(self, indices: npt.NDArray[np.int64]) -> list[tuple[ShardFolder, int]]:
         """(folder, line in it) of each sample."""

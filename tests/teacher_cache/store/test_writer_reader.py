@@ -286,3 +286,17 @@ def test_a_shard_that_lost_a_sample_is_refused(tmp_path: Path) -> None:
     write_shard(made.storage, manifest, 0, made.records[:3], [ImagePlace()] * 3, [])
     with pytest.raises(CacheError, match=r"shards/00000: 3 cached \+ 0 skipped samples, expected 4"):
         finish(made.storage, manifest)
+
+
+def test_the_list_of_samples_is_read_once_however_much_is_asked_of_it(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, read = [], Storage.read
+    monkeypatch.setattr(Storage, "read", lambda self, name, *a, **k: asked.append(name) or read(self, name, *a, **k))
+    with TeacherCache.open(cache_folder) as cache:
+        assert "samples.parquet" not in asked  # opening costs the same for any number of samples
+        names = list(cache.sample_ids())
+        for axis in ("token", "row", "position", "run"):
+            assert len(cache.counts(axis)) == len(cache.images()) == len(names)
+        assert cache.find(names[-1]) == len(cache) - 1
+    assert asked.count("samples.parquet") == 1
