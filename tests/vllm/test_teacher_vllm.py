@@ -187,7 +187,7 @@ def longest_request(teacher: VllmTeacher, config: CacheConfig, conversations: li
     ids = prompt.before(3, [(5, 2)] * 3)
     assert conversation.image is not None
     image = load_image(conversation.image, config.data.image_folder)
-    return AnswerRequest(conversation.sample_id, 3, ids, image, 0)
+    return AnswerRequest(conversation.sample_id, 3, ids, image, 0, capture=True)
 
 
 def test_conversations_that_go_on_at_once_give_the_same_answers(
@@ -339,7 +339,7 @@ def test_hostile_scheduling_changes_nothing(
 def die_and_go_on(teacher: VllmTeacher, oracle: Answered) -> None:
     """An EngineCore killed in the middle of a batch is an ``TeacherCrashed``; the same teacher then goes on."""
     requests = [
-        AnswerRequest(prompt.sample_id, 0, prompt.before(0, []), image, 0)
+        AnswerRequest(prompt.sample_id, 0, prompt.before(0, []), image, 0, capture=True)
         for prompt, image in zip(oracle.prompts, oracle.images, strict=True)
     ]
     seen = 0
