@@ -120,11 +120,8 @@ class OnlineStudent(DistilledStudent):
     def _row_targets(self, batch: StudentBatch, teacher: TeacherSide | None) -> RowTargets:
         assert teacher is not None
         model: Any = self.live._model
-        pixels = batch.pixel_values.to(model.dtype) if batch.pixel_values is not None else None
         with torch.no_grad():
-            out = model.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=pixels, use_cache=False
-            )
+            out = model.model(**to_model(batch.fields, model), use_cache=False)
         states = out.last_hidden_state[batch.row_sample, batch.row_position]
         return RowTargets(answer_ids=batch.answer_ids, hidden=decoded(states), head=teacher.head)
 
@@ -134,13 +131,13 @@ def arm(name: str, case: Case, shared: Run | None, live: TorchTeacher | None) ->
     losses = ARMS[name]
     config = replace(case.fit, output=str(case.folder / "runs" / name), losses=losses)
     run = Run.prepare(config) if shared is None else shared
-    sources = open_sources(config, run.processor.tokenizer)
+    sources = open_sources(config, run.dataset.reader)
     if name == "online":  # the teacher is asked, not the cache
-        sources = open_sources(replace(config, losses=(CE,)), run.processor.tokenizer)
+        sources = open_sources(replace(config, losses=(CE,)), run.dataset.reader)
     model = run.student.model
     teachers = [side_of(config, source, model, run.accelerator.device) for source in sources]
     kind = OnlineStudent if name == "online" else DistilledStudent
-    tokens = run.dataset._preprocessor.image_tokens
+    tokens = run.dataset.reader.image_tokens
     student = kind(model, losses, teachers, head_rows=config.train.head_rows, image_tokens=tokens)
     if isinstance(student, OnlineStudent):
         assert live is not None
@@ -149,7 +146,7 @@ def arm(name: str, case: Case, shared: Run | None, live: TorchTeacher | None) ->
         student.projectors = run.student.projectors
     student = run.accelerator.prepare_model(student)  # products in the same numbers as in training
     Path(config.output).mkdir(parents=True, exist_ok=True)
-    dataset = MicroBatches(sources, run.dataset._preprocessor, None, config.train.pixel_cache)
+    dataset = MicroBatches(sources, run.dataset.reader, None, config.train.pixel_cache)
     return replace(run, config=config, student=student, dataset=dataset, folder=Path(config.output))
 
 
@@ -163,7 +160,7 @@ def block(run: Run, first: int, steps: int) -> Cost:
     """Steps ``first`` … of the trainer's own loop, its loader included."""
     train = replace(run.config.train, max_steps=first + steps)
     sources = run.dataset.sources
-    run.plan = StepPlan(sources, [1.0] * len(sources), train, run.dataset._preprocessor.image_tokens)
+    run.plan = StepPlan(sources, [1.0] * len(sources), train, run.dataset.reader.image_tokens)
     run.step, run.seconds, run.waiting = first, 0.0, 0.0
     wall, cpu = time.perf_counter(), time.process_time()
     run.train("quiet")

@@ -35,7 +35,7 @@ class SourceConfig:
     cache: str = ""
     data: str = ""
     template: str = ""
-    """For ``data`` only; a cache knows its own."""
+    """For ``data`` and a LLaVA-1.5 student only: a cache knows its own. Empty: the student's chat template."""
     image_folder: str = ""
     image_data: str | tuple[str, ...] = ""
     """The Parquet files (files, a folder or a pattern, as ``data.path``) whose embedded images the cache was made from.
@@ -63,7 +63,8 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The student: a LLaVA folder, or a language model and a vision tower put together.
+    """The student: a folder of any vision-language or causal language model, or a language model and a vision tower
+    put together.
 
     Beside ``model``, ``language_model`` and ``vision_tower`` say what that folder was put together from: a plan reads
     their configurations while the folder is not there yet.
@@ -87,6 +88,11 @@ class StudentConfig:
     lora_alpha: AtLeast1 = 32
     load_in_4bit: bool = False
     gradient_checkpointing: bool = False
+    chat_template: str = ""
+    """How it writes conversations: a Jinja file, or one of ours (vicuna_v1, plain). Empty: its own; a LLaVA-1.5 student
+    then reads what its LLaVA-1.5 teacher read."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+    """What is given to its chat template (``enable_thinking: false``)."""
     image_mode: Literal["auto", "pad", "crop"] = "auto"
     """``pad``: to a square with the mean colour, as LLaVA-1.5; ``crop``: what its processor does otherwise (CLIP's cuts
     the centre out). ``auto``: as the caches' teacher saw them; without a cache, as the student's processor does."""
@@ -170,10 +176,8 @@ def check_fit_config(config: FitConfig) -> None:
             raise ConfigError(
                 f"sources[{number}]: set either cache or data, found cache={source.cache!r}, data={source.data!r}"
             )
-        if source.data and not source.template:
-            raise ConfigError(f"sources[{number}].template: plain data needs a template, for example vicuna_v1")
     if not (config.student.model or config.student.language_model or config.student.layers_from):
-        raise ConfigError("student: set model (a LLaVA folder), language_model and vision_tower, or layers_from")
+        raise ConfigError("student: set model (a folder), language_model and vision_tower, or layers_from")
     if config.student.layers_from and config.student.model:
         raise ConfigError(
             f"student: model={config.student.model} and layers_from={config.student.layers_from} are both set, and a "
@@ -201,7 +205,7 @@ def check_fit_config(config: FitConfig) -> None:
         raise ConfigError(f"losses: one term of each name, found {', '.join(labels)}")
     if config.student.load_in_4bit and (config.student.layers_from or not config.student.model):
         raise ConfigError(
-            "student.load_in_4bit: only a LLaVA folder (student.model) can be loaded in 4 bits, found layers_from or "
+            "student.load_in_4bit: only a folder (student.model) can be loaded in 4 bits, found layers_from or "
             "language_model. Train that student once without it, export it, and name its folder as student.model"
         )
     own = {"bfloat16": "bf16", "float16": "fp16"}.get(config.student.dtype)

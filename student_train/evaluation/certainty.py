@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from student_train.evaluation.answers import Student
+from student_train.evaluation.answers import Student, asked_in
 from student_train.evaluation.metrics import plain_answer
-from student_train.evaluation.questions import template_name
 from student_train.evaluation.rows import answer_rows, in_batches
 from student_train.feed.plain import PlainSource
+from student_train.students.chat_reader import ChatReader
 from teacher_cache.data.conversations import Conversation
 from teacher_cache.errors import EvaluationError
 
@@ -46,10 +46,11 @@ def certainty(
 
     An answer is right as `vqa_accuracy` counts it, and as certain as the product of its tokens' probabilities.
     """
-    form = template_name(student.processor, template)
+    form = asked_in(student, template)
     truths = [question.answers[0] for question in questions]
-    of_truth = answer_logprobs(student, questions, truths, image_folder, form, batch)
-    of_own = answer_logprobs(student, questions, answers, image_folder, form, batch)
+    name = form.name if form is not None else ""
+    of_truth = answer_logprobs(student, questions, truths, image_folder, name, batch)
+    of_own = answer_logprobs(student, questions, answers, image_folder, name, batch)
     right = [plain_answer(said) == plain_answer(truth) for said, truth in zip(answers, truths, strict=True)]
     return Certainty(float(-of_truth.mean()), calibration_error(np.exp(of_own), right))
 
@@ -78,7 +79,8 @@ def answer_logprobs(
     """(M,) log-probability, in nats, of each of ``answers`` as the whole answer to its first question."""
     pairs = zip(questions, answers, strict=True)
     asked = [replace(q, questions=q.questions[:1], answers=(answer,)) for q, answer in pairs]
-    source = PlainSource(asked, template, student.processor.tokenizer, str(image_folder))
+    chat = student.reader.chat if isinstance(student.reader, ChatReader) else None
+    source = PlainSource(asked, template, student.reader.tokenizer, str(image_folder), chat)
     batches, sums = in_batches(range(len(asked)), batch), np.zeros(len(asked))
     for samples, (made, logits, _) in zip(batches, answer_rows(student, source, batches), strict=True):
         logprobs = logits.log_softmax(-1).gather(-1, made.answer_ids[:, None]).squeeze(-1)  # (R,)

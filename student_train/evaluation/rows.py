@@ -14,6 +14,7 @@ from student_train.feed.raw import Source
 from student_train.feed.step_plan import MicroBatch
 from student_train.losses.targets import RowTargets, TeacherSide
 from student_train.training.objective import DistilledStudent
+from teacher_cache.data.logit_rule import LogitRule
 
 
 @torch.inference_mode()
@@ -22,15 +23,15 @@ def answer_rows(
 ) -> Iterator[tuple[StudentBatch, Tensor, RowTargets]]:
     """For each of the ``batches`` of sample numbers: what was read, the student's logits (R, V) in float32, and what
     its ``teacher`` has in those rows."""
-    image_tokens = student.preprocessor.image_tokens
+    image_tokens = student.reader.image_tokens
     distilled = DistilledStudent(student.model, [], [teacher], head_rows=0, image_tokens=image_tokens)
-    read = MicroBatches([source], student.preprocessor, features=None, pixel_cache=0)
-    head = student.model.get_output_embeddings()
+    read = MicroBatches([source], student.reader, features=None, pixel_cache=0)
+    head, rule = student.model.get_output_embeddings(), LogitRule.of(student.model.config)
     for samples in batches:
         _, made = read[MicroBatch(0, 0, tuple(samples), (NOTHING,) * len(samples), last=True)]
         made = made.to(student.model.device)
         states, targets = distilled.rows(made, 0)  # (R, d)
-        yield made, head(states).float(), targets
+        yield made, rule.apply(head(states).float()), targets
 
 
 def in_batches(samples: Sequence[int], batch: int) -> list[Sequence[int]]:

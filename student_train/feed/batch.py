@@ -1,13 +1,14 @@
-"""From samples to one micro-batch of tensors, in the student's own image-token count.
+"""From samples, as the student reads them, to one micro-batch of tensors.
 
-The cache keeps one placeholder for an image; here it is expanded to the student's N, and ``data.rows`` says which
-of the student's positions predict the answer tokens: row r of the cache belongs to answer token r.
+A run of image positions is one placeholder until here; now it is expanded to the student's own length, and
+``data.rows`` says which of the student's positions predict the answer tokens: row r of the cache belongs to answer
+token r.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,15 @@ import torch
 from torch import Tensor
 
 from student_train.feed.raw import RawBatch
-from student_train.students.preprocessor import Preprocessor
-from teacher_cache.data.rows import expand, positions_of
+from student_train.students.lines import Line
+from teacher_cache.data.rows import Positions, expand, positions_of
+from teacher_cache.models import collate as fields_of
 from teacher_cache.store.records import Array
 
 
 @dataclass(frozen=True)
 class StudentBatch:
-    """One micro-batch: B lines of S positions, R rows, P text positions, I images, N image tokens of the student.
+    """One micro-batch: B lines of S positions, R rows, P text positions, I runs of image positions.
 
     A line holds one sample, or several where they are packed: then ``position_ids`` begin anew with each of them, and
     no sample attends to another (Transformers makes the block-diagonal mask from them, where no other mask is given).
@@ -32,9 +34,9 @@ class StudentBatch:
     the same weights by the same names where every sample, not every row, weighs the same.
     """
 
-    input_ids: Tensor  # (B, S) int64
-    attention_mask: Tensor  # (B, S) int64
-    pixel_values: Tensor | None  # (I, 3, H, W)
+    fields: dict[str, Tensor]
+    """What the student reads, by its processor's names: ``input_ids`` (B, S); ``attention_mask`` (B, S), or
+    ``position_ids`` (B, S) of packed lines; token types (B, S); ``pixel_values`` and the like on their own axes."""
     image_features: Tensor | None  # (I, N, d_vision): cached features of a frozen tower
     row_sample: Tensor  # (R,) which line
     row_position: Tensor  # (R,) the student's position that predicts the answer token
@@ -52,7 +54,11 @@ class StudentBatch:
     arrays: dict[str, Tensor]  # the teacher's signals, as stored
     visual: dict[str, Tensor]  # per image with signals, as stored
     per_sample: dict[str, Tensor]
-    position_ids: Tensor | None = None  # (B, S) int64, of packed lines only
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(B, S)"""
+        return self.fields["input_ids"]
 
     def to(self, device: torch.device) -> StudentBatch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -96,51 +102,60 @@ NOTHING = Weights(0.0, 0.0, 0.0, 0.0, 0.0)
 
 def collate(
     raw: RawBatch,
+    lines: Sequence[Line],
     weights: Sequence[Weights],
-    student: Preprocessor,
-    pixel_values: Tensor | None = None,
+    pad: int,
     image_features: Tensor | None = None,
     *,
     pack: bool = False,
 ) -> StudentBatch:
-    """Right-padded tensors, an image as many positions as the student gives it. ``pack`` fills lines with several
-    samples."""
-    samples = list(zip(raw.input_ids, raw.loss_mask, strict=True))  # (T,) and (T,) each
-    widths = [student.widths(placeholders) for placeholders in raw.placeholders]  # (G,) each
-    found = [positions_of(*sample, student.image_token, w) for sample, w in zip(samples, widths, strict=True)]
-    lines = pack_lines([p.length for p in found]) if pack else [(line, 0) for line in range(len(found))]
-    input_ids = torch.full((1 + lines[-1][0], max(p.length for p in found)), student.pad)  # (B, S)
-    attention_mask, position_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)  # (B, S)
-    for (line, first), ids, width, positions in zip(lines, raw.input_ids, widths, found, strict=True):
-        taken = slice(first, first + positions.length)
-        input_ids[line, taken] = torch.from_numpy(expand(ids, student.image_token, width))
-        attention_mask[line, taken] = 1
-        position_ids[line, taken] = torch.arange(positions.length)
-    placed = list(zip(lines, found, strict=True))
-    counts = [(len(p.rows), len(p.text), len(p.images)) for p in found]  # of rows, text positions, placeholders
-    rows, texts, images = zip(*counts, strict=True)
-    owners = [line for line, _ in lines]
-    seen = [len(p.visual) for p in found]
-    shares = [_shares(w.sample, *count, n) for w, count, n in zip(weights, counts, seen, strict=True)]
+    """Right-padded tensors. ``weights``: one for each sample of ``raw``; ``pack`` fills lines with several samples."""
+    found = [positions_of(line.input_ids, line.loss_mask, line.image_token, line.widths) for line in lines]
+    places = pack_lines([p.length for p in found]) if pack else [(number, 0) for number in range(len(found))]
+    counts = [(len(p.rows), len(p.text), len(p.images), len(p.visual)) for p in found]
+    rows, texts, images, _ = zip(*counts, strict=True)
+    samples = [line.sample for line in lines]
+    shares = _shares(weights, samples, np.array(counts))
+    owners = [line for line, _ in places]
     return StudentBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        pixel_values=pixel_values,
+        fields=_fields(lines, found, places if pack else None, pad),
         image_features=image_features,
         row_sample=_repeated(owners, rows),  # (R,)
-        row_position=_joined([first + p.rows for (_, first), p in placed]),  # (R,)
-        answer_ids=_joined([ids[mask] for ids, mask in samples]),  # (R,)
+        row_position=_joined([first + p.rows for (_, first), p in zip(places, found, strict=True)]),  # (R,)
+        answer_ids=_joined([line.input_ids[line.loss_mask] for line in lines]),  # (R,)
         row_index=torch.from_numpy(raw.row_index),
         text_sample=_repeated(owners, texts),  # (P,)
-        text_position=_joined([first + p.text for (_, first), p in placed]),  # (P,)
+        text_position=_joined([first + p.text for (_, first), p in zip(places, found, strict=True)]),  # (P,)
         visual_sample=_repeated(owners, images),  # (I,)
-        visual_start=_joined([first + p.images for (_, first), p in placed]),  # (I,)
+        visual_start=_joined([first + p.images for (_, first), p in zip(places, found, strict=True)]),  # (I,)
         arrays={name: _tensor(array) for name, array in raw.arrays.items()},
         visual={name: _tensor(array) for name, array in raw.visual.items()},
-        position_ids=position_ids if pack else None,
-        **_weight_tensors(weights, rows, texts, images),
+        **_weight_tensors([weights[sample] for sample in samples], rows, texts, images),
         per_sample=_weight_tensors(shares, rows, texts, images),
     )
+
+
+def _fields(
+    lines: Sequence[Line], found: Sequence[Positions], places: Sequence[tuple[int, int]] | None, pad: int
+) -> dict[str, Tensor]:
+    """What the model reads of all lines; ``places``: of packed ones (:func:`pack_lines`)."""
+    each: list[Mapping[str, Tensor]] = [
+        {"input_ids": torch.from_numpy(expand(line.input_ids, line.image_token, line.widths)), **line.fields}
+        for line in lines
+    ]
+    if places is None:
+        return fields_of.collate(each, pad, "right")
+    packed: list[dict[str, Tensor]] = []
+    for (number, _), fields, positions in zip(places, each, found, strict=True):
+        own = {**fields, "position_ids": torch.arange(positions.length)}
+        if number < len(packed):
+            before = packed[number]
+            both = {name: torch.cat([before[name], own[name]]) for name in before if name in own}
+            own = {**before, **own, **both}
+        packed[number:] = [own]
+    batch = fields_of.collate(packed, pad, "right")
+    del batch["attention_mask"]
+    return batch
 
 
 def pack_lines(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -162,15 +177,22 @@ def _tensor(array: Array) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _shares(sample: float, rows: int, texts: int, images: int, image_positions: int) -> Weights:
-    """The weight of a sample's mean, shared out over its rows, text positions, image, and text and image positions."""
-    return Weights(
-        row=sample / max(rows, 1),
-        position=sample / max(texts, 1),
-        image=sample / max(images, 1),
-        token=sample / max(texts + image_positions, 1),
-        sample=sample,
-    )
+def _shares(weights: Sequence[Weights], samples: Sequence[int], counts: Array) -> list[Weights]:
+    """For each line the weight of its sample's mean, shared out over the sample's rows, text positions, images, and
+    text and image positions: ``counts`` (lines, 4) of each line."""
+    totals = np.zeros((len(weights), 4), np.int64)
+    np.add.at(totals, list(samples), counts)
+    shares = [
+        Weights(
+            row=weight.sample / max(rows, 1),
+            position=weight.sample / max(texts, 1),
+            image=weight.sample / max(images, 1),
+            token=weight.sample / max(texts + image_positions, 1),
+            sample=weight.sample,
+        )
+        for weight, (rows, texts, images, image_positions) in zip(weights, totals.tolist(), strict=True)
+    ]
+    return [shares[sample] for sample in samples]
 
 
 def _weight_tensors(

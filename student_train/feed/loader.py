@@ -6,19 +6,28 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image as PillowImage
 from torch.utils.data import DataLoader, Dataset
 
 from student_train.feed.batch import NOTHING, StudentBatch, collate
 from student_train.feed.features import ImageFeatures, image_key
 from student_train.feed.raw import RawBatch, Source
 from student_train.feed.step_plan import MicroBatch, StepPlan
+from student_train.students.chat_reader import ChatReader
+from student_train.students.lines import Line
 from student_train.students.preprocessor import Preprocessor
+from student_train.students.reader import Reader
 from teacher_cache.data.conversations import Image, Skipped
+from teacher_cache.data.images import load_image
 from teacher_cache.errors import CacheError, ImageError
 from teacher_cache.stopping import left_to_parent
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 class MicroBatches(Dataset[StudentBatch]):
@@ -27,28 +36,65 @@ class MicroBatches(Dataset[StudentBatch]):
     def __init__(
         self,
         sources: Sequence[Source],
-        preprocessor: Preprocessor,
+        reader: Reader,
         features: ImageFeatures | None,
         pixel_cache: int,
         pack: bool = False,
     ) -> None:
         self.sources = list(sources)
-        self._preprocessor, self._features = preprocessor, features
+        self.reader, self._features = reader, features
         self._pack = pack
-        self._limit = pixel_cache
-        self._pixels: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._pixels: Kept[str, torch.Tensor] = Kept(pixel_cache)
+        self._lines: Kept[tuple[int, int], list[Line]] = Kept(pixel_cache * IMAGE_VALUES)
 
     def __getitem__(self, micro: MicroBatch) -> tuple[MicroBatch, StudentBatch]:  # type: ignore[override]
         self._prefetch(micro.coming)
         source = self.sources[micro.source]
         raw = source.read(micro.indices)
-        shown = None
+        features = None
+        if isinstance(self.reader, ChatReader):
+            micro, lines = self._rendered(micro, source, raw, self.reader)
+        else:
+            micro, lines, features = self._expanded(micro, source, raw, self.reader)
+        return micro, collate(raw, lines, micro.weights, self.reader.pad, features, pack=self._pack)
+
+    def _rendered(
+        self, micro: MicroBatch, source: Source, raw: RawBatch, reader: ChatReader
+    ) -> tuple[MicroBatch, list[Line]]:
+        """By the student's own chat template and processor, which is called once for a sample: what it makes of an
+        image may depend on the others, so that lines are kept, not images."""
+        lines: list[Line] = []
+        weights, skipped = list(micro.weights), []
+        for place, asked in enumerate(source.conversations(micro.indices)):
+            key = (micro.source, micro.indices[place])
+            if (own := self._lines.get(key)) is None:
+                try:
+                    pictures, damaged = [load_image(image, source.image_folder) for image in asked.images], False
+                except ImageError as error:
+                    if not source.leaves_out:
+                        raise
+                    pictures, damaged = [_BLANK] * len(asked.images), True
+                    weights[place] = NOTHING
+                    skipped.append(Skipped(asked.sample_id, str(error)))
+                own = reader.lines(asked, raw.input_ids[place], raw.loss_mask[place], pictures)
+                if not damaged:
+                    self._lines.keep(key, own, sum(f.numel() for line in own for f in line.fields.values()))
+            lines += [replace(line, sample=place) for line in own]
+        return replace(micro, weights=tuple(weights), skipped=tuple(skipped)), lines
+
+    def _expanded(
+        self, micro: MicroBatch, source: Source, raw: RawBatch, reader: Preprocessor
+    ) -> tuple[MicroBatch, list[Line], torch.Tensor | None]:
+        """The cached ids, and each image's pixels, or (I, N, d_vision) a tower's features of all."""
         self._check_runs(micro, raw)
+        shown: list[list[torch.Tensor]] = [[] for _ in raw.images]
         if any(raw.images):
-            micro, shown = self._shown(micro, source, raw.images)
-        pixels, features = (shown, None) if self._features is None else (None, shown)
-        batch = collate(raw, micro.weights, self._preprocessor, pixels, features, pack=self._pack)
-        return micro, batch
+            micro, shown = self._shown(micro, source, raw.images, reader)
+        fields = [_pixels(values) if self._features is None else {} for values in shown]
+        read = zip(raw.input_ids, raw.loss_mask, fields, strict=True)
+        lines = [reader.line(place, *of_sample) for place, of_sample in enumerate(read)]
+        of_images = [values for sample in shown for values in sample]
+        return micro, lines, torch.stack(of_images) if of_images and self._features is not None else None
 
     def names_of(self, micro: MicroBatch) -> list[str]:
         """The ids of a micro-batch's samples, for an error."""
@@ -69,41 +115,65 @@ class MicroBatches(Dataset[StudentBatch]):
                 )
 
     def _shown(
-        self, micro: MicroBatch, source: Source, images: Sequence[Sequence[Image]]
-    ) -> tuple[MicroBatch, torch.Tensor]:
-        """(I, 3, H, W), or a tower's (I, N, d_vision); a damaged image is blank and its sample's weights are zero,
-        wherever and whenever it is read.
+        self, micro: MicroBatch, source: Source, images: Sequence[Sequence[Image]], reader: Preprocessor
+    ) -> tuple[MicroBatch, list[list[torch.Tensor]]]:
+        """(3, H, W), or a tower's (N, d_vision), of each sample's images; a damaged one is blank and its sample's
+        weights are zero, wherever and whenever it is read.
 
         A cache's image is not among the damaged ones: its teacher has seen it.
         """
-        shown: list[torch.Tensor | None] = []
+        shown: list[list[torch.Tensor]] = [[] for _ in images]
         weights, skipped = list(micro.weights), []
         for place, image in ((place, image) for place, shows in enumerate(images) for image in shows):
             try:
-                shown.append(self._values(image, source.image_folder))
+                shown[place].append(self._values(image, source.image_folder, reader))
             except ImageError as error:
                 if not source.leaves_out:
                     raise
-                shown.append(None)
+                shown[place].append((self._features or reader).blank())
                 weights[place] = NOTHING
                 skipped.append(Skipped(source.name_of(micro.indices[place]), str(error)))
-        blank = next((values for values in shown if values is not None), None)
-        if blank is None:
-            blank = (self._features or self._preprocessor).blank()
-        stacked = torch.stack([torch.zeros_like(blank) if values is None else values for values in shown])
-        return replace(micro, weights=tuple(weights), skipped=tuple(skipped)), stacked
+        return replace(micro, weights=tuple(weights), skipped=tuple(skipped)), shown
 
-    def _values(self, image: Image, folder: str) -> torch.Tensor:
+    def _values(self, image: Image, folder: str, reader: Preprocessor) -> torch.Tensor:
         """(3, H, W), or a tower's (N, d_vision)."""
         key = image_key(image, folder)
         if self._features is not None:
             return self._features.read([key])[0]
         found = self._pixels.get(key)
         if found is None:
-            found = self._pixels[key] = self._preprocessor.pixels(image, folder)
-            while len(self._pixels) > self._limit:
-                self._pixels.popitem(last=False)
+            found = reader.pixels(image, folder)
+            self._pixels.keep(key, found)
         return found
+
+
+IMAGE_VALUES = 3 * 336 * 336
+"""What counts as an image in ``train.pixel_cache`` where whole samples are kept: one of LLaVA-1.5's."""
+_BLANK = PillowImage.new("RGB", (64, 64))
+
+
+class Kept(Generic[Key, Value]):
+    """The last values that fit into ``room``; those that came first go first."""
+
+    def __init__(self, room: int) -> None:
+        self._room, self._values = room, OrderedDict[Key, tuple[Value, int]]()
+
+    def get(self, key: Key) -> Value | None:
+        found = self._values.get(key)
+        return None if found is None else found[0]
+
+    def keep(self, key: Key, value: Value, size: int = 1) -> None:
+        self._values[key] = (value, size)
+        self._room -= size
+        while self._room < 0:
+            self._room += self._values.popitem(last=False)[1][1]
+
+
+def _pixels(values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of one sample's images, each (3, H, W); nothing where there is none."""
+    if not values:
+        return {}
+    return {"pixel_values": values[0][None] if len(values) == 1 else torch.stack(list(values))}
 
 
 def make_loader(

@@ -6,7 +6,7 @@ import itertools
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ import numpy as np
 
 from student_train.config import SourceConfig
 from student_train.feed.features import image_key
-from student_train.feed.raw import Ints, RawBatch, embedded_images, known_images, open_cache
+from student_train.feed.raw import Ints, RawBatch, conversation_of, embedded_images, open_cache
 from student_train.feed.skipped import check_share, usable
 from teacher_cache.config import DataConfig
 from teacher_cache.data.conversations import Conversation, Image, Skipped
 from teacher_cache.data.rows import text_positions
 from teacher_cache.data.spool import SampleFile, lay_down, spool
 from teacher_cache.data.tokenization import assemble, template_by_name, tokenize_answer, tokenize_prompt
-from teacher_cache.store.batches import SampleTexts
+from teacher_cache.errors import ConversationError
+from teacher_cache.models.chat import Chat
 
 
 class PlainSource:
@@ -35,25 +36,35 @@ class PlainSource:
     total = 0
     """Samples of the data file, those that are left out among them."""
 
-    def __init__(self, conversations: Iterable[Conversation], template: str, tokenizer: Any, image_folder: str) -> None:
+    def __init__(
+        self,
+        conversations: Iterable[Conversation],
+        template: str,
+        tokenizer: Any,
+        image_folder: str,
+        chat: Chat | None = None,
+    ) -> None:
         self.image_folder = image_folder
         self._folder = Path(tempfile.mkdtemp(prefix="teacher-cache-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self.skipped: list[Skipped] = []
-        form = template_by_name(template)
+        tokenised = _by_chat(chat) if chat is not None else _by_template(template, tokenizer)
         lengths, rows, images = [], [], []
 
         def write() -> Iterator[Conversation]:
             with (self._folder / "ids").open("wb") as ids, (self._folder / "mask").open("wb") as mask:
                 for c in conversations:
-                    answers = [tokenize_answer(a, form, tokenizer) for a in c.answers]
-                    sample = assemble(tokenize_prompt(c, form, tokenizer), answers)
-                    ids.write(sample.input_ids.astype(np.int32).tobytes())
-                    mask.write(sample.loss_mask.tobytes())
-                    lengths.append(len(sample.input_ids))
-                    rows.append(sample.rows)
+                    try:
+                        own_ids, own_mask = tokenised(c)
+                    except ConversationError as error:
+                        self.skipped.append(Skipped(c.sample_id, str(error)))
+                        continue
+                    ids.write(own_ids.astype(np.int32).tobytes())
+                    mask.write(own_mask.tobytes())
+                    lengths.append(len(own_ids))
+                    rows.append(np.count_nonzero(own_mask))
                     images.append(len(c.images))
-                    yield replace(c, questions=(), answers=())
+                    yield replace(c, questions=() if chat is None else c.questions, answers=())
 
         (self._folder / "samples").mkdir()
         self._samples = lay_down(write(), self._folder / "samples").keep()
@@ -75,25 +86,26 @@ class PlainSource:
         self._open()
 
     @classmethod
-    def from_data(cls, config: SourceConfig, tokenizer: Any) -> PlainSource:
+    def from_data(cls, config: SourceConfig, tokenizer: Any, chat: Chat | None = None) -> PlainSource:
         data = DataConfig(path=config.data, duplicate_ids="number", max_samples=config.max_samples)
         samples = spool(data, Path(tempfile.mkdtemp(prefix="teacher-cache-")))
         skipped: list[Skipped] = []
-        source = cls(usable(samples, config.image_folder, skipped), config.template, tokenizer, config.image_folder)
+        taken = usable(samples, config.image_folder, skipped)
+        source = cls(taken, config.template, tokenizer, config.image_folder, chat)
         source._embedded = samples  # its images' bytes lie in that folder, which goes with it
-        check_share(config, len(samples), skipped)
-        source.skipped, source.total = skipped, len(samples)
+        source.skipped, source.total = [*skipped, *source.skipped], len(samples)
+        check_share(config, len(samples), source.skipped)
         return source
 
     @classmethod
-    def from_cache(cls, config: SourceConfig, tokenizer: Any) -> PlainSource:
+    def from_cache(cls, config: SourceConfig, tokenizer: Any, chat: Chat | None = None) -> PlainSource:
         """The original answers of the samples in a cache: the same questions and images, another teacher."""
-        with open_cache(config, tokenizer) as cache:
+        with open_cache(config, tokenizer, chat) as cache:
             embedded = embedded_images(config)
             size = min(config.max_samples or len(cache), len(cache))
             texts = itertools.islice(cache.texts(), size)
-            conversations = [_conversation(t, embedded) for t in texts]
-            return cls(conversations, cache.manifest.teacher["template"], tokenizer, config.image_folder)
+            conversations = [conversation_of(t, embedded, original=True) for t in texts]
+            return cls(conversations, cache.manifest.teacher["template"], tokenizer, config.image_folder, chat)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -131,6 +143,10 @@ class PlainSource:
             visual={},
         )
 
+    def conversations(self, indices: Sequence[int]) -> list[Conversation]:
+        found = [self._samples[index] for index in indices]
+        return [sample for sample in found if isinstance(sample, Conversation)]
+
     def name_of(self, index: int) -> str:
         return self._samples[index].sample_id
 
@@ -157,8 +173,30 @@ class PlainSource:
         """Everything lies on this machine."""
 
 
-def _conversation(texts: SampleTexts, embedded: Mapping[str, Image]) -> Conversation:
-    """A cached sample with its original answers, as the data had it."""
-    images = tuple(known_images(texts.image_ids, texts.image_checksums, embedded))
-    answers = tuple(texts.original_answers)
-    return Conversation(texts.sample_id, tuple(texts.questions), answers, images, system=texts.system)
+_Tokenised = Callable[[Conversation], tuple[Ints, Any]]
+"""A conversation → (T,) ids, (T,) which of them are answers'."""
+
+
+def _by_template(name: str, tokenizer: Any) -> _Tokenised:
+    form = template_by_name(name)
+
+    def tokenised(asked: Conversation) -> tuple[Ints, Any]:
+        answers = [tokenize_answer(answer, form, tokenizer) for answer in asked.answers]
+        sample = assemble(tokenize_prompt(asked, form, tokenizer), answers)
+        return sample.input_ids, sample.loss_mask
+
+    return tokenised
+
+
+def _by_chat(chat: Chat) -> _Tokenised:
+    """Of a student that writes its prompts itself: only the answers' ids count. Turn after turn, each behind all that
+    comes before it, where the template rewrites earlier turns."""
+
+    def tokenised(asked: Conversation) -> tuple[Ints, Any]:
+        answers = [chat.original(answer) for answer in asked.answers]
+        ends = [len(answers)] if chat.one_sequence else range(1, len(answers) + 1)
+        parts = [chat.unexpanded(asked, answers[:end]) for end in ends]
+        ids = [np.asarray(ids, np.int64) for ids, _ in parts]
+        return np.concatenate(ids), np.concatenate([mask for _, mask in parts])
+
+    return tokenised

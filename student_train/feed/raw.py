@@ -18,6 +18,8 @@ from student_train.feed.tokenizer import check_tokenizer
 from teacher_cache.config import DataConfig
 from teacher_cache.data.conversations import Conversation, Image
 from teacher_cache.data.spool import spool
+from teacher_cache.models.chat import Chat
+from teacher_cache.store.batches import SampleTexts
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import Array
 
@@ -78,6 +80,10 @@ class Source(Protocol):
 
     def read(self, indices: Sequence[int]) -> RawBatch: ...
 
+    def conversations(self, indices: Sequence[int]) -> list[Conversation]:
+        """What is asked in the samples, for a student that writes its own prompts."""
+        ...
+
     def name_of(self, index: int) -> str:
         """The sample's id, for an error."""
         ...
@@ -91,13 +97,17 @@ class Source(Protocol):
         ...
 
 
-def open_cache(config: SourceConfig, tokenizer: Any) -> TeacherCache:
+def open_cache(
+    config: SourceConfig, tokenizer: Any, chat: Chat | None = None, reads: Sequence[str] = ()
+) -> TeacherCache:
+    """Refuses a cache whose ids mean something else to the student; ``chat``: it writes its own prompts; ``reads``: the
+    arrays that will be read."""
     cache = TeacherCache.open(
         config.cache,
         prefetch_folder=config.prefetch_folder or None,
         prefetch_gigabytes=config.prefetch_gigabytes,
     )
-    check_tokenizer(cache, tokenizer, config.tokenizer == "same_ids")
+    check_tokenizer(cache, tokenizer, config.tokenizer == "same_ids", chat, reads)
     return cache
 
 
@@ -105,6 +115,13 @@ def known_images(ids: Sequence[str], checksums: Sequence[str], embedded: Mapping
     """The images that a cache names, each with the checksum of the bytes that its teacher saw."""
     found = zip(ids, checksums, strict=True)
     return [replace(embedded.get(name, Image(name, path=name)), checksum=checksum) for name, checksum in found]
+
+
+def conversation_of(texts: SampleTexts, embedded: Mapping[str, Image], original: bool = False) -> Conversation:
+    """A cached sample as the data had it, with its teacher's answers or its ``original`` ones."""
+    images = tuple(known_images(texts.image_ids, texts.image_checksums, embedded))
+    answers = tuple(texts.original_answers if original else texts.answers)
+    return Conversation(texts.sample_id, tuple(texts.questions), answers, images, system=texts.system)
 
 
 class EmbeddedImages(dict[str, Image]):

@@ -16,11 +16,12 @@ import numpy as np
 from student_train.config import SourceConfig
 from student_train.feed.features import image_key
 from student_train.feed.plain import PlainSource
-from student_train.feed.raw import Ints, RawBatch, Source, embedded_images, known_images, open_cache
+from student_train.feed.raw import Ints, RawBatch, Source, conversation_of, embedded_images, known_images, open_cache
 from student_train.feed.skipped import check_share
-from teacher_cache.data.conversations import Image
+from teacher_cache.data.conversations import Conversation, Image
 from teacher_cache.data.rows import rows_among_text
 from teacher_cache.errors import CacheError, DataError, ImageError
+from teacher_cache.models.chat import Chat
 from teacher_cache.store.batches import RecordBatch
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import Array
@@ -30,8 +31,15 @@ from teacher_cache.store.storage import Storage
 class CacheSource:
     """A teacher cache; ``names`` are the arrays that the losses need, others are not read."""
 
-    def __init__(self, config: SourceConfig, tokenizer: Any, names: Sequence[str], visual: Sequence[str]) -> None:
-        self.cache = open_cache(self._with_folder(config), tokenizer)
+    def __init__(
+        self,
+        config: SourceConfig,
+        tokenizer: Any,
+        names: Sequence[str],
+        visual: Sequence[str],
+        chat: Chat | None = None,
+    ) -> None:
+        self.cache = open_cache(self._with_folder(config), tokenizer, chat, names)
         weakref.finalize(self, self.cache.close)  # before the folder goes: the last finalizer is called first
         self.image_folder = config.image_folder
         self._embedded = embedded_images(config)
@@ -111,6 +119,9 @@ class CacheSource:
             for name, array in images.arrays.items()
         }
 
+    def conversations(self, indices: Sequence[int]) -> list[Conversation]:
+        return [conversation_of(texts, self._embedded) for texts in self.cache.texts_of(indices)]
+
     def name_of(self, index: int) -> str:
         return self.cache.read([index], []).sample_ids[0]
 
@@ -159,13 +170,18 @@ class CacheSource:
 _ALWAYS = ("input_ids", "loss_mask", "runs")
 
 
-def open_source(config: SourceConfig, tokenizer: Any, names: Sequence[str], visual: Sequence[str]) -> Source:
-    """The source a config names; refuses a cache of another tokenizer or without the needed signals."""
+def open_source(
+    config: SourceConfig, tokenizer: Any, names: Sequence[str], visual: Sequence[str], chat: Chat | None = None
+) -> Source:
+    """The source a config names; refuses a cache of another tokenizer or without the needed signals.
+
+    ``chat``: of a student that writes its own prompts; None for one that reads a LLaVA teacher's.
+    """
     if config.data:
-        return PlainSource.from_data(config, tokenizer)
+        return PlainSource.from_data(config, tokenizer, chat)
     if config.answers == "original":
-        return PlainSource.from_cache(config, tokenizer)
-    return CacheSource(config, tokenizer, names, visual)
+        return PlainSource.from_cache(config, tokenizer, chat)
+    return CacheSource(config, tokenizer, names, visual, chat)
 
 
 def _shards_in(gigabytes: float, cache: TeacherCache) -> int:

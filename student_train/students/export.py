@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, LlavaForConditionalGeneration
+from transformers import GenerationConfig, PreTrainedModel
 
-from teacher_cache.data.tokenization import Template, end_token_id
 from teacher_cache.errors import ConfigError
 from teacher_cache.models.weights import rename_vision_weights
 
+_HUB_NAMES = ("llava", "llava_next", "llava_onevision")
+"""Model types whose towers' weights Transformers 5 saves by other names than the hub's, which vLLM reads."""
 
-def save_student(model: LlavaForConditionalGeneration, processor: Any, folder: Path, template: Template) -> None:
+
+def save_student(model: PreTrainedModel, processor: Any, folder: Path, ends: Sequence[int]) -> None:
     """Weights (safetensors, with the hub's names), processor, tokenizer, template; complete or not at all.
 
-    Generation stops at the template's end token: ChatML's is not the end token of every tokenizer that knows it.
+    Generation stops at ``ends``, the template's: ChatML's is not the end token of every tokenizer that knows it.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer = processor.tokenizer
+    tokenizer = getattr(processor, "tokenizer", processor)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=end_token_id(tokenizer, template),
+        eos_token_id=ends[0] if len(ends) == 1 else list(ends),
         pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(temporary)
     processor.save_pretrained(temporary)
-    rename_vision_weights(temporary)
+    if model.config.model_type in _HUB_NAMES:
+        rename_vision_weights(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
@@ -49,16 +53,17 @@ def export_run(run: Path, output: Path) -> Path:
     shutil.copytree(run / "model", temporary)
     file = run / "metrics.json"
     metrics = json.loads(file.read_text(encoding="utf-8"))["metrics"] if file.is_file() else {}
-    shown = json.loads((temporary / "processor_config.json").read_text(encoding="utf-8"))["image_processor"]
-    card = model_card(output.name, json.loads(facts.read_text(encoding="utf-8")), metrics, bool(shown.get("do_pad")))
+    described = temporary / "processor_config.json"
+    shown = json.loads(described.read_text(encoding="utf-8"))["image_processor"] if described.is_file() else None
+    card = model_card(output.name, json.loads(facts.read_text(encoding="utf-8")), metrics, shown)
     (temporary / "README.md").write_text(card, encoding="utf-8")
     temporary.rename(output)
     return output
 
 
-def model_card(name: str, run: dict[str, Any], metrics: dict[str, float], pads: bool) -> str:
+def model_card(name: str, run: dict[str, Any], metrics: dict[str, float], shown: dict[str, Any] | None) -> str:
     """Markdown with the hub's metadata: caches by fingerprint, losses, training settings, metrics, and how images were
-    shown (``pads``: as padded squares)."""
+    ``shown``: the settings of its image processor; None for a student that reads text only."""
     losses = "\n".join(
         f"- {loss['weight']:g} × {loss['name']}"
         + "".join(f", {key}: {value}" for key, value in loss.items() if key not in ("weight", "name"))
@@ -67,16 +72,21 @@ def model_card(name: str, run: dict[str, Any], metrics: dict[str, float], pads: 
     caches = "\n".join(f"- {c['teacher']}: {c['samples']:,} samples, cache `{c['fingerprint']}`" for c in run["caches"])
     table = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in metrics.items())
     train = run["config"]["train"]
-    images = "padded to a square with the mean colour" if pads else "not padded: the tower's own resizing and cropping"
+    kind, reads, images, task = "ImageTextToText", "Processor", "", "image-text-to-text"
+    if shown is None:
+        kind, reads, task = "CausalLM", "Tokenizer", "text-generation"
+    elif str(shown.get("image_processor_type", "")).startswith("LlavaImageProcessor"):
+        pads, own = "padded to a square with the mean colour", "not padded: the tower's own resizing and cropping"
+        images = f"Images were {pads if shown.get('do_pad') else own}.\n"
     return f"""---
 library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [llava, distillation]
+pipeline_tag: {task}
+tags: [distillation]
 ---
 
 # {name}
 
-A LLaVA student, distilled offline with teacher-cache from:
+A student, distilled offline with teacher-cache from:
 
 {caches or "- no teacher: plain instruction data"}
 
@@ -87,14 +97,14 @@ Losses:
 {run["steps"]} steps of {train["global_batch"]} samples, learning rate {train["learning_rate"]:g} ({train["schedule"]}),
 seed {train["seed"]}.
 
-Images were {images}. The processor does the same (Transformers' `LlavaImageProcessor`), and its chat template writes
-conversations as in training; another processor shows the student images that it was not trained on.
+{images}The {reads.lower()} in this folder reads as in training, by its own chat template; another one shows the student
+what it was not trained on.
 
 {f"| metric | value |{chr(10)}|---|---|{chr(10)}{table}" if table else "Not measured yet."}
 
 ```python
-from transformers import AutoProcessor, LlavaForConditionalGeneration
-model = LlavaForConditionalGeneration.from_pretrained("{name}")
-processor = AutoProcessor.from_pretrained("{name}")
+from transformers import Auto{reads}, AutoModelFor{kind}
+model = AutoModelFor{kind}.from_pretrained("{name}")
+{reads.lower()} = Auto{reads}.from_pretrained("{name}")
 ```
 """

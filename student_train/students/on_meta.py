@@ -7,36 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from student_train.config import StudentConfig
 from student_train.students.student import choose_trainable, composed_config, composed_vocabulary, keep_layers
 from teacher_cache.models.model_config import load_model_config
-from teacher_cache.models.pretrained import check_llava, check_tower
+from teacher_cache.models.pretrained import check_tower, model_class
 
 
 @lru_cache(maxsize=8)
-def student_on_meta(config: StudentConfig) -> LlavaForConditionalGeneration:
+def student_on_meta(config: StudentConfig) -> PreTrainedModel:
     """The student without weights: shapes, and what is trained of it. To be read only: arms of one shape share it."""
+    architecture = student_architecture(config)
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(student_architecture(config))
-    if model.config.tie_word_embeddings:
+        model = model_class("student", config.model or config.layers_from, architecture)._from_config(architecture)
+    if getattr(model.config, "tie_word_embeddings", False):
         model.tie_weights()
     choose_trainable(model, config)
     return model
 
 
 def student_architecture(config: StudentConfig) -> Any:
-    """The student's LLaVA configuration, by the rules of ``student.load_student``."""
+    """The student's configuration, by the rules of ``student.load_student``."""
     if config.layers_from:
-        llava = load_model_config(config.layers_from, setting="student.layers_from")
-        check_llava("student.layers_from", config.layers_from, llava)
-        keep_layers(llava, config)
-        return llava
+        model = load_model_config(config.layers_from, setting="student.layers_from")
+        keep_layers(model, config)
+        return model
     if not config.language_model or (config.model and (Path(config.model) / "config.json").is_file()):
-        llava = load_model_config(config.model, setting="student.model")
-        check_llava("student.model", config.model, llava)
-        return llava
+        return load_model_config(config.model, setting="student.model")
     text = load_model_config(config.language_model, setting="student.language_model")
     vision = load_model_config(config.vision_tower, setting="student.vision_tower")
     check_tower("student.vision_tower", config.vision_tower, vision)

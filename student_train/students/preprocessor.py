@@ -1,21 +1,20 @@
-"""How a student sees text and images: taken from its own processor."""
+"""How a LLaVA-1.5 student reads what a LLaVA-1.5 teacher read: the cached ids, each image N positions of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image as PillowImage
 
+from student_train.students.lines import Ints, Line
 from student_train.students.processor import own_image_mode
 from teacher_cache.data.conversations import Image
 from teacher_cache.data.images import image_tokens_of, load_image, square
 from teacher_cache.data.tokenization import image_token_id
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -23,6 +22,7 @@ class Preprocessor:
     """How the student sees text and images: taken from its own processor."""
 
     image_processor: Any
+    tokenizer: Any
     image_mode: str
     image_token: int
     image_tokens: int
@@ -30,9 +30,10 @@ class Preprocessor:
     image_size: int
     """Pixels of a side of what the tower looks at."""
 
-    def widths(self, placeholders: Ints) -> Ints:
-        """(G,) positions of a sample's placeholders; ``placeholders`` (G,): the number of the image each stands for."""
-        return np.full(len(placeholders), self.image_tokens)
+    def line(self, sample: int, input_ids: Ints, loss_mask: Any, fields: Mapping[str, torch.Tensor]) -> Line:
+        """A cached sample, whose images have one placeholder each."""
+        runs = int(np.count_nonzero(input_ids == self.image_token))
+        return Line(sample, input_ids, loss_mask, np.full(runs, self.image_tokens), self.image_token, fields)
 
     def blank(self) -> torch.Tensor:
         """(3, H, W): what stands in for an image that cannot be read."""
@@ -53,6 +54,7 @@ def preprocessor_of(model: Any, processor: Any) -> Preprocessor:
     tokenizer, image_processor = processor.tokenizer, processor.image_processor
     return Preprocessor(
         image_processor=image_processor,
+        tokenizer=tokenizer,
         image_mode=own_image_mode(image_processor),
         image_token=image_token_id(tokenizer),
         image_tokens=image_tokens_of(model.config),

@@ -10,26 +10,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
 from student_train.config import StudentConfig
 from teacher_cache.data.conversations import IMAGE_TAG
 from teacher_cache.errors import ConfigError
+from teacher_cache.models.parts import lora_targets, parts_of
 from teacher_cache.models.pretrained import (
     load_language_model,
-    load_llava,
+    load_model,
     load_vision_tower,
+    model_class,
     read_config,
     read_image_processor,
     read_processor,
     read_tokenizer,
 )
 
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
-
-def load_student(config: StudentConfig, seed: int) -> tuple[LlavaForConditionalGeneration, Any]:
-    """The model, ready to train (what is frozen needs no gradient), and its processor.
+def load_student(config: StudentConfig, seed: int) -> tuple[PreTrainedModel, Any]:
+    """The model, ready to train (what is frozen needs no gradient), and its processor (a text model's tokenizer).
 
     New weights (a composed student's projector) are drawn from ``seed``.
 
@@ -41,7 +41,7 @@ def load_student(config: StudentConfig, seed: int) -> tuple[LlavaForConditionalG
     if config.layers_from:
         model, processor = cut_layers(loaded)
     elif config.model:
-        model, processor = _load_llava(loaded)
+        model, processor = _load_folder(loaded)
     else:
         model, processor = compose(loaded)
     if config.gradient_checkpointing:
@@ -66,20 +66,34 @@ def settle_precision(model: nn.Module, config: StudentConfig) -> None:
             parameter.data = parameter.data.to(frozen)
 
 
-def choose_trainable(model: LlavaForConditionalGeneration, config: StudentConfig) -> None:
-    """Freeze what is not trained: the vision tower unless asked, the language model for ``projector`` and ``lora``."""
+def choose_trainable(model: PreTrainedModel, config: StudentConfig) -> None:
+    """Freeze what is not trained: the vision tower unless asked, the language model for ``projector`` and ``lora``.
+
+    Raises ``ConfigError``: the model has no projector, or no tower, that could be trained.
+    """
+    parts = parts_of(model)
+    if not parts.tower and (config.train == "projector" or config.train_vision):
+        wanted = "student.train_vision" if config.train_vision else "student.train=projector"
+        raise ConfigError(
+            f"{wanted}: a {type(model).__name__} reads text only and has no vision tower and no projector. Set "
+            "student.train=full or lora, and student.train_vision=false"
+        )
     model.requires_grad_(config.train == "full")
-    model.model.multi_modal_projector.requires_grad_(True)
-    model.model.vision_tower.requires_grad_(config.train_vision)
+    if parts.tower:
+        model.get_submodule(parts.tower).requires_grad_(config.train_vision)
+    for name in parts.projector:  # Qwen-VL's lies inside its tower
+        model.get_submodule(name).requires_grad_(True)
+    for name in parts.parameters:
+        model.get_parameter(name).requires_grad_(True)
     if config.train == "lora":
         add_adapters(model, config)
 
 
-def add_adapters(model: LlavaForConditionalGeneration, config: StudentConfig) -> None:
-    """LoRA in place on the language model's projections, by peft; module names stay what they are."""
+def add_adapters(model: PreTrainedModel, config: StudentConfig) -> None:
+    """LoRA in place on all linear layers of the decoder, by peft; module names stay what they are."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=LORA_TARGETS)
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=lora_targets(model))
     inject_adapter_in_model(lora, model)
 
 
@@ -94,17 +108,22 @@ def merge_adapters(model: nn.Module) -> None:
             setattr(parent, name.rpartition(".")[2], module.get_base_layer())
 
 
-def _load_llava(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, Any]:
+def _load_folder(config: StudentConfig) -> tuple[PreTrainedModel, Any]:
     setting = "layers_from" if config.layers_from else "model"
     name, setting = getattr(config, setting), f"student.{setting}"
-    model = load_llava(
+    model = load_model(
         setting,
         name,
         dtype=getattr(torch, config.dtype),
-        attn_implementation=config.attention,
-        quantization_config=_four_bit(config),
+        attn_implementation="eager" if config.attention == "eager" else None,  # else sdpa, where the class has it
+        quantization_config=_four_bit(config, setting, name),
     )
-    return model, read_processor(setting, name)
+    return model, read_own_processor(setting, name, model)
+
+
+def read_own_processor(setting: str, name: str, model: PreTrainedModel) -> Any:
+    """The processor of ``model``, which lies in ``name``; of a model that reads text only, its tokenizer."""
+    return (read_processor if parts_of(model).tower else read_tokenizer)(setting, name)
 
 
 def compose(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, Any]:
@@ -182,27 +201,36 @@ def _load_vision(tower: nn.Module, vision: nn.Module, config: StudentConfig) -> 
     tower.load_state_dict(filled)
 
 
-def cut_layers(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, Any]:
+def cut_layers(config: StudentConfig) -> tuple[PreTrainedModel, Any]:
     """A student of every n-th layer of a teacher, everything else the teacher's (DistilBERT; LLAVADI section 4.5).
 
     Half the layers takes 0, 2, 4 …: layer i of the student is layer ⌊i·n/m⌋ of the teacher's n.
     """
     if not Path(config.layers_from).exists() and "/" not in config.layers_from:
         raise ConfigError(f"student.layers_from={config.layers_from}: no such folder")
-    model, processor = _load_llava(config)
-    decoder = model.model.language_model
+    model, processor = _load_folder(config)
+    decoder: Any = model.get_submodule(parts_of(model).decoder)
     decoder.layers = nn.ModuleList([decoder.layers[number] for number in keep_layers(model.config, config)])
     for number, layer in enumerate(decoder.layers):
-        layer.self_attn.layer_idx = number
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number
     return model, processor
 
 
-def keep_layers(llava: Any, config: StudentConfig) -> list[int]:
-    """The numbers of the layers that a cut student keeps; ``llava``, the teacher's configuration, becomes its own.
+def keep_layers(model: Any, config: StudentConfig) -> list[int]:
+    """The numbers of the layers that a cut student keeps; ``model``, the teacher's configuration, becomes its own.
 
     Each keeps its kind of attention (``layer_types``), which is not the same for all layers of every model.
+
+    Raises ``ConfigError``: there are not as many; or the embeddings have a part for each layer.
     """
-    text = llava.get_text_config()
+    text = model.get_text_config()
+    if getattr(text, "hidden_size_per_layer_input", 0):
+        raise ConfigError(
+            f"student.layers_from={config.layers_from}: a {model.model_type} model has an input of its own for every "
+            "layer (hidden_size_per_layer_input), which cannot be cut with them. Take a smaller model as student.model"
+        )
     total = text.num_hidden_layers
     wanted = config.layers or total // 2
     if not 1 <= wanted <= total:
@@ -214,7 +242,7 @@ def keep_layers(llava: Any, config: StudentConfig) -> list[int]:
     return kept
 
 
-def _four_bit(config: StudentConfig) -> Any:
+def _four_bit(config: StudentConfig, setting: str, name: str) -> Any:
     if not config.load_in_4bit:
         return None
     if config.train == "full":
@@ -225,10 +253,15 @@ def _four_bit(config: StudentConfig) -> Any:
         )
     from transformers import BitsAndBytesConfig
 
+    stored = read_config(setting, name)
+    with torch.device("meta"):
+        model = model_class(setting, name, stored)._from_config(stored)
+    parts, head = parts_of(model), model.get_output_embeddings()
+    heads = [path for path, module in model.named_modules() if module is head]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),
         # The projector is trained, the head is used as a matrix: both stay as they are, and so does the small tower.
-        llm_int8_skip_modules=["model.multi_modal_projector", "lm_head", "model.vision_tower"],
+        llm_int8_skip_modules=[*parts.projector, *heads, *filter(None, [parts.tower])],
     )

@@ -8,7 +8,6 @@ its phase-one file (``made_with``) would store for ``expected`` samples.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,11 @@ from student_train.losses.needs import check_grids, check_losses
 from student_train.losses.row_losses import HiddenProjector
 from student_train.students.on_meta import student_on_meta
 from student_train.students.processor import check_image_mode, image_mode
-from student_train.students.student import LORA_TARGETS
 from student_train.studies.plan_sources import distils, epoch_of, source_manifest
 from teacher_cache.data.images import image_tokens_of
 from teacher_cache.data.units import bytes_text
 from teacher_cache.models.model_sizes import FLOAT32_FLOPS, HALF_FLOPS, NF4, parameter_bytes
+from teacher_cache.models.parts import lora_targets, parts_of
 from teacher_cache.store.manifest import Manifest
 
 SHARDED_OVER = 8
@@ -127,10 +126,10 @@ def plan_fit(config: FitConfig, known: Mapping[str, StudentConfig] | None = None
         if distils(source):
             check_image_mode(config.losses, mode, manifest, source.cache)
             check_losses(config.losses, manifest, source.cache)
-            check_grids(config.losses, manifest.image_tokens, image_tokens_of(model.config))
+            check_grids(config.losses, manifest.image_tokens, _image_tokens(model, [manifest]))
     projectors = _projector_parameters(config, model, manifests)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) + projectors
-    image_tokens, text = image_tokens_of(model.config), model.config.get_text_config()
+    image_tokens, text = _image_tokens(model, manifests), model.config.get_text_config()
     epoch = [epoch_of(config, s, m, image_tokens) for s, m in zip(config.sources, manifests, strict=True)]
     samples = sum(e.samples for e in epoch)
     mean_tokens = sum(e.tokens for e in epoch) / max(samples, 1)
@@ -162,6 +161,14 @@ def plan_fit(config: FitConfig, known: Mapping[str, StudentConfig] | None = None
     )
 
 
+def _image_tokens(model: Any, manifests: Sequence[Manifest]) -> int:
+    """Positions of an image; where the student makes them of its size, the mean of its teachers'."""
+    if model.config.model_type == "llava":
+        return image_tokens_of(model.config)
+    runs = sum(m.counts.get("runs", 0) for m in manifests)
+    return round(sum(m.counts.get("image_positions", 0) for m in manifests) / max(runs, 1))
+
+
 def _in_half(config: FitConfig) -> bool:
     """``auto`` counts as float32: what ``accelerate launch`` will be told is not known here."""
     return config.train.mixed_precision in ("bf16", "fp16") or config.student.dtype != "float32"
@@ -180,9 +187,7 @@ def _weight_bytes(model: Any, config: StudentConfig, bytes_each: int) -> int:
     total = sum(p.numel() * (TRAINED_BYTES if p.requires_grad else bytes_each) for p in model.parameters())
     if not config.load_in_4bit:
         return int(total)
-    packed = sum(
-        p.numel() for n, p in model.named_parameters() if re.match(LORA_TARGETS + r"(\.base_layer)?\.weight", n)
-    )
+    packed = sum(model.get_submodule(n).weight.numel() for n in lora_targets(model) if ".lora_" not in n)
     return int(total - packed * (bytes_each - NF4))
 
 
@@ -207,8 +212,9 @@ def _flops(config: FitConfig, model: Any) -> float:
 
     The vision tower reads about as many positions as the language model does image tokens; it is counted likewise.
     """
-    language = sum(p.numel() for n, p in model.named_parameters() if "vision_tower" not in n)
-    tower = sum(p.numel() for n, p in model.named_parameters() if "vision_tower" in n)
+    name = parts_of(model).tower
+    tower = sum(p.numel() for p in model.get_submodule(name).parameters()) if name else 0
+    language = sum(p.numel() for p in model.parameters()) - tower
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     again = 2 if config.student.gradient_checkpointing else 0
     cached = config.student.vision_features == "cache"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from student_train.feed.batch import StudentBatch
 from student_train.losses import image_losses as relations
@@ -27,11 +27,13 @@ from student_train.losses.catalogue import (
     LossSpec,
     States,
 )
-from student_train.losses.head_loss import head_losses
+from student_train.losses.head_loss import LogitHead, head_losses
 from student_train.losses.needs import check_grids
 from student_train.losses.row_losses import HiddenProjector
 from student_train.losses.targets import RowTargets, StoredStates, TeacherSide, decoded, scales_on
+from teacher_cache.data.logit_rule import LogitRule
 from teacher_cache.errors import ConfigError
+from teacher_cache.models.parts import parts_of
 from teacher_cache.store.codecs import ChannelScales
 from teacher_cache.store.reader import TeacherCache
 
@@ -41,7 +43,7 @@ class DistilledStudent(nn.Module):
 
     def __init__(
         self,
-        model: LlavaForConditionalGeneration,
+        model: PreTrainedModel,
         specs: Sequence[LossSpec],
         teachers: Sequence[TeacherSide | None],
         *,
@@ -50,7 +52,13 @@ class DistilledStudent(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self._no_split_modules = list(model.model.language_model._no_split_modules or [])  # what FSDP wraps by itself
+        self._parts = parts_of(model)
+        decoder: Any = model.get_submodule(self._parts.decoder)
+        self._no_split_modules = list(decoder._no_split_modules or [])  # what FSDP wraps by itself
+        self._rule = LogitRule.of(model.config)
+        for spec in specs if self._rule.cap else ():
+            if spec.own().get("space") == "logits":
+                raise ConfigError(f"losses: {spec.label}: the student's logits are soft-capped. Set space: hidden")
         self._specs, self._teachers = tuple(specs), list(teachers)
         self._head_rows, self._image_tokens = head_rows, image_tokens
         width = model.config.get_text_config().hidden_size
@@ -102,21 +110,22 @@ class DistilledStudent(nn.Module):
         return self._text_term(spec, micro) if isinstance(spec.entry, ImagesAndText) else self._image_term(spec, micro)
 
     def _reach_all(self, batch: StudentBatch) -> Tensor:
-        """Zero, by way of the multimodal projector (and of a trained tower) where the batch has no image.
+        """Zero, by way of all that is trained outside the decoder (projector, tower) where the batch has no image.
 
         DDP and FSDP need every trained module in every backward pass of every rank, and a projector trained alone
         needs one at all. Its gradient is then zero, not absent, however many ranks there are.
         """
+        total = batch.row_weight.new_zeros(())
         if len(batch.visual_sample):
-            return batch.row_weight.new_zeros(())
-        llava: Any = self.model.model
-        first = llava.multi_modal_projector.linear_1
-        blank = torch.zeros(1, first.in_features, dtype=first.weight.dtype, device=batch.row_weight.device)
-        if any(p.requires_grad for p in llava.vision_tower.parameters()):
-            side = self.model.config.vision_config.image_size
-            pixels = blank.new_zeros(1, 3, side, side)
-            blank = vision_features(llava, pixels)
-        return llava.multi_modal_projector(blank).sum() * 0.0
+            return total
+        own = tuple(f"{name}." for name in (self._parts.tower, *self.multimodal_projector) if name)
+        outside = [p for name, p in self.model.named_parameters() if f"{name}.".startswith(own) and p.requires_grad]
+        return sum((parameter.sum() * 0.0 for parameter in outside), total)
+
+    @property
+    def multimodal_projector(self) -> tuple[str, ...]:
+        """The names of its modules and parameters in the model."""
+        return (*self._parts.projector, *self._parts.parameters)
 
     def _head_terms(
         self, batch: StudentBatch, student: _States, targets: RowTargets
@@ -136,7 +145,8 @@ class DistilledStudent(nn.Module):
         self, rows: Tensor, targets: RowTargets, specs: Sequence[LossSpec], row_weight: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         weights = {spec.name: spec.weight for spec in specs}
-        return head_losses(rows, self._head, targets, specs, weights, row_weight, self._head_rows)
+        head = LogitHead(self._head, self._rule)
+        return head_losses(rows, head, targets, specs, weights, row_weight, self._head_rows)
 
     @property
     def _head(self) -> Tensor:
@@ -232,21 +242,17 @@ class DistilledStudent(nn.Module):
     def _states(self, batch: StudentBatch) -> _States:
         second = any(s.layer == "second_last" for s in self._specs)
         attention = any(isinstance(s.entry, Attention) for s in self._specs)
-        llava: Any = self.model.model
-        options = {
-            "attention_mask": batch.attention_mask if batch.position_ids is None else None,
-            "position_ids": batch.position_ids,
-            "output_hidden_states": second,
-            "output_attentions": attention,
-            "use_cache": False,
-        }
+        base: Any = self.model.base_model  # without its head
+        options: dict[str, Any] = {"output_hidden_states": second, "output_attentions": attention, "use_cache": False}
+        fields = dict(batch.fields)
         if batch.image_features is not None:
-            embeddings = merge_features(llava, batch.input_ids, batch.image_features, self.model.config.image_token_id)
-            out = llava.language_model(inputs_embeds=embeddings, **options)
+            ids = fields.pop("input_ids")
+            embeddings = merge_features(base, ids, batch.image_features, self.model.config.image_token_id)
+            out = base.language_model(inputs_embeds=embeddings, **fields, **options)
         else:
-            pixels = batch.pixel_values
-            pixels = pixels.to(llava.vision_tower.dtype) if pixels is not None else None
-            out = llava(input_ids=batch.input_ids, pixel_values=pixels, **options)
+            dtype = getattr(self.model.get_submodule(self._parts.tower), "dtype", self.model.dtype)  # "": the model's
+            fields = {n: f.to(dtype) if f.is_floating_point() else f for n, f in fields.items()}
+            out = base(**fields, **options)
         return _States(
             out.last_hidden_state,
             out.hidden_states[-2] if second else None,

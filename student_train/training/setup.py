@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,13 @@ def start_tracker(accelerator: Accelerator, config: FitConfig) -> None:
         accelerator.init_trackers(name, {name: v for name, v in flat.items() if not isinstance(v, list)})
 
 
-def make_optimizer(student: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over what needs a gradient; the multimodal projector may have a rate of its own, as in LLaVA."""
-    projector = [p for n, p in student.named_parameters() if p.requires_grad and "multi_modal_projector" in n]
-    rest = [p for n, p in student.named_parameters() if p.requires_grad and "multi_modal_projector" not in n]
+def make_optimizer(student: nn.Module, train: TrainConfig, projectors: Sequence[str] = ()) -> torch.optim.Optimizer:
+    """AdamW over what needs a gradient; the multimodal projector (``projectors``: names of its modules and parameters
+    in the model) may have a rate of its own, as in LLaVA."""
+    own = tuple(f"model.{name}." for name in projectors)
+    trained = [(f"{name}.", p) for name, p in student.named_parameters() if p.requires_grad]
+    projector = [p for name, p in trained if name.startswith(own)]
+    rest = [p for name, p in trained if not name.startswith(own)]
     rate = train.learning_rate
     groups: list[dict[str, Any]] = [
         {"params": rest, "lr": rate, "base_lr": rate},

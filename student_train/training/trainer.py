@@ -21,22 +21,30 @@ from student_train.feed.plain import PlainSource
 from student_train.feed.skipped import SkippedFile, check_share
 from student_train.feed.sources import CacheSource
 from student_train.feed.step_plan import MicroBatch, StepPlan
+from student_train.students.chat_reader import ChatReader
 from student_train.students.export import save_student
-from student_train.students.preprocessor import preprocessor_of
-from student_train.students.processor import prepare_processor
+from student_train.students.reader import prepare_reader
 from student_train.students.student import load_student, merge_adapters
 from student_train.training.checkpoint import load_checkpoint, newest_sound, save_checkpoint, whole_weights
 from student_train.training.exchange import Agreed, exchange
-from student_train.training.inputs import cache_facts, open_sources, side_of, skipped_file, tower_features
+from student_train.training.inputs import (
+    cache_facts,
+    check_packing,
+    open_sources,
+    side_of,
+    skipped_file,
+    tower_features,
+    with_own_images,
+)
 from student_train.training.objective import DistilledStudent
 from student_train.training.output import FitSummary, output_lock, peak_megabytes, write_json
 from student_train.training.schedule import learning_rate_factor, step_seed
 from student_train.training.settings import run_settings
 from student_train.training.setup import check_tracker, make_accelerator, make_optimizer, start_tracker
 from teacher_cache.config import as_plain
-from teacher_cache.data.tokenization import Template
 from teacher_cache.errors import TrainingError
 from teacher_cache.models.model_config import position_limit
+from teacher_cache.models.parts import parts_of
 from teacher_cache.progress import Style, note, stage
 from teacher_cache.stopping import Stop, Stopped, stopping
 from teacher_cache.terminal import without_secrets_in
@@ -75,7 +83,8 @@ class Run:
     accelerator: Accelerator
     student: nn.Module
     processor: Any
-    template: Template
+    ends: list[int]
+    """The tokens that end the student's answers."""
     optimizer: torch.optim.Optimizer
     plan: StepPlan
     dataset: MicroBatches
@@ -100,19 +109,21 @@ class Run:
             torch.set_num_threads(train.threads)
         accelerator = make_accelerator(config)
         model, processor = load_student(config.student, train.seed)
-        template = prepare_processor(processor, config)
-        sources = open_sources(config, processor.tokenizer)
+        reader, ends = prepare_reader(model, processor, config)
+        check_packing(config, model)
+        sources = open_sources(config, reader)
+        reader = with_own_images(config, sources, reader)
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
-        preprocessor = preprocessor_of(model, processor)
-        plan = StepPlan(sources, [s.share for s in config.sources], train, preprocessor.image_tokens)
-        plan.check_positions(position_limit(model.config))
-        features = tower_features(config, model, sources, preprocessor, accelerator)
+        plan = StepPlan(sources, [s.share for s in config.sources], train, reader.image_tokens)
+        if not isinstance(reader, ChatReader):  # which looks at each sample that it writes
+            plan.check_positions(position_limit(model.config))
+        features = tower_features(config, model, sources, reader, accelerator)
         teachers = [side_of(config, source, model, accelerator.device) for source in sources]
         student = DistilledStudent(
-            model, config.losses, teachers, head_rows=train.head_rows, image_tokens=preprocessor.image_tokens
+            model, config.losses, teachers, head_rows=train.head_rows, image_tokens=reader.image_tokens
         )
-        optimizer = make_optimizer(student, train)
+        optimizer = make_optimizer(student, train, student.multimodal_projector)
         student, optimizer = accelerator.prepare(student, optimizer)
         start_tracker(accelerator, config)
         return cls(
@@ -120,10 +131,10 @@ class Run:
             accelerator=accelerator,
             student=student,
             processor=processor,
-            template=template,
+            ends=ends,
             optimizer=optimizer,
             plan=plan,
-            dataset=MicroBatches(sources, preprocessor, features, train.pixel_cache, train.pack),
+            dataset=MicroBatches(sources, reader, features, train.pixel_cache, train.pack),
             folder=folder,
             settings=run_settings(config, sources),
             caches=[cache_facts(s.cache) for s in sources if isinstance(s, CacheSource)],
@@ -148,8 +159,9 @@ class Run:
         pin = accelerator.device.type == "cuda"
         loader = make_loader(self.dataset, plan, steps, *place, train.workers, pin)
         self.student.train()
-        if not self.config.student.train_vision:  # a frozen tower stays in evaluation mode
-            accelerator.unwrap_model(self.student).model.model.vision_tower.eval()
+        model = accelerator.unwrap_model(self.student).model
+        if (tower := parts_of(model).tower) and not self.config.student.train_vision:  # frozen: in evaluation mode
+            model.get_submodule(tower).eval()
         begin, cpu_begin, mark = time.monotonic(), time.process_time(), time.monotonic()
         made: list[tuple[MicroBatch, dict[str, torch.Tensor]]] = []
         with contextlib.ExitStack() as opened:
@@ -224,7 +236,7 @@ class Run:
             merge_adapters(model)
         if self.config.student.load_in_4bit:
             model = model.dequantize()
-        save_student(model.to(getattr(torch, self.config.student.dtype)), self.processor, folder, self.template)
+        save_student(model.to(getattr(torch, self.config.student.dtype)), self.processor, folder, self.ends)
 
     def _note_skipped(self, micro: MicroBatch) -> None:
         """Name samples whose image turned out damaged, each once; too many of them end the run."""

@@ -18,7 +18,7 @@ axes (``pixel_values``, ``image_grid_thw``, ``image_sizes``)."""
 def per_token(name: str) -> bool:
     """Whether a field has a number for each token. Without its token types a model runs on, and is wrong: M-RoPE
     positions and the attention inside an image are made from them (Qwen2.5-VL, Gemma 3)."""
-    return name == "input_ids" or name.endswith("token_type_ids")
+    return name in ("input_ids", "position_ids") or name.endswith("token_type_ids")
 
 
 def collate(samples: Sequence[Fields], pad: int, side: Literal["left", "right"]) -> dict[str, Tensor]:

@@ -76,6 +76,13 @@ class SampleTexts:
     source: str
 
 
+def sample_texts(folder: ShardFolder, line: int) -> SampleTexts:
+    """Of the sample in this ``line`` of a folder."""
+    names = (folder.samples.sample_ids, folder.samples.image_ids, folder.samples.image_checksums)
+    (texts,) = folder.texts.slice(line, 1).to_pylist()
+    return SampleTexts(*(column[line].as_py() for column in names), **texts)
+
+
 def record_batch(
     indices: npt.NDArray[np.int64], places: Sequence[tuple[ShardFolder, int]], specs: Sequence[ArraySpec]
 ) -> RecordBatch:

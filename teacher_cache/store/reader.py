@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from teacher_cache.errors import CacheError
 from teacher_cache.store.arrays import load_safetensors_array as load_safetensors_array
-from teacher_cache.store.batches import ImageBatch, RecordBatch, SampleTexts, image_batch, record_batch
+from teacher_cache.store.batches import ImageBatch, RecordBatch, SampleTexts, image_batch, record_batch, sample_texts
 from teacher_cache.store.checksums import INDEX, sha256
 from teacher_cache.store.codecs import ChannelScales
 from teacher_cache.store.codecs import scales_from_bytes as scales_from_bytes
@@ -140,17 +140,15 @@ class TeacherCache:
 
     def __getitem__(self, index: int) -> TeacherRecord:
         """One sample, whole."""
-        ((folder, line),) = self._places(np.array([index], np.int64))
-        batch = self.read([index])
-        texts = folder.texts.slice(line, 1).to_pylist()[0]
+        (texts,), batch = self.texts_of([index]), self.read([index])
         return TeacherRecord(
             sample_id=batch.sample_ids[0],
             image_ids=tuple(batch.image_ids[0]),
             image_checksums=tuple(batch.image_checksums[0]),
             arrays=batch.arrays,
-            system=texts["system"],
-            source=texts["source"],
-            **{name: tuple(texts[name]) for name in TEXT_LISTS},
+            system=texts.system,
+            source=texts.source,
+            **{name: tuple(getattr(texts, name)) for name in TEXT_LISTS},
         )
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64], names: Sequence[str] | None = None) -> RecordBatch:
@@ -214,9 +212,11 @@ class TeacherCache:
         """Questions and answers of every sample in order; each index is read once, no array is."""
         for number in range(self.manifest.planned_shards):
             folder = self._open_folder(shard_name(number), self._digests[shard_name][number].as_py(), True)
-            names = (folder.samples.sample_ids, folder.samples.image_ids, folder.samples.image_checksums)
-            for line, texts in enumerate(folder.texts.to_pylist()):
-                yield SampleTexts(*(column[line].as_py() for column in names), **texts)
+            yield from (sample_texts(folder, line) for line in range(len(folder.texts)))
+
+    def texts_of(self, indices: Sequence[int]) -> Iterator[SampleTexts]:
+        """Questions and answers of some samples, in the order of ``indices``."""
+        return (sample_texts(folder, line) for folder, line in self._places(np.asarray(indices, np.int64)))
 
     def shard_texts(self, number: int) -> pa.Table:
         """questions, answers, original_answers (lists) and source, a line each sample of one shard."""

@@ -1,7 +1,5 @@
 """A micro-batch of samples with images anywhere, each as long as the student makes it."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +7,7 @@ from hypothesis import strategies as st
 
 from student_train.feed.batch import NOTHING, collate
 from student_train.feed.raw import RawBatch
+from student_train.students.lines import Line
 from teacher_cache.data.conversations import Image
 from teacher_cache.data.rows import rows_among_text
 from teacher_cache.store.reader import TeacherCache
@@ -32,13 +31,16 @@ def raw(tmp_path_factory):
     )
 
 
+def lines(raw, widths):
+    read = zip(raw.input_ids, raw.loss_mask, widths, strict=True)
+    return [Line(sample, *of_sample, IMAGE_TOKEN) for sample, of_sample in enumerate(read)]
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data(), st.booleans())
 def test_rows_predict_the_answers_however_long_the_student_makes_each_image(raw, data, pack):
     widths = [np.array([data.draw(st.integers(1, 9)) for _ in shown], np.int64) for shown in raw.placeholders]
-    each = iter(widths)
-    student = SimpleNamespace(image_token=IMAGE_TOKEN, pad=0, widths=lambda shown: next(each))
-    batch = collate(raw, [NOTHING] * len(widths), student, pack=pack)
+    batch = collate(raw, lines(raw, widths), [NOTHING] * len(widths), 0, pack=pack)
     predicted = batch.input_ids[batch.row_sample, batch.row_position + 1]
     assert predicted.tolist() == batch.answer_ids.tolist()
     assert (
@@ -51,7 +53,7 @@ def test_rows_predict_the_answers_however_long_the_student_makes_each_image(raw,
 
 
 def test_ids_are_as_stored_until_they_are_used(raw):
-    student = SimpleNamespace(image_token=IMAGE_TOKEN, pad=0, widths=lambda shown: np.ones(len(shown), np.int64))
-    batch = collate(raw, [NOTHING] * len(raw.images), student)
+    widths = [np.ones(len(shown), np.int64) for shown in raw.placeholders]
+    batch = collate(raw, lines(raw, widths), [NOTHING] * len(raw.images), 0)
     assert batch.arrays["topk_ids"].numpy().dtype == raw.arrays["topk_ids"].dtype == np.uint16
     np.testing.assert_array_equal(batch.arrays["topk_ids"].long().numpy(), raw.arrays["topk_ids"].astype(np.int64))

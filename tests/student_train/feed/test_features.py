@@ -47,7 +47,7 @@ def test_images_of_one_name_in_two_folders_are_two(config: FitConfig, kept: str)
     run = Run.prepare(replace(config, student=replace(config.student, vision_features=kept)))
     seen = []
     for micro, batch in make_loader(run.dataset, run.plan, range(1), 0, 1, 0, False):
-        values = batch.pixel_values if kept == "compute" else batch.image_features
+        values = batch.fields["pixel_values"] if kept == "compute" else batch.image_features
         assert values is not None
         order = np.argsort([i for i in micro.indices if run.dataset.sources[micro.source].image_counts[i]])
         assert len(order) == len(values) > 1

@@ -48,6 +48,7 @@ from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.conversations import Image as ConversationImage
 from teacher_cache.data.images import image_tokens_of, square
 from teacher_cache.data.tokenization import (
+    end_token_id,
     image_token_id,
     template_by_name,
     tokenize_answer,
@@ -241,7 +242,8 @@ def messages(asked: Sequence[str], answered: Sequence[str], turns: int, image: b
 
 def test_generation_of_an_exported_student_stops_at_its_templates_end(tmp_path: Path) -> None:
     model, processor = load_student(chatml_student(tmp_path), 0)
-    save_student(model, processor, tmp_path / "exported", template_by_name("chatml"))
+    end = end_token_id(processor.tokenizer, template_by_name("chatml"))
+    save_student(model, processor, tmp_path / "exported", [end])
     found = GenerationConfig.from_pretrained(tmp_path / "exported").eos_token_id
     assert found == processor.tokenizer.convert_tokens_to_ids("<|im_end|>") != processor.tokenizer.eos_token_id
 
