@@ -100,8 +100,13 @@ def chat_template(template: Template, tokenizer: Any) -> str:
     """``template`` in Jinja: its text, tokenised by ``tokenizer`` in the ordinary way, has the ids of
     ``tokenize_prompt``. Content may be a string, or a list of image and text parts; images stand first, as in LLaVA.
 
-    Raises ``ConfigError``: the tokenizer writes a begin token before every text, and the template has none.
+    Raises ``ConfigError``: of the tokenizer and the template one alone has a begin token.
     """
+    if template.bos and tokenizer.bos_token is None:
+        raise ConfigError(
+            f"template {template.name} opens with a begin token, and the student's tokenizer has none. Take another "
+            "template"
+        )
     begin = "" if _begins_by_itself(tokenizer, template) or not template.bos else tokenizer.bos_token
     unknown = f"the student knows the roles user and assistant; its template, {template.name}, has one fixed opening"
     values = {

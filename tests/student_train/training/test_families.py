@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,16 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfig, TrainConfig
-from student_train.evaluation.answers import Student
+from student_train.evaluation.answers import Student, answer_questions
 from student_train.feed.batch import StudentBatch
 from student_train.feed.step_plan import MicroBatch
 from student_train.students.chat_reader import ChatReader
 from student_train.training.trainer import Run
 from teacher_cache.data.conversations import Conversation, pieces
+from teacher_cache.data.conversations import Image as ShownImage
 from teacher_cache.data.logit_rule import LogitRule
 from teacher_cache.errors import CacheError, ConfigError
 from teacher_cache.models.collate import to_model
@@ -322,6 +325,55 @@ def test_a_student_of_every_second_layer_is_the_teacher_without_the_others(
     decoder: Any = again.student.model.get_submodule(parts_of(again.student.model).decoder)
     assert len(decoder.layers) == 1
     assert float(loss_of(again).detach()) == pytest.approx(loss, rel=rounding(operations=MODEL))
+
+
+CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}
+{%- if part['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}
+{{- '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def test_a_student_of_a_tower_and_a_language_model_learns_from_another_familys_cache(
+    made: Callable[..., Made], tmp_path: Path
+) -> None:
+    """TinyLLaVA's shape: SigLIP and Qwen's language model, taught by Qwen-VL."""
+    tower = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    SiglipVisionModel(tower).save_pretrained(tmp_path / "tower")
+    SiglipImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path / "tower")
+    (tmp_path / "chatml.jinja").write_text(CHATML)
+    teacher = made("qwen2_5_vl")
+    config = teacher.config(tmp_path / "run")
+    student = StudentConfig(
+        language_model=str(made("qwen3").folder),
+        vision_tower=str(tmp_path / "tower"),
+        chat_template=str(tmp_path / "chatml.jinja"),
+    )
+    run = Run.prepare(dataclasses.replace(config, student=student))
+    (micro,) = run.plan.micro_batches(0, 0, 1)
+    _, batch = run.dataset[micro]
+    raw = run.dataset.sources[0].read(micro.indices)
+    cached = [token for ids, mask in zip(raw.input_ids, raw.loss_mask, strict=True) for token in ids[mask].tolist()]
+    assert batch.answer_ids.tolist() == cached
+    assert int((batch.input_ids == run.student.model.config.image_token_id).sum()) == 3 * 4
+    loss, grads = offline(run)
+    assert loss == pytest.approx(float(loss_of(run).detach()))
+    assert all(bool(grads[f"model.{name}.linear_1.weight"].any()) for name in parts_of(run.student.model).projector)
+    run.export(tmp_path / "model")
+    again = Student.load(tmp_path / "model")
+    line = {"id": "a", "image": "0.png", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}]}
+    line["conversations"] += [{"from": "gpt", "value": "A square."}]
+    (tmp_path / "asked.json").write_text(json.dumps([line]))
+    answers = answer_questions(again, tmp_path / "asked.json", teacher.pictures, max_new_tokens=8)
+    reader = run.dataset.reader
+    assert isinstance(reader, ChatReader)
+    asked = Conversation("a", ("<image>What is it?",), ("",), (ShownImage("0.png", "0.png"),))
+    prompt = reader.prompt(asked, [Image.open(teacher.pictures / "0.png").convert("RGB")])
+    beyond = range(len(reader.tokenizer), run.student.model.get_output_embeddings().out_features)
+    how = Decoding(reader.chat.end, reader.pad, 8, (*media_tokens(run.student.model.config), *beyond))
+    (ids,) = generate(run.student.model.eval(), [prompt], how)
+    assert answers == [reader.tokenizer.decode(ids, skip_special_tokens=True).strip()]
 
 
 REFUSED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {
