@@ -18,6 +18,7 @@ from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionM
 from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfig, TrainConfig
 from student_train.evaluation.answers import Student, answer_questions
 from student_train.feed.batch import StudentBatch
+from student_train.feed.loader import make_loader
 from student_train.feed.step_plan import MicroBatch
 from student_train.students.chat_reader import ChatReader
 from student_train.training.trainer import Run
@@ -325,6 +326,33 @@ def test_a_student_of_every_second_layer_is_the_teacher_without_the_others(
     decoder: Any = again.student.model.get_submodule(parts_of(again.student.model).decoder)
     assert len(decoder.layers) == 1
     assert float(loss_of(again).detach()) == pytest.approx(loss, rel=rounding(operations=MODEL))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama3", "qwen3"])
+def test_plain_data_are_shown_as_a_cache_of_their_answers_is(
+    name: str, made: Callable[..., Made], tmp_path: Path
+) -> None:
+    """By a loader process, too. The third rewrites earlier turns: a line a turn of plain data, a sample a turn cached.
+    Plain data show one image a conversation so far."""
+    own, lines = made(name), list[dict[str, Any]]()
+    for asked in conversations(FAMILIES[name].sees):
+        turns = zip(asked.questions, asked.answers, strict=True)
+        said = [(who, text) for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
+        line = {"id": asked.sample_id, "conversations": [{"from": who, "value": text} for who, text in said]}
+        if names := [image.path for image in asked.images]:
+            line["image"] = names if len(names) > 1 else names[0]
+        lines.append(line)
+    (tmp_path / "data.json").write_text(json.dumps(lines))
+    cached = dataclasses.replace(own.config(tmp_path / "cached"), losses=LOSSES[:1])
+    most = 2 if FAMILIES[name].sees else 0
+    plain = SourceConfig(data=str(tmp_path / "data.json"), image_folder=str(own.pictures))
+    sources = [dataclasses.replace(source, max_samples=most) for source in (*cached.sources, plain)]
+    runs = [Run.prepare(dataclasses.replace(cached, sources=(source,))) for source in sources]
+    one, other = (float(loss_of(run).detach()) for run in runs)
+    assert one == pytest.approx(other, rel=rounding(operations=MODEL))
+    run = runs[1]
+    ((micro, batch),) = make_loader(run.dataset, run.plan, range(1), 0, 1, 1, False)
+    assert float(run.student(batch, micro.source)[0].detach()) == pytest.approx(one, rel=rounding(operations=MODEL))
 
 
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}
