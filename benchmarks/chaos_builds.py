@@ -70,7 +70,7 @@ class Stage:
             data=DataConfig(
                 path=str(folder / "world/train.json"), image_folder=str(folder / "world/images"), max_skipped=0.5
             ),
-            teacher=TeacherConfig(str(TEACHER), backend="torch", dtype="float32", template="tiny", max_length=256),
+            teacher=TeacherConfig(str(TEACHER), backend="torch", dtype="float32", chat_template="tiny", max_length=256),
             generation=GenerationConfig(max_new_tokens=32),
             signals=SignalsConfig(preset="full", top_k=8, hidden="text", visual="states", calibration_samples=8),
             layout=LayoutConfig(shard_samples=8),

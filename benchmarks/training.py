@@ -53,7 +53,7 @@ from student_train.training.objective import DistilledStudent
 from student_train.training.trainer import Run
 from teacher_cache.build.build import build_cache, open_teacher
 from teacher_cache.build.context import Build
-from teacher_cache.build.inputs import tokenized_sample
+from teacher_cache.build.inputs import ReadSample
 from teacher_cache.build.signals import Extractor, wanted_states
 from teacher_cache.config import (
     CacheConfig,
@@ -67,15 +67,14 @@ from teacher_cache.config import (
     build_config,
 )
 from teacher_cache.data.conversations import Skipped
-from teacher_cache.data.images import load_image
+from teacher_cache.data.images import open_picture
 from teacher_cache.data.spool import spool
-from teacher_cache.data.tokenization import template_by_name, tokenize_answer, tokenize_prompt
 from teacher_cache.models.collate import collate, to_model
 from teacher_cache.store.manifest import Manifest, read_manifest
 from teacher_cache.store.records import TeacherRecord
 from teacher_cache.store.storage import Storage
 from teacher_cache.store.writer import ImagePlace, write_shard
-from teacher_cache.teachers.teacher import AnswerRequest, ScoreRequest, Wanted
+from teacher_cache.teachers.teacher import AnswerRequest, Shown, Wanted
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 
 CE, TOPK, EXACT, MSE = (
@@ -247,7 +246,7 @@ class PhaseOne:
     teacher: TorchTeacher
     manifest: Manifest
     extractor: Extractor
-    requests: list[ScoreRequest]
+    requests: list[Shown]
     prompts: list[AnswerRequest]
     scratch: Storage
 
@@ -259,15 +258,13 @@ class PhaseOne:
         assert isinstance(teacher, TorchTeacher)
         storage = Storage(config.output)
         manifest = read_manifest(storage)
-        template = template_by_name(config.teacher.template)
         requests, prompts = [], []
         for sample in samples[: case.scored]:
             assert not isinstance(sample, Skipped)
-            image = load_image(sample.image, config.data.image_folder) if sample.image is not None else None
-            prompt = tokenize_prompt(sample, template, teacher.tokenizer)
-            answers = [tokenize_answer(a, template, teacher.tokenizer) for a in sample.answers]
-            requests.append(ScoreRequest(tokenized_sample(teacher, prompt, answers), image))
-            prompts.append(AnswerRequest(sample.sample_id, 0, prompt.before(0, []), image, 0))
+            pictures = tuple(open_picture(image, config.data.image_folder) for image in sample.images)
+            read = ReadSample.read(teacher.chat, sample, pictures, original=True)
+            requests.append(read.shown(read.original))
+            prompts.append(AnswerRequest(read.shown((), ask=True), 0))
         extractor = Build(config, storage, manifest, samples, teacher).extractor
         return cls(config, teacher, manifest, extractor, requests, prompts, Storage(case.folder / "scratch"))
 
@@ -290,7 +287,7 @@ class PhaseOne:
         with torch.inference_mode():
             for places, _ in self._batches():
                 chosen = [self.requests[i] for i in places]
-                samples = [self.teacher._fields(r.sample.input_ids, r.image) for r in chosen]
+                samples = [self.teacher._fields(shown) for shown in chosen]
                 inputs = to_model(collate(samples, self.teacher._pad, "right"), self.teacher._model)
                 logits = self.teacher._model(**inputs, use_cache=False).logits
                 picked = torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, inputs["input_ids"][:, 1:, None])
@@ -339,7 +336,7 @@ class PhaseOne:
         from teacher_cache.teachers.torch_teacher import _token_batches
 
         positions = [r.sample.positions(self.manifest.image_token) for r in self.requests]
-        order = sorted(range(len(positions)), key=lambda i: (self.requests[i].image is None, positions[i].length, i))
+        order = sorted(range(len(positions)), key=lambda i: (not self.requests[i].sees, positions[i].length, i))
         for places in _token_batches(order, self.requests, positions, self.config.speed.score_batch_tokens):
             yield places, None
 
@@ -412,7 +409,7 @@ def synthetic_case(
     cache = CacheConfig(
         output=str(folder / "cache"),
         data=DataConfig(str(folder / "data.json"), str(folder / "images"), regenerate="none"),
-        teacher=TeacherConfig(str(folder / "teacher"), backend="torch", dtype=dtype, template="tiny"),
+        teacher=TeacherConfig(str(folder / "teacher"), backend="torch", dtype=dtype, chat_template="tiny"),
         generation=GenerationConfig(max_new_tokens=new_tokens),
         signals=SignalsConfig(top_k=top_k),
         speed=SpeedConfig(score_batch_tokens=16384 if device == "cuda" else 2048),
@@ -436,7 +433,7 @@ def tiny_case(folder: Path, *, images: int = 120, rounds: int = 7, steps: int = 
     cache = CacheConfig(
         output=str(folder / "cache"),
         data=DataConfig(str(folder / "train.json"), str(folder / "images"), regenerate="none"),
-        teacher=TeacherConfig(str(TEACHER), backend="torch", dtype="float32", template="tiny", max_length=256),
+        teacher=TeacherConfig(str(TEACHER), backend="torch", dtype="float32", chat_template="tiny", max_length=256),
         generation=GenerationConfig(max_new_tokens=16),
         signals=SignalsConfig(top_k=16),
         layout=LayoutConfig(shard_samples=64),

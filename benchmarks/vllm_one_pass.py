@@ -27,13 +27,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from pipelines.tiny.models import build_llava, llava_config
 from pipelines.tiny.tokenizer import build_tokenizer
 from pipelines.tiny.world import write_world
+from teacher_cache.build.inputs import ReadSample
 from teacher_cache.config import CacheConfig, build_config
 from teacher_cache.data.conversations import Conversation
-from teacher_cache.data.images import load_image
+from teacher_cache.data.images import open_picture
 from teacher_cache.data.sample_reader import read_conversations
-from teacher_cache.data.tokenization import Prompt, assemble, template_by_name, tokenize_prompt
 from teacher_cache.models.weights import rename_vision_weights
-from teacher_cache.teachers.teacher import Answer, AnswerRequest, ScoreRequest, Teacher, Wanted
+from teacher_cache.teachers.teacher import Answer, AnswerRequest, Teacher, Wanted
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 from teacher_cache.teachers.vllm.jobs import VllmOptions
 from teacher_cache.teachers.vllm.vllm_teacher import VllmTeacher
@@ -107,7 +107,11 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[CacheConfig, l
     tree = {
         "output": str(folder / "cache"),
         "data": {"path": data, "image_folder": images, "max_samples": count, "duplicate_ids": "number"},
-        "teacher": {"model": model, "dtype": arguments.dtype, "template": "vicuna_v1" if arguments.model else "tiny"},
+        "teacher": {
+            "model": model,
+            "dtype": arguments.dtype,
+            "chat_template": "vicuna_v1" if arguments.model else "tiny",
+        },
         "generation": {"max_new_tokens": arguments.answer_tokens},
         "speed": {"answer_batch": arguments.torch_batch, "gpu_memory_share": arguments.gpu_memory_share},
     }
@@ -161,7 +165,7 @@ def torch_teacher(config: CacheConfig) -> Teacher:
     return TorchTeacher(config.teacher, config.generation, config.speed)
 
 
-Prepared = tuple[list[Prompt], list[AnswerRequest]]
+Prepared = tuple[list[ReadSample], list[AnswerRequest]]
 
 
 def measure(
@@ -187,14 +191,10 @@ def measure(
 
 
 def requests(teacher: Teacher, conversations: Sequence[Conversation], config: CacheConfig) -> Prepared:
-    template = template_by_name(config.teacher.template)
-    prompts = [tokenize_prompt(c, template, teacher.tokenizer) for c in conversations]
-    images = [load_image(c.image, config.data.image_folder) if c.image is not None else None for c in conversations]
-    asked = [
-        AnswerRequest(p.sample_id, 0, p.before(0, []), image, 0, capture=teacher.one_pass)
-        for p, image in zip(prompts, images, strict=True)
-    ]
-    return prompts, asked
+    folder = config.data.image_folder
+    pictures = [tuple(open_picture(image, folder) for image in c.images) for c in conversations]
+    read = [ReadSample.read(teacher.chat, c, p, original=False) for c, p in zip(conversations, pictures, strict=True)]
+    return read, [AnswerRequest(sample.shown((), ask=True), 0, capture=teacher.one_pass) for sample in read]
 
 
 def answer_only(teacher: Teacher, sets: Sequence[Prepared]) -> list[Seconds]:
@@ -213,9 +213,8 @@ def two_passes(teacher: Teacher, sets: Sequence[Prepared]) -> list[Seconds]:
     answers: list[list[Answer]] = []
     answering = [timed(lambda asked=asked: answers.append(teacher.answer(asked))) for _, asked in sets]
     todo = []
-    for (prompts, asked), given in zip(sets, answers, strict=True):
-        samples = [assemble(p, [a.token_ids]) for p, a in zip(prompts, given, strict=True)]
-        todo.append([ScoreRequest(s, r.image) for s, r in zip(samples, asked, strict=True)])
+    for (read, _), given in zip(sets, answers, strict=True):
+        todo.append([sample.shown([answer.token_ids]) for sample, answer in zip(read, given, strict=True)])
     for _ in teacher.score(todo[0][:2], Wanted()):  # starts the second engine, where there is one
         pass
     scoring = [timed(lambda batch=batch: list(teacher.score(batch, Wanted(text=True)))) for batch in todo]

@@ -72,9 +72,14 @@ class TeacherConfig:
     revision: str = ""
     backend: Literal["auto", "torch", "vllm"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    template: str = "vicuna_v1"
-    image_mode: Literal["pad", "crop"] = "pad"
-    """``pad``: to a square with the mean colour, as LLaVA-1.5; ``crop``: the Hugging Face processor's default."""
+    chat_template: str = ""
+    """Empty: the model's own. A paper's by name (``vicuna_v1`` for LLaVA-1.5, ``plain``, ``chatml``), or a Jinja file.
+    """
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the template is given, for example ``{enable_thinking: false}``."""
+    image_processor: dict[str, Any] = field(default_factory=dict)
+    """Settings in place of its image processor's own: ``{size: {shortest_edge: 3136, longest_edge: 602112}}``.
+    LLaVA-1.5 as in its paper, padded to a square, is ``{image_processor_type: LlavaImageProcessor, do_pad: true}``."""
     max_length: AtLeast1 = 2048
     """Tokens of a whole conversation, image tokens counted; a longer sample is skipped with its length. Torch counts no
     further than the model's own positions; vLLM refuses to start where they are too few for the samples."""

@@ -44,7 +44,9 @@ def cache_config(world: Path) -> CacheConfig:
     """Everything stored, states exact to float16; ``output`` is to be set."""
     return CacheConfig(
         data=DataConfig(path=str(world / "train.json"), image_folder=str(world / "images")),
-        teacher=TeacherConfig(model=str(TEACHER), backend="torch", dtype="float32", template="tiny", max_length=256),
+        teacher=TeacherConfig(
+            model=str(TEACHER), backend="torch", dtype="float32", chat_template="tiny", max_length=256
+        ),
         generation=GenerationConfig(max_new_tokens=32),
         signals=SignalsConfig(preset="full", top_k=8, hidden="text", visual="states", codec="float16"),
         layout=LayoutConfig(shard_samples=16),

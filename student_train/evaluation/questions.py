@@ -8,7 +8,7 @@ from typing import Any
 
 from student_train.students.processor import chat_template
 from teacher_cache.config import DataConfig
-from teacher_cache.data.conversations import Conversation, Skipped
+from teacher_cache.data.conversations import Conversation, Skipped, one_image_first
 from teacher_cache.data.sample_reader import read_conversations
 from teacher_cache.data.tokenization import TEMPLATES
 from teacher_cache.errors import ConfigError, DataError
@@ -21,6 +21,8 @@ def read_questions(data: str | Path) -> list[Conversation]:
     one.
     """
     samples = read_conversations(DataConfig(path=str(data), duplicate_ids="number"))
+    faults = {s.sample_id: one_image_first(s) for s in samples if isinstance(s, Conversation)}
+    samples = [Skipped(s.sample_id, faults[s.sample_id]) if faults.get(s.sample_id) else s for s in samples]
     skipped = [s for s in samples if isinstance(s, Skipped)]
     if skipped:
         raise DataError(

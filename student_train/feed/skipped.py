@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from student_train.config import SourceConfig
-from teacher_cache.data.conversations import Conversation, Image, Skipped
+from teacher_cache.data.conversations import Conversation, Image, Skipped, one_image_first
 from teacher_cache.data.images import load_image
 from teacher_cache.data.skipped import Allowed, counted
 from teacher_cache.errors import ImageError
@@ -20,7 +20,11 @@ def usable(samples: Iterable[Conversation | Skipped], folder: str, skipped: list
     """The samples to train on; the others go to ``skipped``. Of an image only its file is looked for here: reading
     each of them would take as long as an epoch."""
     for sample in samples:
-        reason = sample.reason if isinstance(sample, Skipped) else image_fault(sample.image, folder)
+        reason = (
+            sample.reason
+            if isinstance(sample, Skipped)
+            else one_image_first(sample) or image_fault(sample.image, folder)
+        )
         if reason:
             skipped.append(Skipped(sample.sample_id, reason))
         elif isinstance(sample, Conversation):

@@ -17,8 +17,8 @@ import torch
 
 from teacher_cache.build.context import Build
 from teacher_cache.build.inputs import ReadSample
-from teacher_cache.data.tokenization import Ids, tokenize_answer
-from teacher_cache.errors import CacheError, TeacherCrashed
+from teacher_cache.data.tokenization import Ids
+from teacher_cache.errors import CacheError, ConversationError, TeacherCrashed
 from teacher_cache.progress import note
 from teacher_cache.store.manifest import Manifest, digest
 from teacher_cache.store.storage import Storage
@@ -43,7 +43,7 @@ class AnsweredSample:
     source: str
     hidden: torch.Tensor | None = None
     image_checksum: str = ""
-    """Of the image the answers are about; empty without one."""
+    """Of the images the answers are about; empty without one."""
 
     @property
     def overflowed(self) -> bool:
@@ -84,15 +84,12 @@ class _Talk:
     def __init__(self, build: Build, sample: ReadSample) -> None:
         self._build, self._sample = build, sample
         conversation = sample.conversation
-        self._original: list[Ids] | None = None
-        if not conversation.regenerate or build.config.data.history == "original":
-            self._original = [tokenize_answer(a, build.template, build.teacher.tokenizer) for a in conversation.answers]
-        checksum = sample.picture.image.checksum if sample.picture is not None else ""
+        self._original = build.config.data.history == "original"
         source = "student" if build.config.teacher.answerer else "teacher"
-        self.answered = AnsweredSample(sample.sample_id, [], [], source, image_checksum=checksum)
-        if not conversation.regenerate and self._original is not None:
-            self.answered.answers, self.answered.source = self._original, "original"
-            self.answered.finish_reasons = ["original"] * len(self._original)
+        self.answered = AnsweredSample(sample.sample_id, [], [], source, image_checksum=sample.image_checksum)
+        if not conversation.regenerate:
+            self.answered.answers, self.answered.source = list(sample.original), "original"
+            self.answered.finish_reasons = ["original"] * len(sample.original)
 
     def ask(self) -> AnswerRequest | None:
         """The next question, if there is one that fits. With its last answer a one-pass teacher hands out the states
@@ -101,14 +98,17 @@ class _Talk:
         turn, signals = len(answered.answers), build.config.signals
         if not conversation.regenerate or turn == len(conversation.questions) or answered.overflowed:
             return None
-        ids = self._sample.prompt.before(turn, answered.answers if self._original is None else self._original)
-        if build.length(ids) >= build.limit[0]:
+        before = self._sample.original[:turn] if self._original else answered.answers
+        try:
+            shown = self._sample.shown(before, ask=True)
+        except ConversationError:  # an answer cannot be shown again: it has fewer answers than questions
+            return None
+        if shown.sample.length >= build.limit[0]:
             return None
         drawn = answer_seed(build.config.generation.seed, conversation.sample_id, turn)
         capture = build.teacher.one_pass and not (signals.second_last or signals.attention)
         last = turn + 1 == len(conversation.questions)
-        captured = capture and last and self._original is None
-        return AnswerRequest(conversation.sample_id, turn, ids, self._sample.picture, drawn, captured)
+        return AnswerRequest(shown, drawn, capture and last and not self._original)
 
 
 _TRIES = 3

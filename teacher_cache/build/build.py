@@ -24,10 +24,13 @@ from teacher_cache.build.context import Build, Tally
 from teacher_cache.build.prove import prove
 from teacher_cache.build.shards import build_shards
 from teacher_cache.build.skips import allowed, check_inputs, forget_skipped
+from teacher_cache.build.visual_rules import check_images_alone
 from teacher_cache.config import CacheConfig, as_plain, check_settings
 from teacher_cache.data.data_files import data_files
 from teacher_cache.data.spool import Sample, SampleFile, spool
 from teacher_cache.errors import CacheError, ConfigError, TeacherError
+from teacher_cache.models.chat import Chat
+from teacher_cache.models.open_chat import open_chat
 from teacher_cache.progress import Style, note, stage
 from teacher_cache.store.arrays import safetensors_facts, tensor_entries
 from teacher_cache.store.broken import redo_broken
@@ -91,10 +94,10 @@ def build_cache(
         Each says what, where, what was expected and what to do. Shards that were committed stay.
     """
     check_config(config)
-    storage = Storage(config.output, options)
+    storage, chat = Storage(config.output, options), teacher.chat if teacher is not None else None
     with (
         locked(storage, break_lock=break_lock),
-        read_samples(config, storage, style, redo_skipped=redo_skipped) as samples,
+        read_samples(config, storage, style, redo_skipped=redo_skipped, chat=chat) as samples,
     ):
         begin = time.monotonic()
         with nullcontext(teacher) if teacher is not None else closing(open_teacher(config, samples, style)) as teacher:
@@ -104,20 +107,26 @@ def build_cache(
         return finish_build(config, storage, build.manifest, build.tally, time.monotonic() - begin, len(numbers))
 
 
-def read_samples(config: CacheConfig, storage: Storage, style: Style, *, redo_skipped: bool = False) -> SampleFile:
+def read_samples(
+    config: CacheConfig, storage: Storage, style: Style, *, redo_skipped: bool = False, chat: Chat | None = None
+) -> SampleFile:
     """The samples of ``config.data``, laid down in the output while the run lasts, and looked at: shards with skipped
     samples are removed where they are to be made again, and a build that would skip too much is stopped here.
+    ``chat``: the teacher's, where it is open already; how it is shown conversations decides what a sample is.
 
     Raises
     ------
+    TeacherError, TemplateError
+        The teacher's processor or chat template cannot be used.
     DataError
         The data cannot be read, the image folder is not there, or more than ``data.max_skipped`` would be skipped.
     """
     folder = storage.local / SPOOL if storage.local is not None else None
     total = sum(path.stat().st_size for path in data_files(config.data.path))
     note(f"reading {total / 1e6:,.1f} MB of samples", style)
+    by_turn = not (chat or open_chat(config.teacher)).one_sequence
     with stage("reading", total, "bytes", style) as progress:
-        samples = spool(config.data, folder, progress.advance)
+        samples = spool(config.data, folder, progress.advance, by_turn)
     try:
         if redo_skipped and storage.exists(MANIFEST):
             redone = forget_skipped(storage, read_manifest(storage), samples)
@@ -125,6 +134,8 @@ def read_samples(config: CacheConfig, storage: Storage, style: Style, *, redo_sk
         planned = -(-len(samples) // config.layout.shard_samples)
         if set(range(planned)) - {int(name) for name in storage.names("shards") if name.isdigit()}:
             check_inputs(config, samples)
+        if config.signals.visual != "none":
+            check_images_alone(config, samples)
     except BaseException:
         samples.close()
         raise
@@ -228,7 +239,7 @@ def check_config(config: CacheConfig) -> None:
     if not config.output:
         raise ConfigError("output: not set; name a folder or an s3:// or gs:// address for the cache")
     if not config.teacher.model:
-        raise ConfigError("teacher.model: not set; name a LLaVA checkpoint (a folder or a hub name)")
+        raise ConfigError("teacher.model: not set; name a model (a folder or a hub name)")
     if not config.data.path:
         raise ConfigError("data.path: not set; name a LLaVA JSON, JSONL or Parquet file")
     signals = config.signals

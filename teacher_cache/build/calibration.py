@@ -10,14 +10,13 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 from teacher_cache.build.context import Build
-from teacher_cache.build.inputs import ShardInput, tokenized_sample, unfit_sample
+from teacher_cache.build.inputs import ShardInput, unfit_sample
 from teacher_cache.build.signals import finite_logits, finite_states, wanted_states
 from teacher_cache.data.conversations import Conversation, Skipped
 from teacher_cache.data.sample_reader import SkipCount
-from teacher_cache.data.tokenization import tokenize_answer
 from teacher_cache.errors import DataError, TeacherError
 from teacher_cache.store.codecs import ChannelScales, fit_channel_scales
-from teacher_cache.teachers.teacher import SampleStates, ScoreRequest
+from teacher_cache.teachers.teacher import SampleStates, Shown
 
 
 def calibrate(build: Build) -> dict[str, ChannelScales]:
@@ -53,7 +52,7 @@ def calibrate(build: Build) -> dict[str, ChannelScales]:
     return fitted
 
 
-def _usable(build: Build) -> list[ScoreRequest]:
+def _usable(build: Build) -> list[Shown]:
     """The first ``calibration_samples`` usable samples with their original answers, wherever they begin; where visual
     states are fitted, also the first as many with an image.
 
@@ -64,27 +63,25 @@ def _usable(build: Build) -> list[ScoreRequest]:
     """
     signals, skips = build.config.signals, SkipCount()
     count, visual = signals.calibration_samples, signals.visual == "states"
-    found: list[ScoreRequest] = []
-    shown = 0
+    found: list[Shown] = []
+    seen = 0
     waiting = iter(build.samples)
-    while len(found) < count or (visual and shown < count):
+    while len(found) < count or (visual and seen < count):
         chosen = list(itertools.islice(waiting, 2 * count))
         if not chosen:
             break
         if len(found) >= count:  # only images are missing: a part without any is passed over unread
             chosen = [s for s in chosen if isinstance(s, Conversation) and s.image is not None]
-        shard = ShardInput.load(build, chosen)
+        shard = ShardInput.load(build, chosen, original=True)
         for left_out in shard.skipped:
             skips.add(left_out)
         for sample in shard.samples:
-            original = sample.conversation.answers
-            answers = [tokenize_answer(a, build.template, build.teacher.tokenizer) for a in original]
-            tokenized = tokenized_sample(build.teacher, sample.prompt, answers)
-            if reason := unfit_sample(build, tokenized):
+            shown = sample.shown(sample.original)
+            if reason := unfit_sample(build, shown):
                 skips.add(Skipped(sample.sample_id, reason))
-            elif len(found) < count or (visual and shown < count and sample.picture is not None):
-                found.append(ScoreRequest(tokenized, sample.picture))
-                shown += sample.picture is not None
+            elif len(found) < count or (visual and seen < count and shown.sees):
+                found.append(shown)
+                seen += shown.sees
     if not found:
         raise DataError(f"none of {len(build.samples):,} samples can be used, so there is nothing to cache: {skips}")
     return found

@@ -35,6 +35,7 @@ from teacher_cache.build.skips import check_share
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.spool import SampleFile, spool
 from teacher_cache.errors import CacheError, ConfigError, TeacherCrashed, UserError
+from teacher_cache.models.open_chat import open_chat
 from teacher_cache.progress import Style, stage
 from teacher_cache.stopping import handlers_kept
 from teacher_cache.store.locks import locked
@@ -121,7 +122,10 @@ class ShardWorker:
         if self._build is None:
             with contextlib.suppress(FileNotFoundError):
                 os.chdir(self._folder)
-            samples = SampleFile(self._laid) if self._laid.is_dir() else spool(self._config.data, None)
+            if self._laid.is_dir():
+                samples = SampleFile(self._laid)
+            else:
+                samples = spool(self._config.data, None, by_turn=not open_chat(self._config.teacher).one_sequence)
             teacher = open_teacher(self._config, samples, "quiet")
             self._build = prepare(self._config, Storage(self._config.output, self._options), samples, teacher, "quiet")
         return self._build

@@ -6,15 +6,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from teacher_cache.build.signals import Extractor
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.conversations import Conversation, Skipped
-from teacher_cache.data.rows import expanded_length
 from teacher_cache.data.sample_reader import SkipCount
 from teacher_cache.data.spool import SampleFile
-from teacher_cache.data.tokenization import Ids, Template, template_by_name
 from teacher_cache.errors import TeacherError
 from teacher_cache.progress import Style
 from teacher_cache.store.codecs import ChannelScales
@@ -60,21 +57,12 @@ class Build:
     tally: Tally = field(default_factory=Tally)
 
     @cached_property
-    def template(self) -> Template:
-        return template_by_name(self.config.teacher.template)
-
-    @cached_property
     def limit(self) -> tuple[int, str]:
         """Tokens of the longest conversation that can be cached (image expanded), and what sets that limit."""
         limit, positions = self.config.teacher.max_length, self.teacher.positions
         if positions is not None and positions < limit:
             return positions, f"the model has {positions} positions"
         return limit, f"teacher.max_length is {limit}"
-
-    def length(self, ids: Ids | npt.NDArray[np.int64]) -> int:
-        """Positions that ``ids`` take in the teacher, each placeholder expanded."""
-        images = int(np.count_nonzero(np.asarray(ids) == self.teacher.description.image_token))
-        return int(expanded_length(len(ids), images, images * self.teacher.description.image_tokens))
 
     @cached_property
     def extractor(self) -> Extractor:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import torch
 
 from teacher_cache.build.context import Build
-from teacher_cache.build.inputs import ShardInput, image_or_reason
+from teacher_cache.build.inputs import ReadSample, ShardInput, pictures_or_reason
 from teacher_cache.build.signals import finite_arrays, wanted_states
-from teacher_cache.data.conversations import Conversation, Skipped
-from teacher_cache.data.tokenization import TokenizedSample, tokenize_prompt
+from teacher_cache.data.conversations import IMAGE_TAG, Conversation, Skipped
 from teacher_cache.store.records import Array
-from teacher_cache.teachers.teacher import ScoreRequest
 
 
 def owned_images(build: Build, number: int) -> dict[str, int]:
@@ -39,14 +36,12 @@ def image_lines(
 
 def _score_image(build: Build, conversation: Conversation) -> dict[str, Array] | None:
     """The arrays of its image, from a prompt that holds the image and nothing after it but the template's words."""
-    image = image_or_reason(conversation, build.config.data.image_folder)
-    if isinstance(image, Skipped) or image is None:
+    pictures = pictures_or_reason(conversation, build.config.data.image_folder)
+    if isinstance(pictures, Skipped):
         return None
-    probe = dataclasses.replace(conversation, questions=("",), answers=("",))
-    ids = np.asarray(tokenize_prompt(probe, build.template, build.teacher.tokenizer).segments[0], np.int64)
-    sample = TokenizedSample(conversation.sample_id, ids, np.zeros(len(ids), np.bool_))
-    sample = sample.with_runs(build.teacher.description.image_token, build.teacher.description.image_tokens)
-    ((_, (states,)),) = build.teacher.score([ScoreRequest(sample, image)], wanted_states(build.config.signals))
+    alone = dataclasses.replace(conversation, questions=(IMAGE_TAG,), answers=("",))
+    shown = ReadSample.read(build.teacher.chat, alone, pictures, original=False).shown((), ask=True)
+    ((_, (states,)),) = build.teacher.score([shown], wanted_states(build.config.signals))
     assert states.visual is not None
     arrays = build.extractor.image(states.visual)
     return arrays if bool(torch.isfinite(states.visual).all()) and finite_arrays(arrays) else None

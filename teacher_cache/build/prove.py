@@ -1,37 +1,59 @@
-"""Whether an opened teacher is what a cache takes it for, tried on prompts of the data before anything is written."""
+"""Whether an opened teacher is what a cache takes it for, tried on samples of the data before anything is written."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import islice
 
-from teacher_cache.build.inputs import image_or_reason
+from teacher_cache.build.inputs import ReadSample, pictures_or_reason
 from teacher_cache.config import CacheConfig
-from teacher_cache.data.conversations import Skipped
+from teacher_cache.data.conversations import Conversation, Skipped
+from teacher_cache.data.images import Picture
 from teacher_cache.data.spool import Sample
-from teacher_cache.data.tokenization import template_by_name, tokenize_prompt
+from teacher_cache.errors import ConversationError
 from teacher_cache.teachers.teacher import AnswerRequest, Teacher
 
 LOOKED_AT = 512
-"""Samples among which a prompt with an image, and one without, are looked for."""
+"""Samples among which one of each kind is looked for."""
+KINDS: tuple[Callable[[Conversation], bool], ...] = (
+    lambda sample: len(sample.images) == 1,
+    lambda sample: not sample.images,
+    lambda sample: len(sample.images) > 1,
+    lambda sample: bool(sample.system),
+)
 
 
 def prove(config: CacheConfig, teacher: Teacher, samples: Sequence[Sample]) -> None:
-    """Try the teacher on the first usable prompt with an image and on the first without: ``Teacher.prove``.
+    """Try the teacher on the first usable sample of each kind: ``Chat.check`` and ``Teacher.prove``.
 
     Raises
     ------
+    TemplateError
+        What it would read is not what its own processor and template write.
     TeacherError
         What it would be scored as is not what it says.
     """
-    template = template_by_name(config.teacher.template)
-    for sees in (True, False):
+    for of_kind in KINDS:
+        missing = [_compared, _scored]
         for sample in islice(samples, LOOKED_AT):
-            if isinstance(sample, Skipped) or (sample.image is not None) != sees:
+            if isinstance(sample, Skipped) or not of_kind(sample):
                 continue
-            picture = image_or_reason(sample, config.data.image_folder)
-            if isinstance(picture, Skipped):
-                continue
-            ids = tokenize_prompt(sample, template, teacher.tokenizer).segments[0]
-            if teacher.prove(AnswerRequest(sample.sample_id, 0, ids, picture, 0)):
+            pictures = pictures_or_reason(sample, config.data.image_folder)
+            if not isinstance(pictures, Skipped):
+                missing = [trial for trial in missing if not trial(teacher, sample, pictures)]
+            if not missing:
                 break
+
+
+def _compared(teacher: Teacher, sample: Conversation, pictures: tuple[Picture, ...]) -> bool:
+    with suppress(ConversationError):
+        return teacher.chat.check(sample, [picture.decoded() for picture in pictures])
+    return False
+
+
+def _scored(teacher: Teacher, sample: Conversation, pictures: tuple[Picture, ...]) -> bool:
+    with suppress(ConversationError):
+        shown = ReadSample.read(teacher.chat, sample, pictures, original=False).shown((), ask=True)
+        return teacher.prove(AnswerRequest(shown, 0))
+    return False

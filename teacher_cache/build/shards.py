@@ -14,23 +14,23 @@ import numpy as np
 
 from teacher_cache.build.answers import AnsweredSample, answer_conversations, answer_text, read_answers, write_answers
 from teacher_cache.build.context import Build, shard_size
+from teacher_cache.build.first_shard import check_first
 from teacher_cache.build.image_owners import image_lines, owned_images
-from teacher_cache.build.inputs import ReadSample, ShardInput, tokenized_sample, unfit_sample
+from teacher_cache.build.inputs import ReadSample, ShardInput, unfit_sample
 from teacher_cache.build.signals import NOT_FINITE, finite_arrays, finite_states, wanted_states
 from teacher_cache.build.skips import check_share
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.conversations import Skipped
 from teacher_cache.data.image_files import OtherImageError
-from teacher_cache.data.tokenization import TokenizedSample
-from teacher_cache.errors import TeacherCrashed, TeacherError
+from teacher_cache.errors import ConversationError, TeacherCrashed, TeacherError
 from teacher_cache.progress import note, stage
 from teacher_cache.store.index import ImagePlace
 from teacher_cache.store.records import Array, TeacherRecord
 from teacher_cache.store.writer import answers_name, write_images, write_shard
-from teacher_cache.teachers.teacher import SampleStates, ScoreRequest, pick
+from teacher_cache.teachers.teacher import SampleStates, Shown, pick
 
 Answered = dict[str, AnsweredSample]
-Tokenized = dict[str, TokenizedSample]
+Whole = dict[str, Shown]
 Arrays = dict[str, dict[str, Array]]
 """Of a shard's samples by sample_id, of images by image_id."""
 Scored = tuple[list[TeacherRecord], list[tuple[str, dict[str, Array] | None]]]
@@ -49,6 +49,7 @@ def build_shards(build: Build, numbers: Iterable[int], *, answers_only: bool = F
         stage("answering" if answers_only else "caching", total, "samples", build.style) as progress,
     ):
         pending: Future[None] | None = None
+        unproved = True
         for number in numbers:
             try:
                 shard, scored = _make(build, number, answers_only)
@@ -61,7 +62,8 @@ def build_shards(build: Build, numbers: Iterable[int], *, answers_only: bool = F
             if scored is not None:
                 if pending is not None:
                     pending.result()
-                pending = writer.submit(_commit, build, number, scored, shard.skipped)
+                pending = writer.submit(_commit, build, number, scored, shard.skipped, unproved)
+                unproved = False
             busy = tally.answering + tally.scoring
             share = f"{100 * tally.answering / busy:.0f} %" if busy else "-"
             progress.advance(shard_size(build.manifest, number), answering=share)
@@ -98,49 +100,47 @@ def answer_shard(build: Build, number: int, shard: ShardInput) -> Answered:
 
 
 def _check_same_image(answered: AnsweredSample, sample: ReadSample, where: str) -> None:
-    if sample.picture is not None and answered.image_checksum not in ("", sample.picture.image.checksum):
+    if answered.image_checksum not in ("", sample.image_checksum):
         raise OtherImageError(
             f"{where}: sample {answered.sample_id} was answered about other bytes of image {sample.image_id} "
-            f"(checksum {answered.image_checksum}) than lie there now ({sample.picture.image.checksum}). Give the "
+            f"(checksum {answered.image_checksum}) than lie there now ({sample.image_checksum}). Give the "
             "image folder the answers were made with, or delete that file: its shard is answered anew"
         )
 
 
 def score_shard(build: Build, number: int, shard: ShardInput, answered: Answered) -> Scored:
     """Records of the shard in input order, and the lines of the images that this shard owns."""
-    begin, read = time.monotonic(), len(shard.samples)
+    begin, read, whole = time.monotonic(), len(shard.samples), Whole()
 
-    def unanswered(sample: ReadSample) -> str:
+    def unfit(sample: ReadSample) -> str:
         answers = answered[sample.sample_id]
         if answers.overflowed:
             return NOT_FINITE
-        whole = len(answers.answers) == len(sample.prompt.segments)
-        return "" if whole else f"too long before its last question: {build.limit[1]}"
+        ask = len(answers.answers) < len(sample.conversation.questions)
+        try:
+            whole[sample.sample_id] = shown = sample.shown(answers.answers, ask)
+        except ConversationError as error:
+            return str(error)
+        return f"too long before its last question: {build.limit[1]}" if ask else unfit_sample(build, shown)
 
-    shard.skip(unanswered)
-    tokenized = {
-        s.sample_id: tokenized_sample(build.teacher, s.prompt, answered[s.sample_id].answers) for s in shard.samples
-    }
-    shard.skip(lambda sample: unfit_sample(build, tokenized[sample.sample_id]))
-    arrays, visual = _scored_arrays(build, number, shard, answered, tokenized)
+    shard.skip(unfit)
+    arrays, visual = _scored_arrays(build, number, shard, answered, whole)
     shard.skip(lambda sample: "" if sample.sample_id in arrays else NOT_FINITE)
     _refuse_overflow(build.config, number, sum(s.reason == NOT_FINITE for s in shard.skipped), read)
-    records = [
-        _record(build, s, answered[s.sample_id], tokenized[s.sample_id], arrays[s.sample_id]) for s in shard.samples
-    ]
+    records = [_record(build, s, answered[s.sample_id], whole[s.sample_id], arrays[s.sample_id]) for s in shard.samples]
     images = image_lines(build, number, shard, visual)
     build.tally.scoring += time.monotonic() - begin
     return records, images
 
 
 def _scored_arrays(
-    build: Build, number: int, shard: ShardInput, answered: Answered, tokenized: Tokenized
+    build: Build, number: int, shard: ShardInput, answered: Answered, whole: Whole
 ) -> tuple[Arrays, Arrays]:
     """What is stored of each sample, and of each image that this shard owns; nothing where a number is not finite."""
     arrays: Arrays = {}
     visual: Arrays = {}
     owned, extractor = owned_images(build, number), build.extractor
-    for batch, states in _states(build, shard, answered, tokenized):
+    for batch, states in _states(build, shard, answered, whole):
         made = extractor.records([sample.sample_id for sample in batch], states)
         for sample, state, record in zip(batch, states, made, strict=True):
             first = sample.image_id in owned and sample.image_id not in visual
@@ -151,6 +151,11 @@ def _scored_arrays(
             arrays[sample.sample_id] = record
             if first:
                 visual[sample.image_id] = shown
+    if build.config.signals.visual == "gram" and len({len(shown["gram_hidden"]) for shown in visual.values()}) > 1:
+        raise TeacherError(
+            f"signals.visual=gram: images of shard {number:05d} take several numbers of positions in teacher.model="
+            f"{build.config.teacher.model}, and Grams are compared entry by entry. Set signals.visual=states or none"
+        )
     return arrays, visual
 
 
@@ -165,7 +170,7 @@ def _refuse_overflow(config: CacheConfig, number: int, failed: int, read: int) -
 
 
 def _states(
-    build: Build, shard: ShardInput, answered: Answered, tokenized: Tokenized
+    build: Build, shard: ShardInput, answered: Answered, shown: Whole
 ) -> Iterator[tuple[list[ReadSample], list[SampleStates]]]:
     """States of every sample: those captured while answering, the rest from a scoring pass."""
     wanted = wanted_states(build.config.signals)
@@ -174,13 +179,13 @@ def _states(
     for begin in range(0, len(captured), _CAPTURED_BATCH):
         batch, states = captured[begin : begin + _CAPTURED_BATCH], []
         for sample in batch:
-            answers, whole = answered[sample.sample_id], tokenized[sample.sample_id]
+            answers, whole = answered[sample.sample_id], shown[sample.sample_id].sample
             hidden, answers.hidden = answers.hidden, None  # freed as soon as it is used
             assert hidden is not None
             positions = whole.positions(build.teacher.description.image_token)
             states.append(pick(positions, wanted, hidden.to(build.extractor.head.device)))
         yield batch, states
-    requests = [ScoreRequest(tokenized[s.sample_id], s.picture) for s in rest]
+    requests = [shown[s.sample_id] for s in rest]
     for places, scored in build.teacher.score(requests, wanted) if requests else ():
         yield [rest[place] for place in places], scored
 
@@ -189,10 +194,10 @@ _CAPTURED_BATCH = 32
 
 
 def _record(
-    build: Build, sample: ReadSample, answered: AnsweredSample, whole: TokenizedSample, arrays: dict[str, Array]
+    build: Build, sample: ReadSample, answered: AnsweredSample, shown: Shown, arrays: dict[str, Array]
 ) -> TeacherRecord:
+    whole, images = shown.sample, [picture.image for picture in sample.pictures]
     ids, runs = whole.input_ids.astype(build.manifest.shape.id_dtype), whole.runs.astype(np.uint32)
-    images = () if sample.picture is None else (sample.picture.image,)
     return TeacherRecord(
         sample_id=sample.sample_id,
         image_ids=tuple(image.image_id for image in images),
@@ -206,10 +211,12 @@ def _record(
     )
 
 
-def _commit(build: Build, number: int, scored: Scored, skipped: list[Skipped]) -> None:
-    """Images first: a committed shard never points at image lines that are not there yet."""
+def _commit(build: Build, number: int, scored: Scored, skipped: list[Skipped], unproved: bool) -> None:
+    """Images first: a committed shard never points at image lines that are not there yet. The first one is proved."""
     records, images = scored
     places = [build.image_places.get(next(iter(r.image_ids), ""), ImagePlace()) for r in records]
     if build.manifest.image_arrays:
         write_images(build.storage, build.manifest, number, images)
     write_shard(build.storage, build.manifest, number, records, places, skipped)
+    if unproved:
+        check_first(build, number)

@@ -53,8 +53,8 @@ def check_inputs(config: CacheConfig, samples: SampleFile) -> None:
     planned = len(samples)
     check_share(config, planned, samples.skips)
     chosen = np.unique(np.linspace(0, planned - 1, min(PROBED, planned)).astype(np.int64)).tolist()
-    probed = [s for s in (samples[i] for i in chosen) if isinstance(s, Conversation) and s.image is not None]
-    probed = [s for s in probed if s.image is not None and not s.image.embedded]
+    probed = [s for s in (samples[i] for i in chosen) if isinstance(s, Conversation)]
+    probed = [s for s in probed if not all(image.embedded for image in s.images)]
     if not probed:
         return
     check_folder(config.data.image_folder)
@@ -93,9 +93,9 @@ def forget_skipped(storage: Storage, manifest: Manifest, samples: SampleFile) ->
 
 
 def _reason(config: CacheConfig, sample: Conversation) -> Skipped | None:
-    assert sample.image is not None
     try:
-        read_image(sample.image, config.data.image_folder)
+        for image in sample.images:
+            read_image(image, config.data.image_folder)
     except ImageError as error:
         return Skipped(sample.sample_id, str(error))
     return None

@@ -84,6 +84,24 @@ class Conversation:
         return tuple("".join(pieces(question)).strip() for question in self.questions)
 
 
+def turn_by_turn(conversation: Conversation) -> list[Conversation]:
+    """A conversation for each of its turns, which ends with it: for templates that write earlier turns in another way
+    than the last one, so that no sequence shows all answers as they were given. The first keeps the id."""
+    found, shown = [], 0
+    for turn, question in enumerate(conversation.questions):
+        shown += question.count(IMAGE_TAG)
+        found.append(
+            replace(
+                conversation,
+                sample_id=f"{conversation.sample_id}@{turn + 1}" if turn else conversation.sample_id,
+                questions=conversation.questions[: turn + 1],
+                answers=conversation.answers[: turn + 1],
+                images=conversation.images[:shown],
+            )
+        )
+    return found
+
+
 def pieces(question: str) -> tuple[str, ...]:
     """The texts of a question, an image between each two. White space beside a tag that begins or ends the question is
     the tag's, as in LLaVA's ``<image>\\n``; inside a text everything stays as it is written."""

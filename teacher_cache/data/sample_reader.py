@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from teacher_cache.config import DataConfig
-from teacher_cache.data.conversations import Conversation, Skipped, is_read, one_image_first, parse_sample
+from teacher_cache.data.conversations import Conversation, Skipped, is_read, parse_sample, turn_by_turn
 from teacher_cache.data.data_files import DataFile, data_files
 from teacher_cache.errors import DataError
 
@@ -19,8 +19,9 @@ from teacher_cache.errors import DataError
 class SampleReader:
     """The samples of ``data``, one at a time, in file order; a line that cannot be used comes as :class:`Skipped`.
 
-    ``advance`` is told of bytes as they are read. :attr:`files` are the facts of what was parsed (sha256, bytes), known
-    once the iteration has ended.
+    ``advance`` is told of bytes as they are read. ``by_turn``: each turn of a conversation is a sample of its own
+    (``conversations.turn_by_turn``). :attr:`files` are the facts of what was parsed (sha256, bytes), known once the
+    iteration has ended.
 
     Raises
     ------
@@ -29,8 +30,10 @@ class SampleReader:
         comes twice and ``data.duplicate_ids`` is ``error``.
     """
 
-    def __init__(self, data: DataConfig, advance: Callable[[int], None] = lambda count: None) -> None:
-        self._data, self._advance = data, advance
+    def __init__(
+        self, data: DataConfig, advance: Callable[[int], None] = lambda count: None, by_turn: bool = False
+    ) -> None:
+        self._data, self._advance, self._by_turn = data, advance, by_turn
         self.paths = data_files(data.path)
         self.files: list[dict[str, Any]] = []
         self.skips = SkipCount()
@@ -45,10 +48,13 @@ class SampleReader:
                 unique = _unique(sample.sample_id, seen, self._data, path, skipped.samples)
                 sample = replace(sample, sample_id=unique)
                 if isinstance(sample, Conversation):
-                    reason = one_image_first(sample)
-                    sample = Skipped(unique, reason) if reason else replace(sample, regenerate=regenerate(unique))
-                skipped.add(sample)
-                yield sample
+                    sample = replace(sample, regenerate=regenerate(unique))
+                parts = turn_by_turn(sample) if self._by_turn and isinstance(sample, Conversation) else [sample]
+                for part in parts:
+                    if part is not sample and part.sample_id != unique:
+                        part = replace(part, sample_id=_unique(part.sample_id, seen, self._data, path, skipped.samples))
+                    skipped.add(part)
+                    yield part
         names = ", ".join(map(str, self.paths[:3]))
         if not skipped.samples:
             raise DataError(f"{names}: no samples. Set data.path to a LLaVA JSON, JSONL or Parquet file.")
@@ -105,9 +111,9 @@ def _unique(sample_id: str, seen: dict[str, int], data: DataConfig, path: Path, 
         sample_id = f"{sample_id}#{seen[sample_id]}"
 
 
-def read_conversations(data: DataConfig) -> list[Conversation | Skipped]:
+def read_conversations(data: DataConfig, by_turn: bool = False) -> list[Conversation | Skipped]:
     """Every sample of ``data`` in memory; raises as :class:`SampleReader`. For all of a large file: ``data.spool``."""
-    return list(SampleReader(data))
+    return list(SampleReader(data, by_turn=by_turn))
 
 
 @dataclass

@@ -25,17 +25,23 @@ Place = tuple[str, int, int]
 ROWS = 256
 """Samples in a batch of the file: what one sample costs to find, about 400 kB of LLaVA's mix."""
 _TEXTS, _IMAGES, _FACTS = "samples.arrow", "images.bin", "facts.json"
+_IMAGE = pa.struct(
+    [
+        ("image_id", pa.string()),
+        ("path", pa.string()),
+        ("checksum", pa.string()),
+        ("file", pa.string()),
+        ("start", pa.int64()),
+        ("count", pa.int64()),
+    ]
+)
 _SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
         ("questions", pa.list_(pa.string())),
         ("answers", pa.list_(pa.string())),
-        ("image_id", pa.string()),
-        ("image_path", pa.string()),
-        ("image_checksum", pa.string()),
-        ("image_file", pa.string()),
-        ("image_start", pa.int64()),
-        ("image_bytes", pa.int64()),
+        ("system", pa.string()),
+        ("images", pa.list_(_IMAGE)),
         ("regenerate", pa.bool_()),
         ("reason", pa.string()),
     ]
@@ -100,9 +106,10 @@ class SampleFile(Sequence[Sample]):
                 yield self._sample(*line)
 
     def image_ids(self) -> Iterator[str]:
-        """The image of every sample in order, '' without one; no text is made."""
+        """The first image of every sample in order, '' without one; no text is made."""
         for batch in range(self._reader.num_record_batches):
-            yield from self._reader.get_batch(batch)["image_id"].to_pylist()
+            for images in self._reader.get_batch(batch)["images"].to_pylist():
+                yield images[0]["image_id"] if images else ""
 
     def _batch(self, number: int) -> pa.RecordBatch:
         with self._lock:
@@ -111,12 +118,15 @@ class SampleFile(Sequence[Sample]):
             return self._last[1]
 
     def _sample(self, sample_id: str, questions: list[str], answers: list[str], *rest: Any) -> Sample:
-        image_id, path, checksum, file, start, count, regenerate, reason = rest
+        system, images, regenerate, reason = rest
         if reason is not None:
             return Skipped(sample_id, reason)
+        found = tuple(self._image(**image) for image in images)
+        return Conversation(sample_id, tuple(questions), tuple(answers), found, regenerate, system=system)
+
+    def _image(self, image_id: str, path: str, checksum: str, file: str, start: int, count: int) -> Image:
         stored = StoredBytes(file or str(self.folder / _IMAGES), start, count) if count else None
-        images = (Image(image_id, path=path, stored=stored, checksum=checksum),) if image_id else ()
-        return Conversation(sample_id, tuple(questions), tuple(answers), images, regenerate)
+        return Image(image_id, path=path, stored=stored, checksum=checksum)
 
 
 def lay_down(samples: Iterable[Sample], folder: Path | None = None) -> SampleFile:
@@ -137,12 +147,17 @@ def lay_down(samples: Iterable[Sample], folder: Path | None = None) -> SampleFil
         raise
 
 
-def spool(data: DataConfig, folder: Path | None, advance: Callable[[int], None] = lambda count: None) -> SampleFile:
+def spool(
+    data: DataConfig,
+    folder: Path | None,
+    advance: Callable[[int], None] = lambda count: None,
+    by_turn: bool = False,
+) -> SampleFile:
     """Read ``data`` into ``folder`` (a temporary one where there is none); it is removed when the samples are closed.
 
     Raises as :class:`SampleReader`.
     """
-    reader = SampleReader(data, advance)
+    reader = SampleReader(data, advance, by_turn)
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left: the output has one writer
         folder.mkdir(parents=True)
@@ -167,12 +182,14 @@ def _write(samples: Iterable[Sample], folder: Path) -> int:
 
 def _line(sample: Sample, images: BinaryIO, places: dict[str, Place]) -> tuple[Any, ...]:
     if isinstance(sample, Skipped):
-        return (sample.sample_id, [], [], "", "", "", "", 0, 0, False, sample.reason)
-    texts, image = (sample.sample_id, list(sample.questions), list(sample.answers)), sample.image
-    if image is None:
-        return (*texts, "", "", "", "", 0, 0, sample.regenerate, None)
-    place = _place(image, images, places)
-    return (*texts, image.image_id, image.path, image.checksum, *place, sample.regenerate, None)
+        return (sample.sample_id, [], [], "", [], False, sample.reason)
+    names = [field.name for field in _IMAGE]
+    shown = [
+        dict(zip(names, (i.image_id, i.path, i.checksum, *_place(i, images, places)), strict=True))
+        for i in sample.images
+    ]
+    texts = (sample.sample_id, list(sample.questions), list(sample.answers), sample.system)
+    return (*texts, shown, sample.regenerate, None)
 
 
 def _place(image: Image, images: BinaryIO, places: dict[str, Place]) -> Place:

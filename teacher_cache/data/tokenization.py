@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from teacher_cache.data.conversations import IMAGE_TAG, Conversation
-from teacher_cache.data.rows import Positions, equal_runs, positions_of
+from teacher_cache.data.rows import Positions, equal_runs, expand, expanded_length, positions_of
 from teacher_cache.errors import TemplateError
 
 Ids = tuple[int, ...]
@@ -113,6 +113,15 @@ class TokenizedSample:
     def rows(self) -> int:
         """R: the number of answer tokens."""
         return int(self.loss_mask.sum())
+
+    @property
+    def length(self) -> int:
+        """S: positions that the model reads."""
+        return int(expanded_length(len(self.input_ids), len(self.runs), self.runs[:, 0].sum()))
+
+    def expanded(self, image_token: int) -> npt.NDArray[np.int64]:
+        """(S,) the ids as the model reads them."""
+        return expand(self.input_ids, image_token, self.runs[:, 0])
 
     def positions(self, image_token: int) -> Positions:
         """Where its rows, text and images stand in what the model reads."""

@@ -19,7 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from teacher_cache.data.conversations import IMAGE_TAG, Conversation, pieces
+from teacher_cache.data.rows import collapse
+from teacher_cache.data.tokenization import TokenizedSample
 from teacher_cache.errors import ConversationError, TemplateError
+from teacher_cache.models.prompt import Prompt
 from teacher_cache.models.slots import SLOT, SPELLED, Array, Ids, Slots
 
 TEMPLATES = {path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
@@ -67,6 +70,8 @@ class Chat:
         template: str = "",
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        self.processor = processor
+        """The model's own."""
         self._sees = hasattr(processor, "image_processor")
         self._slots = Slots(processor.tokenizer if self._sees else processor)
         self._reader = self._tokenizer = self._slots.tokenizer
@@ -75,8 +80,10 @@ class Chat:
             self._reader.tokenizer = self._tokenizer
         self._kwargs = dict(template_kwargs or {})
         self._choose_template(template)
-        self._image_token = getattr(config, "image_token_id", None)
-        known = [self._image_token] if self._image_token is not None else []
+        token = getattr(config, "image_token_id", None) if self._sees else None
+        self.image_token = -1 if token is None else int(token)
+        """The id at an image's positions; -1 for a model that reads text alone."""
+        known = [] if token is None else [self.image_token]
         named = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")]
         self._placeholders = frozenset(filter(None, [*named, *self._tokenizer.convert_ids_to_tokens(known)]))
         self._learn(frozenset(ends))
@@ -90,7 +97,9 @@ class Chat:
         if not name and not own:
             raise TemplateError(f"the model has no chat template: {_SET}")
         self._template = file.read_text("utf-8") if name else None
-        if "strftime_now" in (self._template or str(own)):
+        self.text = str(self._template or own)
+        """The template itself."""
+        if "strftime_now" in self.text:
             self._kwargs["strftime_now"] = ""  # cannot be called
         self._adds_begin: bool | None = None  # as apply_chat_template decides
         if name in TEMPLATES:
@@ -122,6 +131,57 @@ class Chat:
         """What the template writes between its generation prompt and an answer: part of an answer's ids."""
         self.one_sequence = self._leads and later.startswith(self._context + self.lead + SLOT + self._closing)
         """Whether a later prompt goes on where the last answer ended; if not, each turn is a sample of its own."""
+
+    def prompt(self, conversation: Conversation, images: Sequence[Any] = ()) -> Prompt:
+        """What stands around the answers of ``conversation``, with all its images; raises as :meth:`sample`."""
+        assert self.one_sequence, "each turn is a sample of its own"
+        marked = self.tokenized(conversation, [(self.end,)] * len(conversation.questions), images)
+        return Prompt.of(marked, self.image_token, self.end)
+
+    def tokenized(
+        self, conversation: Conversation, answers: Sequence[Ids], images: Sequence[Any] = (), ask: bool = False
+    ) -> TokenizedSample:
+        """:meth:`sample` as a cache keeps it: of each run of image positions one alone."""
+        whole = self.sample(conversation, answers, images, ask)
+        return TokenizedSample(conversation.sample_id, *collapse(whole.input_ids, whole.loss_mask, whole.image))
+
+    def check(self, conversation: Conversation, images: Sequence[Any] = ()) -> bool:
+        """Compare :meth:`sample` with what the model's own processor makes of the text that its template writes: of the
+        whole conversation with its original answers, or, where the template rewrites turns, of the first prompt. False
+        where a text spells a control token, which is one to the processor and text to us.
+
+        Raises
+        ------
+        TemplateError
+            An id or another field differs: the first one.
+        ConversationError
+            As :meth:`sample`.
+        """
+        if self._slots.spells((*conversation.questions, *conversation.answers, conversation.system)):
+            return False
+        ask = not self.one_sequence
+        answers = [] if ask else [self.original(answer) for answer in conversation.answers]
+        sample = self.sample(conversation, answers, images, ask)
+        messages = [self._message("system", conversation.system)] if conversation.system else []
+        for question, answer in zip(conversation.questions[: 1 if ask else None], conversation.answers, strict=False):
+            messages.append(self._message("user", *(pieces(question) if self._asks else [""] * len(pieces(question)))))
+            messages += [] if ask else [self._message("assistant", answer.strip())]
+        text = self._render(messages, ask, self.processor)
+        shown = images[: sum(q.count(IMAGE_TAG) for q in conversation.questions[: 1 if ask else None])]
+        more = {"images": [list(shown)] if shown else None} if self._sees else {}
+        own = dict(self.processor(text=[text], return_tensors="pt", add_special_tokens=self._begins(text), **more))
+        length = len(sample.input_ids)
+        found: dict[str, Any] = {"input_ids": sample.input_ids, **sample.model}
+        for name in sorted(found.keys() | own.keys() - {"attention_mask"}):
+            line = name == "input_ids" or name.endswith("token_type_ids")
+            theirs = own[name][0, :length] if name in own and line else own.get(name)
+            if name not in found or theirs is None or not np.array_equal(np.asarray(theirs), np.asarray(found[name])):
+                raise TemplateError(
+                    f"sample {conversation.sample_id}: {name} is not what the model's own processor and template make "
+                    f"of this conversation ({_apart(theirs, found.get(name))}), so what would be cached is not what "
+                    f"the model reads. Is the template one that writes a turn in more than one way? Else {_SET}"
+                )
+        return True
 
     def original(self, answer: str) -> Ids:
         """An answer that no model produced, as the template writes it behind its prompt, with its end token.
@@ -169,7 +229,7 @@ class Chat:
         spans = made.pop("text_replacement_offsets", ())
         for number, span in enumerate(spans[0] if len(spans) else ()):
             inside = (offsets[:, 0] >= span["new_span"][0]) & (offsets[:, 0] < span["new_span"][1])
-            image[inside & (ids == self._image_token)] = number
+            image[inside & (ids == self.image_token)] = number
         values, source, mask = self._slots.fill(ids.tolist(), slots, spelled, self.ends)
         fields = {name: field for name, field in made.items() if name != "attention_mask"}
         for name in [name for name in fields if name.endswith("token_type_ids")]:
@@ -190,7 +250,7 @@ class Chat:
         self, conversation: Conversation, answers: Sequence[Ids], ask: bool
     ) -> tuple[str, Sequence[Ids], list[str]]:
         """What the template writes, the answers of its slots, and the control tokens that texts in it spell."""
-        if self._image_token is not None and any(self._image_token in answer for answer in answers):
+        if any(self.image_token in answer for answer in answers):
             raise ConversationError("an answer holds the image token")
         turn = len(answers) - (not ask)
         spelled: list[str] = []
@@ -230,12 +290,12 @@ class Chat:
             content += [{"type": "text", "text": text}] if text or len(parts) == 1 else []
         return {"role": role, "content": content}
 
-    def _render(self, messages: list[dict[str, Any]], ask: bool = False) -> str:
+    def _render(self, messages: list[dict[str, Any]], ask: bool = False, reader: Any = None) -> str:
         from jinja2 import TemplateError as JinjaError
 
         settings: dict[str, Any] = {"chat_template": self._template, "tokenize": False, "add_generation_prompt": ask}
         try:
-            return str(self._reader.apply_chat_template(messages, **settings, **self._kwargs))
+            return str((reader or self._reader).apply_chat_template(messages, **settings, **self._kwargs))
         except (JinjaError, TypeError) as error:
             if "strftime_now" in self._kwargs and "not callable" in str(error):
                 raise TemplateError(_DATE) from error
@@ -257,3 +317,14 @@ class Chat:
             return dict(self._reader(text=[text], return_tensors="pt", **more))
         except ValueError as error:
             raise ConversationError(f"the model's processor refuses it: {error}") from error
+
+
+def _apart(theirs: Any, ours: Any) -> str:
+    """The first difference of two fields."""
+    if theirs is None or ours is None:
+        return "one of the two has none"
+    left, right = np.asarray(theirs), np.asarray(ours)
+    if left.shape != right.shape:
+        return f"shape {left.shape} there, {right.shape} here"
+    place = np.unravel_index(int(np.argmax(left != right)), left.shape)
+    return f"{left[place]} there, {right[place]} here, at {tuple(map(int, place))}"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from teacher_cache.data.conversations import IMAGE_TAG
 from teacher_cache.errors import ConversationError, TemplateError
 
 Ids = tuple[int, ...]
@@ -42,6 +43,10 @@ class Slots:
         self._spells = re.compile("|".join(map(re.escape, (SLOT, SPELLED, *texts))))
         self.tokenizer.add_tokens([SLOT, SPELLED], special_tokens=True)
         self._slot, self._spelled = self.tokenizer.convert_tokens_to_ids([SLOT, SPELLED])
+
+    def spells(self, texts: Sequence[str]) -> bool:
+        """Whether a text spells a control token; an image's place, which the data write as ``<image>``, is none."""
+        return any(self._spells.search(part) for text in texts for part in text.split(IMAGE_TAG))
 
     def plain(self, text: str, spelled: list[str], refused: Collection[str] = ()) -> str:
         """``text`` with a mark for each control token that it spells; they are added to ``spelled``.

@@ -29,7 +29,7 @@ def cache_info(storage: Storage) -> list[tuple[str, str]]:
         ("state", f"{state}, {done} of {manifest.planned_shards} shards"),
         ("fingerprint", manifest.fingerprint[:16]),
         ("teacher", f"{teacher['model']} ({teacher['dtype']}, {size})"),
-        ("template, images", f"{teacher['template']}, {_image_tokens(counts)}"),
+        ("template, images", f"{teacher['template'] or 'own'}, {_image_tokens(counts)}"),
         ("data", f"{data_names(manifest)} (regenerate: {manifest.data['regenerate']})"),
         ("generation", _generation(manifest.generation)),
         ("preset", f"{signals['preset']}: top-{signals['top_k']}, hidden {signals['hidden']} ({signals['codec']})"),

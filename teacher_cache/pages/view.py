@@ -94,10 +94,11 @@ def find_figures(names: Sequence[str], image_ids: Sequence[str]) -> Callable[[st
     files += [file for files_of_name in found.values() for file in files_of_name]
     wanted, embedded = set(image_ids), dict[str, Image]()
     for sample in read_conversations(DataConfig(path=tuple(files), duplicate_ids="number")) if files else ():
-        if isinstance(sample, Conversation) and sample.image and sample.image.image_id in wanted:
-            embedded[sample.image.image_id] = sample.image
-            if len(embedded) == len(wanted):
-                break
+        for image in sample.images if isinstance(sample, Conversation) else ():
+            if image.image_id in wanted:
+                embedded[image.image_id] = image
+        if len(embedded) == len(wanted):
+            break
 
     def find(image_id: str) -> Figure:
         if image_id not in embedded and re.fullmatch("[0-9a-f]{32}", image_id):

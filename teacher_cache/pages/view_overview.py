@@ -118,7 +118,8 @@ def _add(measured: Measured, cache: TeacherCache, shard: int, first: int, lines:
 
 
 def _add_sample(measured: Measured, mask: Array, entropy: Array, texts: Texts) -> None:
-    for part, answer in zip(turns(mask), texts["answers"], strict=True):
+    parts = turns(mask)
+    for part, answer in zip(parts, texts["answers"][-len(parts) :], strict=True):  # the last alone, in some caches
         rows = entropy[part]
         measured.by_type[answer_type(answer)].append(rows)
         places = np.searchsorted(POSITION_EDGES, np.arange(len(rows)), side="right") - 1

@@ -106,7 +106,12 @@ def sample_values(cache: TeacherCache, index: int, figure: Callable[[str], Figur
         "figures": [(image_id, figure(image_id)) for image_id in images],
         "about": f"{', '.join(images) or 'text only'} · {len(batch.arrays['input_ids']):,} tokens, "
         f"{len(tokens):,} in answers",
-        "turns": [_turn(texts, t, tokens[part]) for t, part in enumerate(turns(batch.arrays["loss_mask"]))],
+        "turns": [
+            _turn(texts, t, tokens[part])
+            for t, part in enumerate(
+                turns(batch.arrays["loss_mask"]), 0 if cache.manifest.one_sequence else len(texts["answers"]) - 1
+            )
+        ],
     }
 
 

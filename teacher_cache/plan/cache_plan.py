@@ -18,16 +18,15 @@ import pyarrow as pa
 
 from teacher_cache.config import PRESETS, CacheConfig, SignalsConfig
 from teacher_cache.data.conversations import Conversation
-from teacher_cache.data.images import image_tokens_of
 from teacher_cache.data.rows import expanded_length, text_positions
 from teacher_cache.data.sample_reader import read_conversations
-from teacher_cache.data.tokenization import template_by_name
 from teacher_cache.data.units import bytes_text
+from teacher_cache.models.chat import Chat
 from teacher_cache.models.model_config import load_model_config
 from teacher_cache.models.model_sizes import parameter_bytes, size_of
-from teacher_cache.models.pretrained import check_llava
+from teacher_cache.models.pretrained import model_class
 from teacher_cache.plan.cost import TeacherMemory, Throughput, assumed_throughput, teacher_memory
-from teacher_cache.plan.lengths import Lengths, conversation_lengths, load_tokenizer
+from teacher_cache.plan.lengths import ImageLength, Lengths, conversation_lengths, image_length, read_chat
 from teacher_cache.store.arrays import ArrayLayout, chunk_rows_for
 from teacher_cache.store.records import Axis, TeacherShape, image_arrays, pairs, record_arrays
 from teacher_cache.store.storage import Storage
@@ -106,26 +105,26 @@ def plan_cache(config: CacheConfig, *, answer_factor: float = 1.0, throughput: T
 
     Raises ``DataError``, ``ConfigError``: the data cannot be read, or the teacher's configuration cannot be found.
     """
-    samples = read_conversations(config.data)
+    model, shape = _teacher(config)
+    chat = read_chat(config)
+    samples = read_conversations(config.data, by_turn=chat is not None and not chat.one_sequence)
     shards = -(-len(samples) // config.layout.shard_samples)
     conversations = [s for s in samples if isinstance(s, Conversation)]
-    model, shape, image_tokens = _teacher(config)
     storage = Storage(config.output or ".")
-    tokenizer = load_tokenizer(config.teacher.model, config.teacher.revision)
     answered = _answered(storage, shards) if config.output else {}
     lengths = conversation_lengths(
         conversations,
-        template_by_name(config.teacher.template),
-        tokenizer,
+        chat,
         answer_factor=answer_factor,
         answered=answered,
         most_a_turn=config.generation.max_new_tokens,
     )
-    image = np.array([c.image is not None for c in conversations], np.int64)  # (M,)
-    prompt = expanded_length(lengths.prompt, image, image * image_tokens)
+    image = np.array([len(c.images) for c in conversations], np.int64)  # (M,)
+    of_one = image_length(config, model, chat, [i for c in conversations for i in c.images])
+    prompt = expanded_length(lengths.prompt, image * (1 - of_one.tokens + of_one.runs), image * of_one.positions)
     whole = prompt + lengths.answers
     kept = (whole <= config.teacher.max_length) & _image_there(conversations, config)
-    lines = _lines(conversations, lengths, image, kept, image_tokens)
+    lines = _lines(conversations, lengths, image, kept, of_one)
     texts = _text_bytes([conversations[i] for i in np.flatnonzero(kept)])
     parts = {
         name: _part_bytes(as_preset(config.signals, name), config, shape, lines, shards, texts) for name in PRESETS
@@ -146,7 +145,7 @@ def plan_cache(config: CacheConfig, *, answer_factor: float = 1.0, throughput: T
         throughput=rate,
         memory=teacher_memory(config, model, min(int(whole.max(initial=1)), config.teacher.max_length)),
         free_bytes=storage.free_bytes() if config.output else None,
-        notes=_notes(config, conversations, lengths, tokenizer, answered, answer_factor),
+        notes=_notes(config, conversations, lengths, chat, answered, answer_factor),
     )
 
 
@@ -160,11 +159,11 @@ def as_preset(signals: SignalsConfig, name: str) -> SignalsConfig:
     return dataclasses.replace(signals, **(undone | PRESETS[name]))
 
 
-def _teacher(config: CacheConfig) -> tuple[Any, TeacherShape, int]:
+def _teacher(config: CacheConfig) -> tuple[Any, TeacherShape]:
     model = load_model_config(config.teacher.model, config.teacher.revision, "teacher.model")
-    check_llava("teacher.model", config.teacher.model, model)
+    model_class("teacher.model", config.teacher.model, model)
     text = model.get_text_config()
-    return model, TeacherShape(text.hidden_size, text.vocab_size), image_tokens_of(model)
+    return model, TeacherShape(text.hidden_size, text.vocab_size)
 
 
 def _lines(
@@ -172,20 +171,21 @@ def _lines(
     lengths: Lengths,
     image: npt.NDArray[np.int64],
     kept: npt.NDArray[np.bool_],
-    image_tokens: int,
+    of_one: ImageLength,
 ) -> dict[Axis, int]:
     """Lines of the cache on each axis. An image has its line even where all its samples are left out."""
-    tokens = (lengths.prompt + lengths.answers)[kept]
-    distinct = len({c.image.image_id for c in conversations if c.image is not None})
+    runs = image[kept] * of_one.runs
+    tokens = (lengths.prompt + lengths.answers)[kept] + image[kept] * (of_one.tokens - 1)
+    distinct = len({i.image_id for c in conversations for i in c.images})
     return {
-        "token": int(tokens.sum()),
+        "token": round(tokens.sum()),
         "row": int(lengths.answers[kept].sum()),
-        "position": int(text_positions(tokens, image[kept]).sum()),
-        "run": int(image[kept].sum()),
-        "cell": int((image * lengths.answers)[kept].sum()) * image_tokens,
+        "position": round(text_positions(tokens, runs).sum()),
+        "run": round(runs.sum()),
+        "cell": round((image * lengths.answers)[kept].sum() * of_one.positions),
         "image": distinct,
-        "patch": distinct * image_tokens,
-        "pair": distinct * pairs(image_tokens),
+        "patch": round(distinct * of_one.positions),
+        "pair": round(distinct * pairs(of_one.positions)),
     }
 
 
@@ -231,9 +231,9 @@ def _image_there(conversations: Sequence[Conversation], config: CacheConfig) -> 
     folder = Path(config.data.image_folder)
     if not config.data.image_folder or not folder.is_dir():
         return np.ones(len(conversations), np.bool_)
-    images = {c.image.image_id: c.image for c in conversations if c.image is not None}
+    images = {image.image_id: image for c in conversations for image in c.images}
     there = {name: image.embedded or (folder / image.path).is_file() for name, image in images.items()}
-    return np.array([c.image is None or there[c.image.image_id] for c in conversations], np.bool_)
+    return np.array([all(there[image.image_id] for image in c.images) for c in conversations], np.bool_)
 
 
 def _answered(storage: Storage, shards: int) -> dict[str, int]:
@@ -251,7 +251,7 @@ def _notes(
     config: CacheConfig,
     conversations: Sequence[Conversation],
     lengths: Lengths,
-    tokenizer: Any | None,
+    chat: Chat | None,
     answered: Mapping[str, int],
     answer_factor: float,
 ) -> tuple[str, ...]:
@@ -262,14 +262,15 @@ def _notes(
             f"{anew:,} samples get new answers: counted as {answer_factor:g} times as long as the original ones, "
             f"at most {config.generation.max_new_tokens} tokens"
         )
-    if tokenizer is None:
+    if chat is None:
         notes.append("no tokenizer found: token counts are estimated from characters (about 10 % off)")
     elif lengths.counted < len(conversations):
         notes.append(f"token counts: {lengths.counted:,} samples counted, the others from their characters")
     if config.layout.compression != "none":
         notes.append("sizes are those before compression; quantised states hardly compress")
     folder = config.data.image_folder
-    if not folder or not Path(folder).is_dir():
+    shown = any(c.images for c in conversations)
+    if shown and (not folder or not Path(folder).is_dir()):
         notes.append("data.image_folder not found: all images are taken to be there")
     return tuple(notes)
 

@@ -1,30 +1,38 @@
 """How many tokens conversations have, before any model has seen them.
 
-With the teacher's tokenizer they are counted, up to ``COUNTED`` conversations; the others follow from their characters
-at the rate found on those. Without a tokenizer all follow from their characters.
+With the teacher's processor they are counted, up to ``COUNTED`` conversations; the others follow from their characters
+at the rate found on those. Without it all follow from their characters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image as PillowImage
 
-from teacher_cache.data.conversations import Conversation
-from teacher_cache.data.tokenization import Template, tokenize_answer, tokenize_prompt
+from teacher_cache.config import CacheConfig
+from teacher_cache.data.conversations import IMAGE_TAG, Conversation, Image
+from teacher_cache.data.images import image_tokens_of, load_image
+from teacher_cache.errors import ConfigError, ConversationError, ImageError, TeacherError
+from teacher_cache.models.chat import Chat
+from teacher_cache.models.open_chat import open_chat, reads_text_alone
 
 COUNTED = 20_000
+MEASURED = 32
+"""Images whose positions are counted; the others are taken to have as many on average."""
+OPENING, AROUND = 160, 20
+"""Characters that a template writes before everything, and around a turn: vicuna_v1's."""
 CHARACTERS_PER_TOKEN = 4.2
 """English prose under LLaMA's vocabulary; LLaVA-Instruct's answers. Code and other languages have fewer."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """(M,) token counts of conversations: prompt (one placeholder for an image), answers with their end tokens."""
+    """(M,) token counts of conversations: prompt (one placeholder an image), answers with their end tokens."""
 
     prompt: npt.NDArray[np.int64]
     answers: npt.NDArray[np.int64]
@@ -34,8 +42,7 @@ class Lengths:
 
 def conversation_lengths(
     conversations: Sequence[Conversation],
-    template: Template,
-    tokenizer: Any | None,
+    chat: Chat | None,
     *,
     answer_factor: float = 1.0,
     answered: Mapping[str, int] | None = None,
@@ -44,11 +51,19 @@ def conversation_lengths(
     """Token counts of ``conversations``. Answers that the teacher will write anew are taken ``answer_factor`` times as
     long as the original ones, at most ``most_a_turn`` tokens a turn; ``answered`` (by sample_id) are known already.
     """
-    characters = np.array([_characters(c, template) for c in conversations], np.float64).reshape(-1, 2)
+    characters = np.array([_characters(c) for c in conversations], np.float64).reshape(-1, 2)
     turns = np.array([len(c.questions) for c in conversations], np.int64)
     tokens = characters / CHARACTERS_PER_TOKEN
-    chosen = _chosen(len(conversations)) if tokenizer is not None else np.zeros(0, np.int64)
-    counted = np.array([_count(conversations[i], template, tokenizer) for i in chosen], np.float64).reshape(-1, 2)
+    chosen, counts = [], []
+    for i in _chosen(len(conversations)):
+        if chat is None:
+            break
+        try:
+            counts.append(_count(conversations[i], chat))
+            chosen.append(int(i))
+        except ConversationError:  # it will be skipped, as a build does
+            continue
+    counted = np.array(counts, np.float64).reshape(-1, 2)
     if len(chosen):
         rate = counted.sum(0) / np.maximum(characters[chosen].sum(0), 1)
         tokens = characters * rate
@@ -66,29 +81,66 @@ def conversation_lengths(
     return Lengths(whole[:, 0], whole[:, 1], len(chosen))
 
 
-def load_tokenizer(model: str, revision: str = "") -> Any | None:
-    """The tokenizer of a model's folder or repository, or None when there is none; nothing else is loaded."""
-    from teacher_cache.models.pretrained import ModelError, read_tokenizer
+@dataclass(frozen=True)
+class ImageLength:
+    """What an image takes on average: ``tokens`` of a cache (runs, and text that the processor writes around them),
+    ``runs`` among them, and ``positions`` in the model."""
 
-    folder = Path(model)
-    if folder.is_dir() and not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
-        return None
+    tokens: float = 0.0
+    runs: float = 0.0
+    positions: float = 0.0
+
+
+def read_chat(config: CacheConfig) -> Chat | None:
+    """How the teacher is shown conversations, or None where its processor is not there.
+
+    Raises ``TemplateError``: the processor is there, its chat template cannot be used.
+    """
     try:
-        return read_tokenizer("teacher.model", model, revision)
-    except ModelError:
+        return open_chat(config.teacher)
+    except TeacherError:
         return None
 
 
-def _characters(conversation: Conversation, template: Template) -> tuple[int, int]:
-    around = len(template.user) + len(template.assistant) + len(template.separator)
-    turns = len(conversation.questions)
-    prompt = len(template.first) + turns * around + sum(map(len, conversation.texts))
-    return prompt + 4 * (conversation.image is not None), sum(map(len, conversation.answers))
+def image_length(config: CacheConfig, model: Any, chat: Chat | None, images: Sequence[Image]) -> ImageLength:
+    """Counted on up to :data:`MEASURED` of ``images``, or on one of 640 × 480 where none can be read.
+
+    Raises ``ConfigError``: the processor, which alone knows, is not there.
+    """
+    if reads_text_alone(model) or not images:
+        return ImageLength()
+    if chat is None:
+        if model.model_type != "llava":
+            raise ConfigError(
+                f"teacher.model={config.teacher.model}: how many positions an image takes in a {model.model_type} "
+                "model is known to its processor alone: put its processor's files beside config.json (weights are not "
+                "needed)"
+            )
+        return ImageLength(1, 1, image_tokens_of(model))
+    shown = []
+    for image in images[:MEASURED]:
+        try:
+            shown.append(load_image(image, config.data.image_folder))
+        except (ImageError, OSError):
+            continue
+    shown = shown or [PillowImage.new("RGB", (640, 480))]
+    asked = Conversation("", (IMAGE_TAG,), ("",), (Image("", ""),))
+    bare = len(chat.unexpanded(asked, (), ask=True)[0])
+    samples = [chat.tokenized(asked, (), [picture], ask=True) for picture in shown]
+    return ImageLength(
+        *np.mean([(len(s.input_ids) - bare + 1, len(s.runs), s.runs[:, 0].sum()) for s in samples], 0).tolist()
+    )
 
 
-def _count(conversation: Conversation, template: Template, tokenizer: Any) -> tuple[int, int]:
-    prompt = sum(map(len, tokenize_prompt(conversation, template, tokenizer).segments))
-    return prompt, sum(len(tokenize_answer(a, template, tokenizer)) for a in conversation.answers)
+def _characters(conversation: Conversation) -> tuple[int, int]:
+    prompt = OPENING + AROUND * len(conversation.questions) + sum(map(len, conversation.texts))
+    return prompt + 4 * len(conversation.images), sum(map(len, conversation.answers))
+
+
+def _count(conversation: Conversation, chat: Chat) -> tuple[int, int]:
+    answers = [chat.original(answer) for answer in conversation.answers]
+    ids, mask = chat.unexpanded(conversation, answers)
+    return len(ids) - int(mask.sum()), int(mask.sum())
 
 
 def _chosen(conversations: int) -> npt.NDArray[np.int64]:

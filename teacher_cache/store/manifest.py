@@ -65,6 +65,11 @@ class Manifest:
         return LogitRule(**self.teacher["logit_rule"])
 
     @property
+    def one_sequence(self) -> bool:
+        """Whether a sample supervises all its answers; if not, the last one alone."""
+        return bool(self.teacher.get("one_sequence", True))
+
+    @property
     def image_tokens(self) -> int:
         """N where every image has as many positions; 0 where they differ, or there is none."""
         least, most = self.counts.get("least_image", 0), self.counts.get("most_image", 0)
@@ -92,7 +97,7 @@ def data_names(manifest: Manifest) -> str:
     return manifest.made_with.get("data", "")
 
 
-_TEACHER_SETTINGS = ("template", "max_length", "quantization", "image_mode")
+_TEACHER_SETTINGS = ("template_kwargs", "max_length", "quantization")
 _CONTENT = ("teacher", "data", "generation", "signals", "layout", "planned_samples", "format_version")
 
 

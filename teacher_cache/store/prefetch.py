@@ -165,3 +165,8 @@ def _files(folder: Path) -> list[tuple[float, int, Path]]:
                     stat = path.stat()
                     found.append((stat.st_mtime, stat.st_size, path))
     return found
+
+
+def files_of(storage: Storage, generation: str) -> LocalFiles | LocalCopy:
+    """The files of a cache that is looked through once: where they lie, or copies that are soon deleted."""
+    return LocalFiles(storage) if storage.local is not None else LocalCopy(storage, None, 2.0, generation)

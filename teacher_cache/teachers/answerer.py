@@ -17,11 +17,12 @@ import torch
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.vocabulary import compare
 from teacher_cache.errors import TeacherError
+from teacher_cache.models.chat import Chat
 from teacher_cache.teachers.teacher import (
     Answer,
     AnswerRequest,
     SampleStates,
-    ScoreRequest,
+    Shown,
     Teacher,
     TeacherDescription,
     Then,
@@ -47,6 +48,10 @@ class AnsweringStudent:
         return self.teacher.tokenizer
 
     @property
+    def chat(self) -> Chat:
+        return self.teacher.chat
+
+    @property
     def positions(self) -> int | None:
         limits = [limit for limit in (self.teacher.positions, self.student.positions) if limit is not None]
         return min(limits, default=None)
@@ -57,7 +62,7 @@ class AnsweringStudent:
     def answers(self, requests: Sequence[AnswerRequest], then: Then | None = None) -> Iterator[tuple[int, Answer]]:
         return self.student.answers(requests, then)
 
-    def score(self, requests: Sequence[ScoreRequest], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
+    def score(self, requests: Sequence[Shown], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
         return self.teacher.score(requests, wanted)
 
     def head(self) -> torch.Tensor:

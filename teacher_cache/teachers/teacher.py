@@ -9,10 +9,12 @@ from typing import Any, Protocol
 
 import torch
 
+from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.images import AnyImage
 from teacher_cache.data.logit_rule import AS_THEY_ARE, LogitRule
 from teacher_cache.data.rows import Positions
 from teacher_cache.data.tokenization import Ids, TokenizedSample
+from teacher_cache.models.chat import Chat
 from teacher_cache.store.records import TeacherShape
 
 
@@ -31,33 +33,61 @@ class TeacherDescription:
     end_token: int
     processor: dict[str, Any]
     """Every setting of its processor, with the library that resizes images."""
-    image_tokens: int
-    """N, the positions of an image: of one teacher the same for all of them. Not in the manifest: samples have runs."""
+    template: str = ""
+    """The name of its chat template, where that is a shipped one."""
     chat_template: str = ""
+    """Its text."""
+    one_sequence: bool = True
+    """Whether one sequence holds all answers of a conversation; if not, each turn is a sample of its own, which
+    supervises its last answer alone."""
     vocabulary: dict[str, Any] = field(default_factory=dict)
     """What its ids mean: ``data.vocabulary.describe_vocabulary``."""
     logit_rule: LogitRule = AS_THEY_ARE
 
     def facts(self) -> dict[str, Any]:
-        """What stands in the manifest."""
-        plain = dataclasses.asdict(self)
-        del plain["image_tokens"]
-        return plain
+        """What stands in the manifest; ``image_mode``: how LLaVA-1.5's processor shows images that are no square."""
+        image = self.processor.get("image", {})
+        mode = "pad" if image.get("do_pad", not image.get("do_center_crop")) else "crop"
+        return dataclasses.asdict(self) | ({"image_mode": mode} if "crop_size" in image else {})
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A conversation as a teacher is shown it: up to the last of the ``answers`` given, or to the prompt for the next.
+
+    ``sample``: its ids as a cache keeps them, with the lengths of its runs · ``images``: of all turns, in order.
+    """
+
+    conversation: Conversation
+    answers: tuple[Ids, ...]
+    images: tuple[AnyImage, ...]
+    sample: TokenizedSample
+    ask: bool = False
+
+    @property
+    def sees(self) -> bool:
+        """Whether an image stands in it."""
+        return len(self.sample.runs) > 0
 
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """One turn to answer. ``input_ids`` with one placeholder for ``image``; ``seed`` only where it is sampled.
+    """One turn to answer: the one after ``shown.answers``; ``seed`` only where it is sampled.
 
     With ``capture`` a one-pass teacher returns the states of the whole sequence beside the answer.
     """
 
-    sample_id: str
-    turn: int
-    input_ids: Ids
-    image: AnyImage | None
+    shown: Shown
     seed: int
     capture: bool = False
+
+    @property
+    def sample_id(self) -> str:
+        return self.shown.conversation.sample_id
+
+    @property
+    def turn(self) -> int:
+        return len(self.shown.answers)
 
 
 OVERFLOW = "overflow"
@@ -75,12 +105,6 @@ class Answer:
     token_ids: Ids
     finish_reason: str
     hidden: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    sample: TokenizedSample
-    image: AnyImage | None
 
 
 @dataclass(frozen=True)
@@ -124,6 +148,11 @@ class Teacher(Protocol):
     def tokenizer(self) -> Any: ...
 
     @property
+    def chat(self) -> Chat:
+        """How it is shown conversations."""
+        ...
+
+    @property
     def positions(self) -> int | None:
         """Tokens of the longest sequence that the model was made for (image expanded); None where nothing limits it."""
         ...
@@ -150,7 +179,7 @@ class Teacher(Protocol):
         """
         ...
 
-    def score(self, requests: Sequence[ScoreRequest], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
+    def score(self, requests: Sequence[Shown], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
         """Teacher-forced states, batch by batch: (indices into ``requests``, their states), each index once."""
         ...
 

@@ -3,46 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from teacher_cache.config import GenerationConfig, SpeedConfig, TeacherConfig
-from teacher_cache.data.images import AnyImage, image_tokens_of, square
-from teacher_cache.data.logit_rule import LogitRule
-from teacher_cache.data.rows import expand
-from teacher_cache.data.tokenization import (
-    end_token_id,
-    image_token_id,
-    template_by_name,
-    template_text,
-    tokenizer_fingerprint,
-)
-from teacher_cache.data.vocabulary import describe_vocabulary
+from teacher_cache.data.images import decoded
 from teacher_cache.errors import TeacherError
-from teacher_cache.models.checkpoint import checkpoint_digest
+from teacher_cache.models.chat import Chat
 from teacher_cache.models.generation import Decoding, forward, generate
 from teacher_cache.models.model_config import position_limit
+from teacher_cache.models.open_chat import load_processor, open_chat
 from teacher_cache.models.parts import media_tokens
-from teacher_cache.models.pretrained import (
-    check_llava,
-    load_model,
-    model_class,
-    read_config,
-    read_processor,
-    read_tokenizer,
-)
+from teacher_cache.models.pretrained import load_model
 from teacher_cache.models.probe import TOKENS, probe
-from teacher_cache.models.processor_settings import processor_settings
-from teacher_cache.store.records import TeacherShape
+from teacher_cache.teachers.description import describe_teacher
 from teacher_cache.teachers.teacher import (
     OVERFLOW,
     Answer,
     AnswerRequest,
     SampleStates,
-    ScoreRequest,
+    Shown,
     TeacherDescription,
     Then,
     Wanted,
@@ -52,12 +34,12 @@ from teacher_cache.teachers.teacher import (
 
 
 class TorchTeacher:
-    """A model of LLaVA-1.5's kind, or of text alone, as :class:`~teacher_cache.teachers.teacher.Teacher`.
+    """Any model that reads images and text, or text, as :class:`~teacher_cache.teachers.teacher.Teacher`.
 
     Raises
     ------
-    TeacherError
-        The folder or name holds no such checkpoint, or its processor is missing.
+    TeacherError, TemplateError
+        The folder or name holds no such checkpoint, or its processor or chat template is missing.
     """
 
     one_pass = False
@@ -74,7 +56,8 @@ class TorchTeacher:
             )
         self._generation, self._speed = generation, speed
         self._device = device_of(speed)
-        self._processor, self._tokenizer = load_processor(config)
+        processor, self._tokenizer = load_processor(config)
+        self._chat = open_chat(config, processor)
         model = load_model(
             "teacher.model",
             config.model,
@@ -84,8 +67,7 @@ class TorchTeacher:
         )
         self._model = model.to(self._device).eval()
         self._name, self._never = config.model, media_tokens(model.config)
-        self._mode = config.image_mode
-        self._description = describe_teacher(config, self._tokenizer, self._processor)
+        self._description = describe_teacher(config, processor, self._chat)
 
     @property
     def description(self) -> TeacherDescription:
@@ -94,6 +76,10 @@ class TorchTeacher:
     @property
     def tokenizer(self) -> Any:
         return self._tokenizer
+
+    @property
+    def chat(self) -> Chat:
+        return self._chat
 
     @property
     def positions(self) -> int | None:
@@ -110,7 +96,7 @@ class TorchTeacher:
 
     def prove(self, request: AnswerRequest) -> bool:
         """See ``models.probe``; False where the model has no positions left behind the prompt."""
-        fields = self._fields(request.input_ids, request.image)
+        fields = self._fields(request.shown)
         if self.positions is not None and len(fields["input_ids"]) + TOKENS > self.positions:
             return False
         probe("teacher.model", self._name, self._model, fields, self._pad, self._description.logit_rule)
@@ -125,12 +111,13 @@ class TorchTeacher:
         that has one: the vision tower then runs on full batches only. One whose answer may reach the model's last
         position is alone: it stops there, and the answers of others do not depend on it."""
         answers: list[Answer | None] = [None] * len(requests)
-        order = sorted(range(len(requests)), key=lambda i: (requests[i].image is None, len(requests[i].input_ids), i))
+        shown = [request.shown for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: (not shown[i].sees, shown[i].sample.length, i))
         rooms = [self._room(request) for request in requests]
         whole = self._generation.max_new_tokens
         batches = [[i] for i in order if rooms[i] < whole]
         for has_image in (True, False):
-            group = [i for i in order if (requests[i].image is not None) == has_image and rooms[i] == whole]
+            group = [i for i in order if shown[i].sees == has_image and rooms[i] == whole]
             size = self._speed.answer_batch
             batches += [group[start : start + size] for start in range(0, len(group), size)]
         for places in batches:
@@ -141,9 +128,9 @@ class TorchTeacher:
         return [answer for answer in answers if answer is not None]
 
     @torch.inference_mode()
-    def score(self, requests: Sequence[ScoreRequest], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
-        positions = [r.sample.positions(self._description.image_token) for r in requests]
-        order = sorted(range(len(requests)), key=lambda i: (requests[i].image is None, positions[i].length, i))
+    def score(self, requests: Sequence[Shown], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
+        positions = [shown.sample.positions(self._description.image_token) for shown in requests]
+        order = sorted(range(len(requests)), key=lambda i: (not requests[i].sees, positions[i].length, i))
         for places in _token_batches(order, requests, positions, self._speed.score_batch_tokens):
             hidden, second_last, attention = self._forward([requests[i] for i in places], wanted)
             yield (
@@ -165,15 +152,12 @@ class TorchTeacher:
         limit, most = self.positions, self._generation.max_new_tokens
         if limit is None:
             return most
-        description = self._description
-        ids = np.asarray(request.input_ids, np.int64)
-        read = len(expand(ids, description.image_token, description.image_tokens))
-        return max(min(most, limit + 1 - read), 1)
+        return max(min(most, limit + 1 - request.shown.sample.length), 1)
 
     def _generate(self, requests: list[AnswerRequest], room: int) -> list[Answer]:
         generation, end = self._generation, self._description.end_token
         how = Decoding(end, self._pad, room, self._never, generation.temperature, generation.top_p)
-        samples = [self._fields(r.input_ids, r.image) for r in requests]
+        samples = [self._fields(request.shown) for request in requests]
         return [
             Answer((), OVERFLOW)
             if ids is None
@@ -182,10 +166,10 @@ class TorchTeacher:
         ]
 
     def _forward(
-        self, requests: list[ScoreRequest], wanted: Wanted
+        self, requests: list[Shown], wanted: Wanted
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         deep = wanted.second_last or wanted.attention
-        samples = [self._fields(r.sample.input_ids, r.image) for r in requests]
+        samples = [self._fields(shown) for shown in requests]
         options = {"output_hidden_states": deep, "output_attentions": wanted.attention}
         out = forward(self._model, samples, self._pad, **options)
         hidden = out.last_hidden_state
@@ -201,24 +185,18 @@ class TorchTeacher:
         pad = self._tokenizer.pad_token_id
         return int(pad if pad is not None else self._description.end_token)
 
-    def _fields(self, input_ids: Any, image: AnyImage | None) -> dict[str, torch.Tensor]:
-        """What the model reads of ``input_ids``, which hold one placeholder for ``image``."""
-        description = self._description
-        ids = expand(np.asarray(input_ids, np.int64), description.image_token, description.image_tokens)
-        fields = {"input_ids": torch.from_numpy(ids)}
-        if image is not None and not description.image_tokens:
+    def _fields(self, shown: Shown) -> dict[str, torch.Tensor]:
+        """What the model reads: its processor's fields, of which the ids must be those of ``shown.sample``."""
+        conversation = shown.conversation
+        read = self._chat.sample(conversation, shown.answers, [decoded(image) for image in shown.images], shown.ask)
+        if not np.array_equal(read.input_ids, shown.sample.expanded(self._chat.image_token)):
             raise TeacherError(
-                f"teacher.model={self._name}: a model that reads text alone, and a sample has an image. Take a model "
-                "with a vision tower, or data without images"
+                f"sample {conversation.sample_id}: teacher.model={self._name} reads {len(read.input_ids)} ids of this "
+                f"conversation, others than the {shown.sample.length} that are cached of it. Does its processor make "
+                "another number of positions of an image beside others? Give the data, the template and the processor "
+                "with which its cache was begun, or take another model"
             )
-        if image is not None:
-            shown = square(image, tuple(self._image_processor.image_mean), self._mode)
-            fields["pixel_values"] = self._image_processor([shown], return_tensors="pt")["pixel_values"]
-        return fields
-
-    @property
-    def _image_processor(self) -> Any:
-        return self._processor.image_processor
+        return {"input_ids": torch.from_numpy(read.input_ids), **read.model}
 
 
 def device_of(speed: SpeedConfig) -> torch.device:
@@ -229,78 +207,15 @@ def device_of(speed: SpeedConfig) -> torch.device:
     return torch.device(speed.device)
 
 
-def load_processor(config: TeacherConfig) -> tuple[Any, Any]:
-    """The processor and the tokenizer of the teacher's folder or repository, whose model type fits.
-
-    Raises
-    ------
-    TeacherError
-    """
-    if reads_text_alone(read_teacher_config(config)):
-        tokenizer = read_tokenizer("teacher.model", config.model, config.revision)
-        return tokenizer, tokenizer
-    processor = read_processor("teacher.model", config.model, config.revision, config.trust_remote_code)
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None or getattr(processor, "image_processor", None) is None:
-        raise TeacherError(
-            f"teacher.model={config.model}: found a {type(processor).__name__}, expected a LLaVA processor with "
-            "an image processor and a tokenizer"
-        )
-    return processor, tokenizer
-
-
-def read_teacher_config(config: TeacherConfig) -> Any:
-    """The Transformers configuration of the teacher, of a type that can be run here.
-
-    Raises
-    ------
-    TeacherError
-    """
-    model = read_config("teacher.model", config.model, config.revision, config.trust_remote_code)
-    if reads_text_alone(model):
-        model_class("teacher.model", config.model, model)
-    else:
-        check_llava("teacher.model", config.model, model)
-    return model
-
-
-def reads_text_alone(model: Any) -> bool:
-    """Whether a Transformers configuration is that of a language model by itself."""
-    return model.get_text_config() is model
-
-
-def describe_teacher(config: TeacherConfig, tokenizer: Any, processor: Any) -> TeacherDescription:
-    """Everything the manifest says of the teacher; needs its configuration files, not its weights in memory."""
-    model = read_teacher_config(config)
-    text = model.get_text_config()
-    template = template_by_name(config.template)
-    sees = not reads_text_alone(model)
-    return TeacherDescription(
-        model=Path(config.model).name if Path(config.model).is_dir() else config.model,
-        weights=checkpoint_digest(config.model, config.revision),
-        tokenizer=tokenizer_fingerprint(tokenizer),
-        shape=TeacherShape(text.hidden_size, text.vocab_size),
-        layers=text.num_hidden_layers,
-        dtype=config.dtype,
-        image_token=image_token_id(tokenizer) if sees else -1,
-        end_token=end_token_id(tokenizer, template),
-        processor=processor_settings(processor) if sees else {},
-        image_tokens=image_tokens_of(model) if sees else 0,
-        chat_template=template_text(template),
-        vocabulary=describe_vocabulary(tokenizer),
-        logit_rule=LogitRule.of(model),
-    )
-
-
 def _token_batches(
-    order: list[int], requests: Sequence[ScoreRequest], positions: Sequence[Any], budget: int
+    order: list[int], requests: Sequence[Shown], positions: Sequence[Any], budget: int
 ) -> Iterator[list[int]]:
     """Consecutive runs of ``order`` whose padded size stays under ``budget`` tokens, images and text-only apart."""
     batch: list[int] = []
     longest = 0
     for i in order:
         length = max(longest, positions[i].length)
-        other_kind = bool(batch) and (requests[batch[0]].image is None) != (requests[i].image is None)
+        other_kind = bool(batch) and requests[batch[0]].sees != requests[i].sees
         if batch and (length * (len(batch) + 1) > budget or other_kind):
             yield batch
             batch, length = [], positions[i].length

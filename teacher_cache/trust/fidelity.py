@@ -22,6 +22,7 @@ from teacher_cache.config import CacheConfig
 from teacher_cache.data.logit_rule import LogitRule
 from teacher_cache.data.rows import rows_among_text
 from teacher_cache.store.codecs import decode, is_coarse, with_exact_head
+from teacher_cache.store.invariants import log_softmax
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import Array, TeacherRecord
 from teacher_cache.store.storage import Storage
@@ -178,12 +179,6 @@ def answer_places(loss_mask: Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[
 
 def _logits(head: Array, rule: LogitRule, states: Array) -> Array:
     return rule.apply(states @ head.T)
-
-
-def log_softmax(logits: Array) -> Floats:
-    logits = logits.astype(np.float64)
-    top = logits.max(-1, keepdims=True)
-    return np.asarray(logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True)))
 
 
 def kl_to_topk(exact: Floats, ids: npt.NDArray[np.int64], logprobs: Floats) -> Floats:

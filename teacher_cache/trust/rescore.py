@@ -10,14 +10,16 @@ import numpy as np
 
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.conversations import Conversation
-from teacher_cache.data.images import load_image
+from teacher_cache.data.images import open_picture
+from teacher_cache.data.rows import turns
 from teacher_cache.data.sample_reader import read_conversations
 from teacher_cache.data.tokenization import TokenizedSample
 from teacher_cache.errors import CacheError
+from teacher_cache.models.open_chat import open_chat
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import TeacherRecord
 from teacher_cache.store.storage import Storage
-from teacher_cache.teachers.teacher import SampleStates, ScoreRequest, Teacher, Wanted
+from teacher_cache.teachers.teacher import SampleStates, Shown, Teacher, Wanted
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def scoring_again(config: CacheConfig, teacher: Teacher | None) -> Iterator[tupl
     """
     from teacher_cache.build.build import open_teacher
 
-    data = read_conversations(config.data)
+    chat = teacher.chat if teacher is not None else open_chat(config.teacher)
+    data = read_conversations(config.data, by_turn=not chat.one_sequence)
     live = teacher if teacher is not None else open_teacher(config, data)
     by_id = {s.sample_id: s for s in data if isinstance(s, Conversation)}
     try:
@@ -109,10 +112,13 @@ def _score_again(
             raise CacheError(
                 f"{config.output}: sample {record.sample_id} is not in data.path; give the data it came from"
             )
+        images = tuple(open_picture(image, config.data.image_folder) for image in conversation.images)
         ids, mask = record.arrays["input_ids"].astype(np.int64), record.arrays["loss_mask"]
-        image = load_image(conversation.image, config.data.image_folder) if conversation.image is not None else None
-        runs = record.arrays["runs"].astype(np.int64)
-        requests.append(ScoreRequest(TokenizedSample(record.sample_id, ids, mask, runs), image))
+        sample = TokenizedSample(record.sample_id, ids, mask, record.arrays["runs"].astype(np.int64))
+        answers = tuple(tuple(ids[mask][part].tolist()) for part in turns(mask))
+        if not teacher.chat.one_sequence:  # the earlier answers stand there in words
+            answers = (*map(teacher.chat.original, record.answers[:-1]), *answers[-1:])
+        requests.append(Shown(conversation, answers, images, sample))
     states: dict[int, SampleStates] = {}
     for places, batch in teacher.score(requests, Wanted()):
         states.update(zip(places, batch, strict=True))

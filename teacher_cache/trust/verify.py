@@ -1,6 +1,6 @@
 """Is this cache what was written, and can it be trusted? Quick, deep, and by asking the teacher again.
 
-Quick: manifest, side files, counts, sizes. Deep: every checksum, every number, the row rule (``invariants.py``).
+Quick: manifest, side files, counts, sizes. Deep: every checksum, every number, the row rule (``store/invariants.py``).
 ``rescore_cache`` (``rescore.py``) lets the teacher score samples again. Each problem names shard, file and sample;
 ``repair_cache`` removes just the shards at fault, and building again makes them anew.
 """
@@ -23,9 +23,10 @@ from teacher_cache.errors import CacheError, CacheVersionError, StorageError
 from teacher_cache.store.checksums import INDEX, bad_block_of_file, sha256
 from teacher_cache.store.faults import PASSING_NUMBERS
 from teacher_cache.store.folder import Files, ShardFolder
+from teacher_cache.store.invariants import Fault, image_faults, sample_of_block, shard_faults
 from teacher_cache.store.ledger import absent_images
 from teacher_cache.store.manifest import MANIFEST, Manifest, read_manifest, write_manifest
-from teacher_cache.store.prefetch import LocalCopy, LocalFiles
+from teacher_cache.store.prefetch import LocalCopy, LocalFiles, files_of
 from teacher_cache.store.side_files import read_head, read_ledger, read_samples, read_scales
 from teacher_cache.store.storage import Storage
 from teacher_cache.store.tables import HEAD_BYTES, INDEX_BYTES, answer_ids
@@ -40,7 +41,6 @@ from teacher_cache.store.writer import (
     shard_name,
     skipped_lines,
 )
-from teacher_cache.trust.invariants import Fault, image_faults, sample_of_block, shard_faults
 from teacher_cache.trust.rescore import rescore_cache as rescore_cache
 
 T = TypeVar("T")
@@ -173,7 +173,7 @@ class _Check:
         head = self._head(manifest) if self.deep else None
         if SAMPLES in manifest.files and not any(p.file == SAMPLES for p in self.problems):
             self._lines = self._try(SAMPLES, None, partial(read_samples, self.storage, manifest))
-        files = _files(self.storage, manifest)
+        files = files_of(self.storage, manifest.fingerprint)
         try:
             for number in range(manifest.planned_shards):
                 self._shard(manifest, files, number, ledger, head)
@@ -339,9 +339,3 @@ def _problem(error: CacheError | OSError, file: str, shard: int | None) -> Probl
     number = error.errno if isinstance(error, OSError) else 0
     denied = number in (errno.EACCES, errno.EPERM, *PASSING_NUMBERS)
     return Problem(str(error), file, shard, unread=denied or (number is None and isinstance(error, StorageError)))
-
-
-def _files(storage: Storage, manifest: Manifest) -> LocalFiles | LocalCopy:
-    if storage.local is not None:
-        return LocalFiles(storage)
-    return LocalCopy(storage, None, 2.0, manifest.fingerprint)

@@ -14,16 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_cache.build.build import build_cache
-from teacher_cache.config import CacheConfig
-from teacher_cache.data.conversations import Image
+from teacher_cache.config import CacheConfig, DataConfig
+from teacher_cache.data.conversations import Conversation, Image
 from teacher_cache.data.images import load_image, square
 from teacher_cache.data.rows import collapse, expand, expanded_length, positions_of, rows_among_text, text_positions
+from teacher_cache.data.sample_reader import read_conversations
 from teacher_cache.data.tokenization import TokenizedSample
 from teacher_cache.store.codecs import decode
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import line_counts
-from teacher_cache.teachers.teacher import ScoreRequest, Wanted
+from teacher_cache.teachers.teacher import Wanted
 from teacher_cache.teachers.torch_teacher import TorchTeacher
+from tests.fixtures.building import shown
 from tests.fixtures.rounding import MODEL, within
 
 IMAGE = 99
@@ -31,14 +33,12 @@ IMAGE = 99
 
 def dense(teacher: TorchTeacher, record, folder: Path) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     """Logits and final states of one unpadded forward pass, and the ids the model read: no code of ours but images."""
-    model, n = teacher._model, teacher.description.image_tokens
-    ids = [
-        i for t in record.arrays["input_ids"].tolist() for i in [t] * (n if t == teacher.description.image_token else 1)
-    ]
+    model, token = teacher._model, teacher.description.image_token
+    ids = [i for t in record.arrays["input_ids"].tolist() for i in [t] * (4 if t == token else 1)]
     inputs = {"input_ids": torch.tensor([ids])}
     if record.image_ids:
         image = square(load_image(Image(*record.image_ids, *record.image_ids), folder), (0.5, 0.5, 0.5), "pad")
-        inputs["pixel_values"] = teacher._image_processor([image], return_tensors="pt")["pixel_values"]
+        inputs["pixel_values"] = teacher.chat.processor.image_processor([image], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         out = model(**inputs, output_hidden_states=True)
     return out.logits[0].float(), out.hidden_states[-1][0], np.array(ids)
@@ -139,15 +139,9 @@ def test_padding_and_batch_do_not_change_a_samples_states(
 ) -> None:
     with TeacherCache.open(cache_folder) as cache:
         records = [cache[i] for i in range(12)]
-    requests = [
-        ScoreRequest(
-            TokenizedSample(
-                r.sample_id, r.arrays["input_ids"].astype(np.int64), r.arrays["loss_mask"], r.arrays["runs"]
-            ),
-            load_image(Image(*r.image_ids, *r.image_ids), world / "images") if r.image_ids else None,
-        )
-        for r in records
-    ]
+    data = read_conversations(DataConfig(path=str(world / "train.json")))
+    by_id = {s.sample_id: s for s in data if isinstance(s, Conversation)}
+    requests = [shown(teacher, by_id[r.sample_id], folder=world / "images") for r in records]
     together = {
         i: s for places, states in teacher.score(requests, Wanted()) for i, s in zip(places, states, strict=True)
     }

@@ -40,7 +40,7 @@ def make_config(world: Path, output: Path, **sections: dict[str, Any]) -> CacheC
     """The tiny teacher in float32; ``teacher={...}`` and so on change single fields."""
     tree: dict[str, dict[str, Any]] = {
         "data": {"path": str(world / "train.json"), "image_folder": str(world / "images")},
-        "teacher": {"model": str(TEACHER), "dtype": "float32", "template": "tiny", "max_length": 200},
+        "teacher": {"model": str(TEACHER), "dtype": "float32", "chat_template": "tiny", "max_length": 200},
         "generation": {"max_new_tokens": 24},
         "speed": {"answer_batch": 128},
     }

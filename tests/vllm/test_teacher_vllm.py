@@ -27,23 +27,21 @@ from student_train.students.export import export_run
 from student_train.training.trainer import fit
 from teacher_cache.build.answers import AnsweredSample, answer_conversations
 from teacher_cache.build.build import build_cache
-from teacher_cache.build.inputs import ShardInput, tokenized_sample
+from teacher_cache.build.inputs import ReadSample, ShardInput
 from teacher_cache.build.signals import row_signals, stable_topk
 from teacher_cache.config import CacheConfig, as_plain
 from teacher_cache.data.conversations import Conversation
-from teacher_cache.data.images import Picture, load_image
-from teacher_cache.data.tokenization import Prompt, TokenizedSample, template_by_name, tokenize_prompt
 from teacher_cache.errors import TeacherCrashed, TeacherError
 from teacher_cache.models.weights import rename_vision_weights, tensor_files
 from teacher_cache.store.reader import TeacherCache
-from teacher_cache.teachers.teacher import Answer, AnswerRequest, SampleStates, ScoreRequest, Teacher, Wanted, pick
+from teacher_cache.teachers.teacher import Answer, AnswerRequest, SampleStates, Shown, Teacher, Wanted, pick
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 from teacher_cache.teachers.vllm.choice import check_context, choose
 from teacher_cache.teachers.vllm.jobs import Mode, VllmOptions
 from teacher_cache.teachers.vllm.processes import environment
 from teacher_cache.teachers.vllm.session import VllmSession
 from teacher_cache.teachers.vllm.vllm_teacher import VllmTeacher
-from tests.fixtures.building import build_of
+from tests.fixtures.building import asked, build_of
 from tests.fixtures.rounding import MODEL, within
 from tests.fixtures.training import tiny_fit, weights
 from tests.fixtures.waiting import PATIENCE, until
@@ -60,9 +58,8 @@ class Answered:
     """Conversations a teacher has answered, ready to be scored."""
 
     samples: list[AnsweredSample]
-    tokenized: list[TokenizedSample]
-    images: list[Picture | None]
-    prompts: list[Prompt]
+    shown: list[Shown]
+    read: list[ReadSample]
 
 
 def answer_all(teacher: Teacher, config: CacheConfig, conversations: Sequence[Conversation]) -> Answered:
@@ -70,27 +67,25 @@ def answer_all(teacher: Teacher, config: CacheConfig, conversations: Sequence[Co
     read = ShardInput.load(build, conversations).samples
     assert len(read) == len(conversations)
     samples = answer_conversations(build, read)
-    tokenized = [tokenized_sample(teacher, r.prompt, s.answers) for r, s in zip(read, samples, strict=True)]
-    return Answered(samples, tokenized, [r.picture for r in read], [r.prompt for r in read])
+    return Answered(samples, [r.shown(s.answers) for r, s in zip(read, samples, strict=True)], read)
 
 
 def captured_states(teacher: Teacher, answered: Answered) -> list[SampleStates]:
     description = teacher.description
     states = []
-    for sample, tokenized in zip(answered.samples, answered.tokenized, strict=True):
+    for sample, shown in zip(answered.samples, answered.shown, strict=True):
         assert sample.hidden is not None
-        positions = tokenized.positions(description.image_token)
+        positions = shown.sample.positions(description.image_token)
         assert len(sample.hidden) == positions.length - 1, "every position but the last token's"
         states.append(pick(positions, WANTED, sample.hidden))
     return states
 
 
 def scored_states(teacher: Teacher, answered: Answered, wanted: Wanted = WANTED) -> list[SampleStates]:
-    requests = [ScoreRequest(t, i) for t, i in zip(answered.tokenized, answered.images, strict=True)]
     states: dict[int, SampleStates] = {}
-    for places, batch in teacher.score(requests, wanted):
+    for places, batch in teacher.score(answered.shown, wanted):
         states.update(zip(places, batch, strict=True))
-    return [states[place] for place in range(len(requests))]
+    return [states[place] for place in range(len(answered.shown))]
 
 
 def assert_same_states(ours: Sequence[SampleStates], oracle: Sequence[SampleStates], head: torch.Tensor) -> None:
@@ -135,8 +130,7 @@ def test_greedy_answers_equal_those_of_torch(
         turn, place = first_difference(pairs[i][0].answers, pairs[i][1].answers)
         chosen = [pairs[i][side].answers[turn][place] for side in (0, 1)]
         row = sum(map(len, pairs[i][1].answers[:turn])) + place
-        request = ScoreRequest(oracle.tokenized[i], oracle.images[i])
-        ((_, (states,)),) = torch_teacher.score([request], Wanted())
+        ((_, (states,)),) = torch_teacher.score([oracle.shown[i]], Wanted())
         logits = states.rows[row] @ torch_teacher.head().T
         torch.testing.assert_close(logits[chosen[0]], logits[chosen[1]], **CLOSE)
     same = [(a, b) for a, b in pairs if a.answers == b.answers]
@@ -158,9 +152,7 @@ def test_scoring_alone_gives_the_states_of_the_one_pass(one_pass: Answered, vllm
 
 
 def replace_all(answered: Answered, count: int) -> Answered:
-    return Answered(
-        answered.samples[:count], answered.tokenized[:count], answered.images[:count], answered.prompts[:count]
-    )
+    return Answered(answered.samples[:count], answered.shown[:count], answered.read[:count])
 
 
 def test_a_later_turn_reads_image_and_earlier_turns_from_the_prefix_cache(
@@ -171,7 +163,8 @@ def test_a_later_turn_reads_image_and_earlier_turns_from_the_prefix_cache(
     vllm_teacher.answer([request])
     (again,) = vllm_teacher.answer([request])
     assert vllm_teacher.last_cached_tokens >= 32
-    fresh = replace(request, image=PillowImage.new("RGB", (32, 32), "white"))
+    white = (PillowImage.new("RGB", (32, 32), "white"),)
+    fresh = replace(request, shown=replace(request.shown, images=white))
     (other,) = vllm_teacher.answer([fresh])
     assert again.hidden is not None
     assert other.hidden is not None
@@ -183,11 +176,7 @@ def test_a_later_turn_reads_image_and_earlier_turns_from_the_prefix_cache(
 
 def longest_request(teacher: VllmTeacher, config: CacheConfig, conversations: list[Conversation]) -> AnswerRequest:
     conversation = next(c for c in conversations if c.image is not None and len(c.questions) == 4)
-    prompt = tokenize_prompt(conversation, template_by_name("tiny"), teacher.tokenizer)
-    ids = prompt.before(3, [(5, 2)] * 3)
-    assert conversation.image is not None
-    image = load_image(conversation.image, config.data.image_folder)
-    return AnswerRequest(conversation.sample_id, 3, ids, image, 0, capture=True)
+    return asked(teacher, conversation, [(5, 2)] * 3, config.data.image_folder, capture=True)
 
 
 def test_conversations_that_go_on_at_once_give_the_same_answers(
@@ -201,8 +190,7 @@ def test_conversations_that_go_on_at_once_give_the_same_answers(
     def request(i: int, turn: int) -> AnswerRequest:
         name = conversations[i].sample_id
         last = turn + 1 == len(conversations[i].questions)
-        ids = one_pass.prompts[i].before(turn, said[name])
-        return AnswerRequest(name, turn, ids, one_pass.images[i], 0, capture=last)
+        return AnswerRequest(one_pass.read[i].shown(said[name], ask=True), 0, capture=last)
 
     def then(asked: AnswerRequest, answer: Answer) -> AnswerRequest | None:
         said[asked.sample_id].append(answer.token_ids)
@@ -310,7 +298,7 @@ def test_a_wrong_output_head_is_caught(
 
 
 def test_a_request_that_does_not_fit_is_named(vllm_teacher: VllmTeacher) -> None:
-    request = AnswerRequest("long-1", 0, (1,) * 500, None, 0)
+    request = asked(vllm_teacher, Conversation("long-1", (" ".join(["red"] * 500),), ("",)))
     with pytest.raises(TeacherError, match=r"long-1, turn 0 \(\d+ over\).*teacher.max_length"):
         vllm_teacher.answer([request])
 
@@ -338,10 +326,7 @@ def test_hostile_scheduling_changes_nothing(
 
 def die_and_go_on(teacher: VllmTeacher, oracle: Answered) -> None:
     """An EngineCore killed in the middle of a batch is an ``TeacherCrashed``; the same teacher then goes on."""
-    requests = [
-        AnswerRequest(prompt.sample_id, 0, prompt.before(0, []), image, 0, capture=True)
-        for prompt, image in zip(oracle.prompts, oracle.images, strict=True)
-    ]
+    requests = [AnswerRequest(read.shown((), ask=True), 0, capture=True) for read in oracle.read]
     seen = 0
     with pytest.raises(TeacherCrashed, match=r"exit code (-9|unknown).*Run the same command again"):  # noqa: PT012
         for _ in teacher.answers(requests):
@@ -462,7 +447,7 @@ def test_no_memory_for_the_cache_says_what_to_set(config: CacheConfig, conversat
         VllmTeacher(config, conversations, VllmOptions(cache_bytes=1 << 16)) as teacher,
         pytest.raises(TeacherError, match=r"no memory for the KV cache.*speed.gpu_memory_share.*vLLM says: ValueError"),
     ):
-        teacher.answer([AnswerRequest("a", 0, (1, 5, 6), None, 0)])
+        teacher.answer([asked(teacher, Conversation("a", ("red",), ("",)))])
 
 
 def copy_of_teacher(folder: Path) -> Path:
@@ -529,8 +514,7 @@ def test_sampled_answers_depend_on_their_seed_alone_and_follow_the_distribution(
     some, draws, head = range(24), 600, torch_teacher.head()
 
     def request(place: int, seed: int) -> AnswerRequest:
-        prompt, image = one_pass.prompts[place], one_pass.images[place]
-        return AnswerRequest(prompt.sample_id, 0, prompt.before(0, []), image, seed)
+        return AnswerRequest(one_pass.read[place].shown((), ask=True), seed)
 
     assert not choose(hot).one_pass, "the CPU build does not sample rightly beside extraction"
     with VllmTeacher(hot, conversations, VllmOptions(cache_bytes=256 << 20)) as teacher:

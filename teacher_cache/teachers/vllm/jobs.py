@@ -48,7 +48,7 @@ class Job:
     sample_id: str
     prompt: Sequence[int]
     expanded: npt.NDArray[np.int64]
-    image: AnyImage | None
+    images: Sequence[AnyImage]
     max_tokens: int
     seed: int | None
     """Of a sampled answer; None takes the most likely ids."""

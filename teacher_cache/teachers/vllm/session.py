@@ -184,8 +184,8 @@ class VllmSession:
 
     def _prompt(self, job: Job) -> dict[str, Any]:
         prompt: dict[str, Any] = {"prompt_token_ids": list(job.prompt)}
-        if job.image is not None:
-            prompt["multi_modal_data"] = {"image": self._show(job.image)}
+        if job.images:
+            prompt["multi_modal_data"] = {"image": [self._show(image) for image in job.images]}
         return prompt
 
     def _step(self) -> list[Any]:

@@ -10,32 +10,32 @@ wrong layer, a shifted row, another norm or a stale cache block before anything 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image as PillowImage
 
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.conversations import IMAGE_TAG, Conversation, Skipped
-from teacher_cache.data.images import AnyImage, square
-from teacher_cache.data.rows import expand
+from teacher_cache.data.images import AnyImage, decoded, image_tokens_of
 from teacher_cache.errors import TeacherError
+from teacher_cache.models.chat import Chat
+from teacher_cache.models.open_chat import load_processor, open_chat
 from teacher_cache.models.weights import checkpoint_folder, final_norm, output_head
+from teacher_cache.teachers.description import describe_teacher
 from teacher_cache.teachers.teacher import (
     Answer,
     AnswerRequest,
     SampleStates,
-    ScoreRequest,
+    Shown,
     TeacherDescription,
     Then,
     Wanted,
     pick,
 )
-from teacher_cache.teachers.torch_teacher import describe_teacher, load_processor
 from teacher_cache.teachers.vllm import session as vllm_session
 from teacher_cache.teachers.vllm.checks import check_ids, check_logits
 from teacher_cache.teachers.vllm.choice import (
@@ -68,14 +68,17 @@ class VllmTeacher:
         teacher = config.teacher
         self._config, self._options = config, options or VllmOptions()
         self._processor, self._tokenizer = load_processor(teacher)
+        self._chat = open_chat(teacher, self._processor)
         if problem := why_not_vllm(config):
             raise TeacherError(f"teacher.backend=vllm: {problem}. Set teacher.backend=torch.")
-        self._description = describe_teacher(teacher, self._tokenizer, self._processor)
+        self._description = describe_teacher(teacher, self._processor, self._chat)
         self._folder = checkpoint_folder(teacher.model, teacher.revision)
-        self._text = model_config_of(teacher).get_text_config()
+        model = model_config_of(teacher)
+        self._text = model.get_text_config()
         self._extracts = self._options.capture and vllm_session.can_capture(architecture_of(teacher))
         self._captures = self._extracts and samples_rightly(config)
-        self._limit = context_length(config, samples, self._tokenizer, self._description, self._positions)
+        self._limit = context_length(config, samples, self._chat, image_tokens_of(model), self._positions)
+        self._images = max([1, *(len(s.images) for s in samples if isinstance(s, Conversation))])
         check_weight_names(teacher, self._folder)
         self._device = torch.device("cpu" if vllm_session.on_cpu() else "cuda")
         self._norm = final_norm(self._folder).to(self._device, torch.float32)
@@ -97,6 +100,10 @@ class VllmTeacher:
     @property
     def tokenizer(self) -> Any:
         return self._tokenizer
+
+    @property
+    def chat(self) -> Chat:
+        return self._chat
 
     @property
     def positions(self) -> int | None:
@@ -165,7 +172,7 @@ class VllmTeacher:
             given[job.place] = Answer(outcome.token_ids, outcome.finish_reason, hidden)
             yield job.place, given[job.place]
 
-    def score(self, requests: Sequence[ScoreRequest], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
+    def score(self, requests: Sequence[Shown], wanted: Wanted) -> Iterator[tuple[list[int], list[SampleStates]]]:
         """One request at a time, in the order in which they end.
 
         The prompt is the sequence without its last token, which predicts nothing. The one token that the engine then
@@ -181,24 +188,24 @@ class VllmTeacher:
 
     def _answer_job(self, place: int, request: AnswerRequest) -> Job:
         """One token beyond ``teacher.max_length`` is enough: the sample will be skipped as too long."""
-        expanded = self._expanded(request.input_ids)
-        room = min(self._config.generation.max_new_tokens, self._limit - len(expanded))
+        sample = request.shown.sample
+        room = min(self._config.generation.max_new_tokens, self._limit - sample.length)
         job = Job(
             place,
             f"{request.sample_id}, turn {request.turn}",
-            request.input_ids,
-            expanded,
-            request.image,
+            tuple(sample.input_ids.tolist()),
+            sample.expanded(self._chat.image_token),
+            request.shown.images[: len(sample.runs)],
             room,
             request.seed if self._config.generation.temperature > 0 else None,
             request.capture,
         )
         return self._fitting(job)
 
-    def _score_job(self, place: int, request: ScoreRequest) -> Job:
-        ids = tuple(int(i) for i in request.sample.input_ids[:-1])
-        job = Job(place, request.sample.sample_id, ids, self._expanded(ids), request.image, 1, None, True)
-        return self._fitting(job)
+    def _score_job(self, place: int, shown: Shown) -> Job:
+        sample, images = shown.sample, shown.images[: len(shown.sample.runs)]
+        ids, expanded = tuple(sample.input_ids[:-1].tolist()), sample.expanded(self._chat.image_token)[:-1]
+        return self._fitting(Job(place, sample.sample_id, ids, expanded, images, 1, None, True))
 
     def _fitting(self, job: Job) -> Job:
         check_context({job.sample_id: len(job.expanded) + max(job.max_tokens, 1)}, self._limit)
@@ -238,7 +245,7 @@ class VllmTeacher:
             "max_model_len": self._limit + LENGTH_MARGIN,
             "max_num_seqs": options.max_sequences,
             "max_num_batched_tokens": options.prefill_tokens or None,
-            "limit_mm_per_prompt": {"image": 1},
+            "limit_mm_per_prompt": {"image": self._images},
             "generation_config": "vllm",  # the folder's own sampling defaults are not ours
             "num_gpu_blocks_override": options.cache_blocks or None,
             "block_size": options.block_tokens or None,
@@ -285,14 +292,15 @@ class VllmTeacher:
         return int(max(256 << 20, min(needed, free // 4)))
 
     def _show(self, image: AnyImage) -> PillowImage.Image:
-        """The image as the engine gets it: padded, resized and cropped by Pillow, as for the torch teacher.
+        """The image as the engine gets it: resized, cropped or padded by Pillow, as for the torch teacher.
 
         vLLM's processor resizes with torchvision wherever that is installed, whose pixels differ by a level or two;
         an image that has the right size already goes through it unchanged.
         """
         processor = self._processor.image_processor
-        shown = square(image, tuple(processor.image_mean), self._config.teacher.image_mode)
-        pixels = processor([shown], do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+        pixels = processor([decoded(image)], do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][
+            0
+        ]
         return PillowImage.fromarray(np.asarray(pixels).round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
     def _checked(self, job: Job, outcome: Outcome) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -313,9 +321,6 @@ class VllmTeacher:
         wide = raw.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + float(self._text.rms_norm_eps))
         return (wide * scale * self._norm).to(self._dtype)
-
-    def _expanded(self, ids: Iterable[int]) -> npt.NDArray[np.int64]:
-        return expand(np.asarray(ids, np.int64), self._description.image_token, self._description.image_tokens)
 
     @property
     def _answering_mode(self) -> Mode:

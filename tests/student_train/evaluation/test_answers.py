@@ -12,23 +12,18 @@ from student_train.evaluation.agreement import agreement
 from student_train.evaluation.answers import Student, answer_questions
 from student_train.evaluation.questions import read_questions
 from teacher_cache.data.conversations import Image
-from teacher_cache.data.images import load_image
 from teacher_cache.data.rows import expand
-from teacher_cache.data.tokenization import template_by_name, tokenize_prompt
 from teacher_cache.store.reader import TeacherCache
-from teacher_cache.teachers.teacher import AnswerRequest
 from teacher_cache.teachers.torch_teacher import TorchTeacher
+from tests.fixtures.building import asked
 from tests.fixtures.online import TEACHER
 from tests.fixtures.rounding import MODEL, rounding
 
 
 @pytest.mark.parametrize("batch", [1, 64])
 def test_a_folder_answers_alike_as_a_teacher_and_as_a_student(teacher: TorchTeacher, world: Path, batch: int) -> None:
-    data, requests = world / "dev.json", []
-    for asked in read_questions(data):
-        image = None if asked.image is None else load_image(asked.image, str(world / "images"))
-        ids = tokenize_prompt(asked, template_by_name("tiny"), teacher.tokenizer).segments[0]
-        requests.append(AnswerRequest(asked.sample_id, 0, ids, image, seed=0))
+    data = world / "dev.json"
+    requests = [asked(teacher, question, folder=world / "images") for question in read_questions(data)]
     taught = [teacher.tokenizer.decode(a.token_ids, skip_special_tokens=True).strip() for a in teacher.answer(requests)]
     said = answer_questions(Student.load(TEACHER), data, world / "images", max_new_tokens=32, batch=batch)
     assert said == taught

@@ -48,7 +48,7 @@ VISUAL = [LossSpec("visual_kl"), LossSpec("relation", space="logits"), LossSpec(
 def scored(signals: SignalsConfig, *, data: Path | None = None, images: Path | None = None, **teacher: Any) -> str:
     """A cache of original answers: nothing is generated, so it is made in a second."""
     output = tempfile.mkdtemp(prefix="cache-") + "/cache"
-    settings = {"model": "pipelines/tiny/teacher", "template": "tiny"} | teacher
+    settings = {"model": "pipelines/tiny/teacher", "chat_template": "tiny"} | teacher
     build_cache(
         CacheConfig(
             output=output,
@@ -242,7 +242,7 @@ def chatml_model(width: int, seed: int) -> Path:
 @functools.cache
 def chatml_cache() -> str:
     signals = SignalsConfig(preset="full", top_k=8, codec="float32", hidden="text", visual="states")
-    return scored(signals, model=str(chatml_model(64, 0)), template="chatml")
+    return scored(signals, model=str(chatml_model(64, 0)), chat_template="chatml")
 
 
 CHATML_TERMS = [

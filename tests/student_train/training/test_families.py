@@ -22,7 +22,7 @@ from student_train.feed.loader import make_loader
 from student_train.feed.step_plan import MicroBatch
 from student_train.students.chat_reader import ChatReader
 from student_train.training.trainer import Run
-from teacher_cache.data.conversations import Conversation, pieces
+from teacher_cache.data.conversations import Conversation, pieces, turn_by_turn
 from teacher_cache.data.conversations import Image as ShownImage
 from teacher_cache.data.logit_rule import LogitRule
 from teacher_cache.errors import CacheError, ConfigError
@@ -34,7 +34,6 @@ from tests.fixtures.families import FAMILIES
 from tests.fixtures.family_cache import (
     conversations,
     template_of,
-    turn_by_turn,
     write_cache,
     write_pictures,
 )

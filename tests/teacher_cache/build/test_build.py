@@ -23,8 +23,9 @@ from teacher_cache.cli import app
 from teacher_cache.config import CacheConfig, DataConfig
 from teacher_cache.errors import CacheError, ConfigError, StorageError, TeacherError
 from teacher_cache.models.checkpoint import checkpoint_digest
+from teacher_cache.models.open_chat import load_processor
 from teacher_cache.store.reader import TeacherCache
-from teacher_cache.teachers.torch_teacher import TorchTeacher, load_processor
+from teacher_cache.teachers.torch_teacher import TorchTeacher
 from tests.fixtures.threads import THREADS
 
 ROOT = Path(__file__).parents[3]

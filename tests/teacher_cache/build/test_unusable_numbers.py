@@ -23,14 +23,16 @@ from student_train.training.trainer import fit
 from teacher_cache.build.build import build_cache
 from teacher_cache.build.signals import NOT_FINITE
 from teacher_cache.config import CacheConfig, TeacherConfig
+from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.rows import expand
 from teacher_cache.errors import ConfigError, EvaluationError, TeacherError
 from teacher_cache.models.model_config import position_limit
+from teacher_cache.models.open_chat import load_processor
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.storage import Storage
-from teacher_cache.teachers.teacher import AnswerRequest
-from teacher_cache.teachers.torch_teacher import TorchTeacher, load_processor
+from teacher_cache.teachers.torch_teacher import TorchTeacher
 from teacher_cache.trust.verify import verify_cache
+from tests.fixtures.building import asked
 from tests.fixtures.online import fit_config
 
 SIGNALS: dict[str, dict[str, Any]] = {
@@ -60,7 +62,7 @@ def change(folder: Path, name: str, to: Any) -> Path:
 @pytest.fixture(scope="module")
 def word(world: Path) -> tuple[str, int]:
     """A word of the vocabulary that no sample of the tiny world holds, and its id."""
-    _, tokenizer = load_processor(TeacherConfig(model=str(TEACHER), template="tiny"))
+    _, tokenizer = load_processor(TeacherConfig(model=str(TEACHER), chat_template="tiny"))
     said = tokenizer((world / "train.json").read_text())["input_ids"]
     free = [w for w, i in sorted(tokenizer.get_vocab().items()) if w.isalpha() and i not in said]
     return free[0], int(tokenizer.convert_tokens_to_ids(free[0]))
@@ -196,11 +198,13 @@ def test_an_answer_ends_one_token_beyond_the_last_position_whatever_its_batch(
 ) -> None:
     generation = replace(cache_config.generation, temperature=temperature, max_new_tokens=40)
     teacher = TorchTeacher(replace(cache_config.teacher, model=str(short_teacher)), generation, cache_config.speed)
-    ids = [tuple(range(6, 6 + length)) for length in (3, 10, 21, 24)]
-    requests = [AnswerRequest(str(i), 0, (1, *prompt), None, i) for i, prompt in enumerate(ids)]
+    around = asked(teacher, Conversation("", ("",), ("",))).shown.sample.length
+    questions = [" ".join(["red"] * (length - around)) for length in (4, 11, 22, 25)]
+    requests = [asked(teacher, Conversation(str(i), (q,), ("",)), seed=i) for i, q in enumerate(questions)]
     together = teacher.answer(requests)
     assert [a.token_ids for a in together] == [teacher.answer([r])[0].token_ids for r in requests]
-    assert all(len(r.input_ids) + len(a.token_ids) <= 26 for r, a in zip(requests, together, strict=True))
+    assert [r.shown.sample.length for r in requests] == [4, 11, 22, 25]
+    assert all(r.shown.sample.length + len(a.token_ids) <= 26 for r, a in zip(requests, together, strict=True))
 
 
 def test_a_student_with_too_few_positions_is_refused_before_the_first_step(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image as PillowImage
 from PIL.PngImagePlugin import PngInfo
 
+from student_train.feed.skipped import usable
 from teacher_cache.config import DataConfig
 from teacher_cache.data.conversations import Conversation, Image, Skipped, parse_sample, pieces, to_llava_json
 from teacher_cache.data.images import MAX_PIXELS, load_image
@@ -106,11 +107,23 @@ def test_a_system_text_opens_a_conversation() -> None:
         ({"conversations": [{"from": "system", "value": "s"}, *line("q", "a")["conversations"]]}, "a system text"),
     ],
 )
-def test_what_no_fixed_template_can_write_is_skipped(tmp_path: Path, data: Any, reason: str) -> None:
-    (tmp_path / "d.json").write_text(json.dumps([data, line("<image> q", "a", id="b")]))
-    skipped, _ = read_conversations(DataConfig(path=str(tmp_path / "d.json")))
-    assert isinstance(skipped, Skipped)
-    assert reason in skipped.reason
+def test_what_no_fixed_template_can_write_is_skipped_by_a_student(tmp_path: Path, data: Any, reason: str) -> None:
+    (tmp_path / "d.json").write_text(json.dumps([data, line("q", "a", id="b", image=None)]))
+    skipped: list[Skipped] = []
+    samples = read_conversations(DataConfig(path=str(tmp_path / "d.json")))
+    assert [s.sample_id for s in usable(samples, str(tmp_path), skipped)] == ["b"]
+    assert reason in skipped[0].reason
+
+
+def test_each_turn_is_a_sample_of_its_own_where_a_template_rewrites_turns(tmp_path: Path) -> None:
+    whole = line("<image> one", "1", "two <image>", "2", id="a", image=["x", "y"])
+    (tmp_path / "d.json").write_text(json.dumps([whole, line("q", "a", id="b", image=None)]))
+    first, second, other = read_conversations(DataConfig(path=str(tmp_path / "d.json")), by_turn=True)
+    assert isinstance(first, Conversation)
+    assert isinstance(second, Conversation)
+    assert [s.sample_id for s in (first, second, other)] == ["a", "a@2", "b"]
+    assert (first.questions, [i.path for i in first.images]) == (("<image>one",), ["x"])
+    assert (second.answers, [i.path for i in second.images]) == (("1", "2"), ["x", "y"])
 
 
 @pytest.mark.parametrize(

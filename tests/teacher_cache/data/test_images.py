@@ -192,9 +192,9 @@ def test_the_images_of_a_shard_are_not_all_decoded_at_once(
     names = sorted(p.name for p in (world / "images").glob("train-*"))[:8]
     side = PillowImage.open(world / "images" / names[0]).size[0]
     monkeypatch.setattr(inputs, "KEPT_BYTES", 3 * 4 * side * side)
-    chosen = [Conversation(name, ("what",), ("a circle",), (Image(name, name),)) for name in names]
+    chosen = [Conversation(name, ("<image>what",), ("a circle",), (Image(name, name),)) for name in names]
     shard = ShardInput.load(build_of(cache_config, teacher), chosen)
-    pictures = [s.picture for s in shard.samples if s.picture is not None]
+    pictures = [picture for sample in shard.samples for picture in sample.pictures]
     assert len(pictures) == 8
     assert sum(picture.kept is not None for picture in pictures) == 3
     for picture, name in zip(pictures, names, strict=True):

@@ -18,7 +18,7 @@ from teacher_cache.build.build import build_cache
 from teacher_cache.config import CacheConfig, DataConfig, SignalsConfig, TeacherConfig
 from teacher_cache.data.logit_rule import LogitRule
 from teacher_cache.data.rows import rows_among_text
-from teacher_cache.errors import TeacherError
+from teacher_cache.errors import DataError, TeacherError
 from teacher_cache.models.pretrained import load_model
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.storage import Storage
@@ -56,7 +56,7 @@ def text_config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     (folder / "data.json").write_text(json.dumps(samples))
     config = CacheConfig(
         data=DataConfig(path=str(folder / "data.json")),
-        teacher=TeacherConfig(model=str(folder / "model"), backend="torch", dtype="float32", template="chatml"),
+        teacher=TeacherConfig(model=str(folder / "model"), backend="torch", dtype="float32", chat_template="chatml"),
         signals=SignalsConfig(preset="full", top_k=8, hidden="text", codec="float32"),
         output=str(folder / "cache"),
     )
@@ -114,7 +114,7 @@ def test_an_image_before_a_text_model_is_refused(
     text_config: CacheConfig, cache_config: CacheConfig, tmp_path: Path
 ) -> None:
     config = replace(text_config, data=cache_config.data, output=str(tmp_path / "cache"))
-    with pytest.raises(TeacherError, match="reads text alone, and a sample has an image"):
+    with pytest.raises(DataError, match="48 × an image, but the model reads text only"):
         build_cache(config, style="quiet")
 
 

@@ -8,14 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.conversations import Conversation
-from teacher_cache.data.tokenization import assemble, template_by_name, tokenize_prompt
-from teacher_cache.teachers.torch_teacher import load_processor
+from teacher_cache.models.open_chat import open_chat
 from teacher_cache.teachers.vllm.choice import context_length
 from teacher_cache.teachers.vllm.processes import dismiss, environment, kill_when_orphaned, last_error, start_error
 from tests.fixtures.waiting import until
@@ -87,11 +85,8 @@ def test_the_last_error_is_the_cause_not_what_followed_from_it() -> None:
 
 def test_the_context_holds_the_end_tokens_of_answers_that_were_cut_off(cache_config: CacheConfig) -> None:
     """Six turns, every answer as long as allowed: what the template writes behind each is counted too."""
-    _, tokenizer = load_processor(cache_config.teacher)
-    template, room = template_by_name("tiny"), 3
+    chat, room = open_chat(cache_config.teacher), 3
     config = replace(cache_config, generation=replace(cache_config.generation, max_new_tokens=room))
     sample = Conversation("six", ("what color is it",) * 6, ("red",) * 6)
-    prompt = tokenize_prompt(sample, template, tokenizer)
-    whole = assemble(prompt, [(7,) * room] * 6)
-    description = SimpleNamespace(image_tokens=4)
-    assert context_length(config, [sample], tokenizer, description, 4096) == len(whole.input_ids)
+    whole = chat.prompt(sample).sample([(7,) * room] * 6)
+    assert context_length(config, [sample], chat, 4, 4096) == len(whole.input_ids)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from teacher_cache.build.build import build_cache
+from teacher_cache.store.invariants import log_softmax
 from teacher_cache.store.storage import Storage
-from teacher_cache.trust.fidelity import answer_places, bucketed_kl, cache_fidelity, kl_to_topk, log_softmax
+from teacher_cache.trust.fidelity import answer_places, bucketed_kl, cache_fidelity, kl_to_topk
 from tests.fixtures.store import signals, synthetic_cache
 
 

@@ -20,7 +20,6 @@ from teacher_cache.store.folder import ShardFolder
 from teacher_cache.store.index import run_fault
 from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.records import Array, ArraySpec
-from teacher_cache.trust.fidelity import log_softmax
 
 Fault = tuple[str, str, str]
 """(what, array, sample_id)"""
@@ -51,7 +50,7 @@ def shard_faults(
     yield from _masks(folder, manifest)
     yield from _image_places(folder, manifest)
     if answers is not None:
-        yield from _answer_tokens(folder, answers)
+        yield from _answer_tokens(folder, answers, manifest.one_sequence)
     if manifest.generation["temperature"] == 0 and manifest.signals["top_k"]:
         yield from _greedy(folder)
     stored = manifest.signals["hidden"] != "none" and manifest.signals["top_k"] and not manifest.signals["pca"]
@@ -210,10 +209,11 @@ def _image_places(folder: ShardFolder, manifest: Manifest) -> Iterator[Fault]:
             return
 
 
-def _answer_tokens(folder: ShardFolder, wanted: dict[str, list[int]]) -> Iterator[Fault]:
-    """The supervised tokens are the answers' tokens, in order."""
+def _answer_tokens(folder: ShardFolder, wanted: dict[str, list[int]], all_of_them: bool) -> Iterator[Fault]:
+    """The supervised tokens are the answers' tokens, in order, or those of the last answer, by which they end."""
     for sample, tokens, mask in _per_sample(folder, "input_ids", "loss_mask"):
-        if tokens[mask].tolist() != wanted.get(sample):
+        ids, given = wanted.get(sample, [-1]), tokens[mask].tolist()
+        if given != (ids if all_of_them else ids[len(ids) - len(given) :]):
             yield "the supervised tokens are not those of its answers", "input_ids", sample
             return
 
@@ -233,6 +233,12 @@ def _greedy(folder: ShardFolder) -> Iterator[Fault]:
     if seen and same < GREEDY_SHARE * seen:
         what = f"only {same} of {seen} greedy answer tokens are the most likely id of their row: rows are misplaced"
         yield what, "topk_ids", worst[1]
+
+
+def log_softmax(logits: Array) -> npt.NDArray[np.float64]:
+    logits = logits.astype(np.float64)
+    top = logits.max(-1, keepdims=True)
+    return np.asarray(logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True)))
 
 
 def _states_give_logprobs(folder: ShardFolder, manifest: Manifest, head: Array, scales: Any) -> Iterator[Fault]:
