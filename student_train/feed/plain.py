@@ -90,7 +90,7 @@ class PlainSource:
         data = DataConfig(path=config.data, duplicate_ids="number", max_samples=config.max_samples)
         samples = spool(data, Path(tempfile.mkdtemp(prefix="teacher-cache-")))
         skipped: list[Skipped] = []
-        taken = usable(samples, config.image_folder, skipped)
+        taken = usable(samples, config.image_folder, skipped, anywhere=chat is not None)
         source = cls(taken, config.template, tokenizer, config.image_folder, chat)
         source._embedded = samples  # its images' bytes lie in that folder, which goes with it
         source.skipped, source.total = [*skipped, *source.skipped], len(samples)

@@ -16,27 +16,27 @@ SKIPPED = "skipped.jsonl"
 """Beside the run: one line (sample_id, reason) for each sample that it does not learn from."""
 
 
-def usable(samples: Iterable[Conversation | Skipped], folder: str, skipped: list[Skipped]) -> Iterator[Conversation]:
+def usable(
+    samples: Iterable[Conversation | Skipped], folder: str, skipped: list[Skipped], anywhere: bool = False
+) -> Iterator[Conversation]:
     """The samples to train on; the others go to ``skipped``. Of an image only its file is looked for here: reading
-    each of them would take as long as an epoch."""
+    each of them would take as long as an epoch. ``anywhere``: the student reads any number of images in any turn."""
     for sample in samples:
-        reason = (
-            sample.reason
-            if isinstance(sample, Skipped)
-            else one_image_first(sample) or image_fault(sample.image, folder)
-        )
+        reason = sample.reason if isinstance(sample, Skipped) else "" if anywhere else one_image_first(sample)
+        if isinstance(sample, Conversation) and not reason:
+            reason = next(filter(None, (image_fault(image, folder) for image in sample.images)), "")
         if reason:
             skipped.append(Skipped(sample.sample_id, reason))
         elif isinstance(sample, Conversation):
             yield sample
 
 
-def image_fault(image: Image | None, folder: str) -> str:
+def image_fault(image: Image, folder: str) -> str:
     """Why the file of ``image`` cannot be found, in phase one's words; empty where it is there.
 
     Raises ``DataError``: the folder itself does not answer.
     """
-    if image is None or image.embedded or (folder and (Path(folder) / image.path).is_file()):
+    if image.embedded or (folder and (Path(folder) / image.path).is_file()):
         return ""
     try:
         load_image(image, folder)

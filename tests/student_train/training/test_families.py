@@ -332,7 +332,7 @@ def test_plain_data_are_shown_as_a_cache_of_their_answers_is(
     name: str, made: Callable[..., Made], tmp_path: Path
 ) -> None:
     """By a loader process, too. The third rewrites earlier turns: a line a turn of plain data, a sample a turn cached.
-    Plain data show one image a conversation so far."""
+    Images stand in any turn."""
     own, lines = made(name), list[dict[str, Any]]()
     for asked in conversations(FAMILIES[name].sees):
         turns = zip(asked.questions, asked.answers, strict=True)
@@ -343,10 +343,8 @@ def test_plain_data_are_shown_as_a_cache_of_their_answers_is(
         lines.append(line)
     (tmp_path / "data.json").write_text(json.dumps(lines))
     cached = dataclasses.replace(own.config(tmp_path / "cached"), losses=LOSSES[:1])
-    most = 2 if FAMILIES[name].sees else 0
     plain = SourceConfig(data=str(tmp_path / "data.json"), image_folder=str(own.pictures))
-    sources = [dataclasses.replace(source, max_samples=most) for source in (*cached.sources, plain)]
-    runs = [Run.prepare(dataclasses.replace(cached, sources=(source,))) for source in sources]
+    runs = [Run.prepare(dataclasses.replace(cached, sources=(source,))) for source in (*cached.sources, plain)]
     one, other = (float(loss_of(run).detach()) for run in runs)
     assert one == pytest.approx(other, rel=rounding(operations=MODEL))
     run = runs[1]
