@@ -100,6 +100,14 @@ BREAKS = (
         "tests/student_train/training/test_checkpoints.py",
     ),
     Break(
+        4,
+        "an old checkpoint is removed file by file under its name",
+        "student_train/training/checkpoint.py",
+        "old.rename(_unnamed(old))",
+        "shutil.rmtree(old)",
+        "tests/student_train/training/test_checkpoints.py",
+    ),
+    Break(
         2,
         "an id that the student does not have keeps its mass",
         "student_train/losses/shared_ids.py",

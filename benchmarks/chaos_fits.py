@@ -141,7 +141,7 @@ def _fit(config: FitConfig, operation: int) -> None:
             (checkpoint, ("save_file", "_digest", "flush")),
             (features.google_crc32c, ("value",)),
             (Path, ("mkdir", "write_text", "rename")),
-            (shutil, ("rmtree",)),
+            (os, ("unlink", "rmdir")),
         ):
             for name in names:
                 setattr(

@@ -4,7 +4,8 @@ The order of the data is a function of the step, so a checkpoint is the weights,
 States are gathered whole and saved by rank 0, so a run can go on with another number of ranks.
 
 A checkpoint is a folder ``step-00000020``. It is written under another name, every file is flushed to the disk, a file
-of digests (``files.json``) last, and then the folder is renamed: there is no moment at which half of one has that name.
+of digests (``files.json``) last, and then the folder is renamed; it loses the name before it is removed: there is no
+moment at which half of one has it.
 It is believed only when every file has its digest; a damaged newest one gives way to the one before.
 """
 
@@ -52,12 +53,18 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, facts:
     if fault(target):  # sound already: the last step's, when a run is finished again
         _write(target, weights, {**facts, "groups": state["param_groups"]}, state["state"])
     for old in sorted(folder.glob("step-*"))[:-KEPT]:
-        shutil.rmtree(old)
+        old.rename(_unnamed(old))  # a folder that is removed file by file would be half of one under its name
+    for left in folder.glob(_unnamed(folder / "step-*").name):
+        shutil.rmtree(left)
     return target
 
 
+def _unnamed(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp")
+
+
 def _write(target: Path, weights: dict[str, torch.Tensor], facts: dict[str, Any], state: dict[str, Any]) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = _unnamed(target)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({k: v.contiguous().clone() for k, v in weights.items()}, temporary / WEIGHTS)

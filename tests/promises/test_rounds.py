@@ -35,7 +35,7 @@ def phase_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "model": "pipelines/tiny/teacher",
             "backend": "torch",
             "dtype": "float32",
-            "template": "tiny",
+            "chat_template": "tiny",
             "max_length": 256,
         },
         "generation": {"max_new_tokens": 6},

@@ -54,7 +54,7 @@ def go_on(folder: Path, notes: list[str] | None = None) -> int:
 OPERATIONS = [
     *((checkpoint, name) for name in ("save_file", "_digest", "flush")),
     *((Path, name) for name in ("mkdir", "write_text", "rename")),
-    (shutil, "rmtree"),
+    *((os, name) for name in ("unlink", "rmdir")),
 ]
 
 
@@ -82,7 +82,8 @@ def dying_at(count: int, work: Callable[[], None]) -> int:
 
 
 def test_a_run_killed_at_any_moment_of_writing_goes_on_from_a_whole_checkpoint(tmp_path: Path) -> None:
-    """Before every single operation on files; the checkpoint before is there until the new one is."""
+    """Before every single operation on files; the checkpoint before is there until the new one is, and
+    an older one is whole or gone."""
     steps = []
     for count in range(1, 100):
         folder = tmp_path / str(count)
@@ -92,6 +93,7 @@ def test_a_run_killed_at_any_moment_of_writing_goes_on_from_a_whole_checkpoint(t
         notes: list[str] = []
         steps.append(go_on(folder, notes))
         assert not notes
+        assert not [path.name for path in folder.glob("step-*") if fault(path)]
         save(folder, 30)
         assert sorted(path.name for path in folder.iterdir()) == ["step-00000020", "step-00000030"]
         if status == 0:

@@ -120,10 +120,10 @@ def test_an_id_in_the_cache_that_means_something_else_is_refused(
     teacher = {**opened.manifest.teacher["vocabulary"], "added": {str(used): "<mine>"}}
     found = compare(teacher, {**teacher, "added": {str(used): name for name in meaning}}, "the student")
     if not refused:
-        check_ids(opened, teacher["added"], found)
+        check_ids(opened, teacher["added"], found, [array])
         return
     with pytest.raises(CacheError, match=rf"{array} holds id {used}, '<mine>', which is not the student's \(id {used}"):
-        check_ids(opened, teacher["added"], found)
+        check_ids(opened, teacher["added"], found, [array])
 
 
 def test_a_base_student_trains_on_an_instruct_teachers_cache_when_told_so(tmp_path: Path) -> None:
