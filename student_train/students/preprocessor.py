@@ -15,6 +15,8 @@ from student_train.students.processor import own_image_mode
 from teacher_cache.data.conversations import Image
 from teacher_cache.data.images import image_tokens_of, load_image, square
 from teacher_cache.data.tokenization import image_token_id
+from teacher_cache.errors import CacheError
+from teacher_cache.models.model_config import other_size
 
 
 @dataclass
@@ -40,8 +42,14 @@ class Preprocessor:
         return torch.zeros(3, self.image_size, self.image_size)
 
     def pixels(self, image: Image, folder: str) -> torch.Tensor:
-        """(3, H, W) float32."""
-        return self._pixels(load_image(image, folder))
+        """(3, H, W) float32.
+
+        Raises ``ImageError``; ``CacheError``: it is of another size than the tower takes.
+        """
+        pixels = self._pixels(load_image(image, folder))
+        if wrong := other_size(pixels, self.image_size):
+            raise CacheError(f"{image.image_id}: {wrong}")
+        return pixels
 
     def _pixels(self, image: PillowImage.Image) -> torch.Tensor:
         shown = square(image, tuple(self.image_processor.image_mean), self.image_mode)

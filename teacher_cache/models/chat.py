@@ -22,6 +22,7 @@ from teacher_cache.data.conversations import IMAGE_TAG, Conversation, pieces
 from teacher_cache.data.rows import collapse
 from teacher_cache.data.tokenization import TokenizedSample
 from teacher_cache.errors import ConversationError, TemplateError
+from teacher_cache.models.model_config import fixed_side, other_size
 from teacher_cache.models.prompt import Prompt
 from teacher_cache.models.slots import SLOT, SPELLED, Array, Ids, Slots
 
@@ -80,6 +81,7 @@ class Chat:
             self._reader.tokenizer = self._tokenizer
         self._kwargs = dict(template_kwargs or {})
         self._choose_template(template)
+        self._side = fixed_side(config) if self._sees else None
         token = getattr(config, "image_token_id", None) if self._sees else None
         self.image_token = -1 if token is None else int(token)
         """The id at an image's positions; -1 for a model that reads text alone."""
@@ -225,6 +227,8 @@ class Chat:
         asked = conversation.questions[: len(answers) + ask]
         made = self._processed(text, images[: sum(question.count(IMAGE_TAG) for question in asked)])
         ids, offsets = (np.asarray(made.pop(name)[0]) for name in ("input_ids", "offset_mapping"))
+        if wrong := other_size(made.get("pixel_values"), self._side):
+            raise ConversationError(wrong)
         image = np.full(len(ids), -1)
         spans = made.pop("text_replacement_offsets", ())
         for number, span in enumerate(spans[0] if len(spans) else ()):

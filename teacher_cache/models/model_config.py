@@ -42,6 +42,26 @@ def position_limit(model: Any) -> int | None:
     return int(limit) if limit and limit > 0 else None
 
 
+def fixed_side(model: Any) -> int | None:
+    """Pixels of a side of the one size that the vision tower in a Transformers configuration takes: CLIP and SigLIP
+    have learned positions for it alone. None where it takes others too."""
+    vision = getattr(model, "vision_config", None)
+    fixed = getattr(vision, "model_type", "") in ("clip_vision_model", "siglip_vision_model")
+    return int(vision.image_size) if vision is not None and fixed else None
+
+
+def other_size(pixels: Any, side: int | None) -> str:
+    """What is wrong with the size of ``pixels`` (…, H, W) for a tower of ``side``, or an empty text: a processor that
+    does not resize (``do_resize``) hands out pictures as large as they are."""
+    if pixels is None or side is None or tuple(pixels.shape[-2:]) == (side, side):
+        return ""
+    height, width = pixels.shape[-2:]
+    return (
+        f"the image processor makes {width} x {height} pixels of an image, and the vision tower takes {side} x {side}. "
+        "Set do_resize and size in the folder's processor settings, or give images of that size"
+    )
+
+
 def shipped_models() -> Path:
     """``pipelines/models``: found as data, nothing of it is imported."""
     spec = importlib.util.find_spec("pipelines")

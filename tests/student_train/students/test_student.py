@@ -56,7 +56,7 @@ from teacher_cache.data.tokenization import (
     tokenizer_fingerprint,
 )
 from teacher_cache.errors import CacheError, ConfigError
-from tests.fixtures.online import TEACHER, build, fit_config
+from tests.fixtures.online import TEACHER, build, fit_config, student_folder
 
 WORDS = 60
 
@@ -312,3 +312,10 @@ def test_caches_of_two_image_modes_need_a_choice(tmp_path: Path) -> None:
         Run.prepare(dataclasses.replace(config, sources=both))
     student = dataclasses.replace(config.student, image_mode="pad")
     Run.prepare(dataclasses.replace(config, sources=both, student=student))
+
+
+def test_a_picture_of_another_size_than_the_students_tower_takes_is_refused_with_both_sizes(tmp_path: Path) -> None:
+    model, processor = load_student(StudentConfig(model=student_folder()), seed=0)
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    with pytest.raises(CacheError, match=r"a: .*40 x (30|40) pixels of an image, and the vision tower takes 32 x 32"):
+        preprocessor_of(model, processor).pixels(ConversationImage("a", "a.png"), str(tmp_path))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image as PillowImage
 
 from teacher_cache.build.build import answer_only, build_cache
 from teacher_cache.config import CacheConfig, DataConfig
@@ -195,3 +196,17 @@ def test_a_build_leaves_none_of_its_samples_behind(own: CacheConfig, teacher: To
     with TeacherCache.open(own.output) as cache:
         batch = cache.read(range(len(cache)), [])
         assert [len(i) for i in batch.image_ids] == [sum(len(c) == 32 for c in s) for s in batch.image_checksums]
+
+
+def test_a_picture_of_another_size_than_the_tower_takes_is_skipped_with_both_sizes(
+    own: CacheConfig, teacher: TorchTeacher
+) -> None:
+    """The tiny teacher's processor does not resize; nothing below it could look at the picture."""
+    lines = [line for line in lines_of(own) if "image" in line][:6]
+    Path(str(own.data.path)).write_text(json.dumps(lines))
+    name = lines[0]["image"]
+    PillowImage.new("RGB", (40, 30)).save(Path(own.data.image_folder) / name)
+    lost = sum(line["image"] == name for line in lines)
+    assert build_cache(own, teacher=teacher, style="quiet").skipped == lost < 6
+    first = json.loads((Path(own.output) / "skipped.jsonl").read_text().splitlines()[0])
+    assert "makes 40 x 30 pixels of an image, and the vision tower takes 32 x 32" in first["reason"]
