@@ -46,9 +46,10 @@ from pipelines.tiny.world import write_world
 from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfig, TrainConfig
 from student_train.feed.batch import StudentBatch
 from student_train.feed.loader import MicroBatches
+from student_train.feed.sources import open_sources
 from student_train.feed.step_plan import StepPlan
 from student_train.losses.targets import RowTargets, TeacherSide, decoded
-from student_train.training.inputs import open_sources, side_of
+from student_train.training.inputs import side_of
 from student_train.training.objective import DistilledStudent
 from student_train.training.trainer import Run
 from teacher_cache.build.build import build_cache, open_teacher

@@ -17,9 +17,8 @@ from student_train.losses.by_source import row_loss
 from student_train.losses.catalogue import MEASURED_BY, LossSpec
 from student_train.losses.needs import needed_arrays
 from student_train.losses.shared_ids import shared_count, shared_topk
-from student_train.losses.targets import RowTargets
+from student_train.losses.targets import RowTargets, TeacherSide
 from student_train.students.chat_reader import ChatReader
-from student_train.training.objective import teacher_side
 from teacher_cache.store.manifest import read_manifest
 from teacher_cache.store.storage import Storage
 
@@ -53,7 +52,7 @@ def agreement(
     chat = student.reader.chat if isinstance(student.reader, ChatReader) else None
     opened = CacheSource(source, student.reader.tokenizer, *needed_arrays([spec], manifest), chat)
     model, vocabulary = student.model, student.model.get_output_embeddings().weight.shape[0]
-    teacher = teacher_side(opened.cache, vocabulary, model.device, model.dtype, exact)
+    teacher = TeacherSide.of(opened.cache, vocabulary, model.device, model.dtype, exact)
     chosen = [number for number in range(len(opened)) if only(opened.name_of(number))]
     totals = np.zeros(4)
     for _, logits, targets in answer_rows(student, opened, in_batches(chosen, batch), teacher):

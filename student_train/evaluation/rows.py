@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from student_train.evaluation.answers import Student
-from student_train.feed.batch import NOTHING, StudentBatch
+from student_train.feed.batch import StudentBatch
 from student_train.feed.loader import MicroBatches
 from student_train.feed.raw import Source
-from student_train.feed.step_plan import MicroBatch
 from student_train.losses.targets import RowTargets, TeacherSide
 from student_train.training.objective import DistilledStudent
 from teacher_cache.data.logit_rule import LogitRule
@@ -28,8 +27,7 @@ def answer_rows(
     read = MicroBatches([source], student.reader, features=None, pixel_cache=0)
     head, rule = student.model.get_output_embeddings(), LogitRule.of(student.model.config)
     for samples in batches:
-        _, made = read[MicroBatch(0, 0, tuple(samples), (NOTHING,) * len(samples), last=True)]
-        made = made.to(student.model.device)
+        made = read.batch(samples).to(student.model.device)
         states, targets = distilled.rows(made, 0)  # (R, d)
         yield made, rule.apply(head(states).float()), targets
 

@@ -172,6 +172,12 @@ def pack_lines(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return places
 
 
+def first_rows(row_sample: Tensor, row_position: Tensor) -> Tensor:
+    """(R,) bool: rows of first answer tokens, where a row's position does not follow the one before it."""
+    follows = (row_sample[1:] == row_sample[:-1]) & (row_position[1:] == row_position[:-1] + 1)
+    return torch.cat([torch.ones_like(row_sample[:1], dtype=torch.bool), ~follows])
+
+
 def _tensor(array: Array) -> Tensor:
     """As stored, ids too: they become the int64 that torch gathers by where they are used, on the device."""
     return torch.from_numpy(np.ascontiguousarray(array))

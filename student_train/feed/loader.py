@@ -13,6 +13,7 @@ import torch
 from PIL import Image as PillowImage
 from torch.utils.data import DataLoader, Dataset
 
+from student_train.config import FitConfig
 from student_train.feed.batch import NOTHING, StudentBatch, collate
 from student_train.feed.features import ImageFeatures, image_key
 from student_train.feed.raw import RawBatch, Source
@@ -23,7 +24,7 @@ from student_train.students.preprocessor import Preprocessor
 from student_train.students.reader import Reader
 from teacher_cache.data.conversations import Image, Skipped
 from teacher_cache.data.images import load_image
-from teacher_cache.errors import CacheError, ImageError
+from teacher_cache.errors import CacheError, ConfigError, ImageError
 from teacher_cache.stopping import left_to_parent
 
 Key = TypeVar("Key")
@@ -57,6 +58,10 @@ class MicroBatches(Dataset[StudentBatch]):
         else:
             micro, lines, features = self._expanded(micro, source, raw, self.reader)
         return micro, collate(raw, lines, micro.weights, self.reader.pad, features, pack=self._pack)
+
+    def batch(self, indices: Sequence[int], source: int = 0) -> StudentBatch:
+        """Samples of one source without weights in a global loss: to be looked at, or weighed by somebody else."""
+        return self[MicroBatch(0, source, tuple(indices), (NOTHING,) * len(indices), last=True)][1]
 
     def _rendered(
         self, micro: MicroBatch, source: Source, raw: RawBatch, reader: ChatReader
@@ -145,6 +150,30 @@ class MicroBatches(Dataset[StudentBatch]):
             found = reader.pixels(image, folder)
             self._pixels.keep(key, found)
         return found
+
+
+def with_own_images(config: FitConfig, sources: Sequence[Source], reader: Reader) -> Reader:
+    """The ``reader``, once it has read the first sample and the first one with an image: how long the student makes an
+    image, and whether samples may be packed.
+
+    Raises ``ConfigError``, ``CacheError``: they cannot.
+    """
+    if not isinstance(reader, ChatReader):
+        return reader
+    probe = MicroBatches(sources, replace(reader, compares_text=False, compares_images=False), None, 0)
+    for number, source in enumerate(sources):
+        counts = source.image_counts
+        for index in sorted({0, int(np.argmax(counts > 0))}):
+            batch = probe.batch([index], number)
+            if config.train.pack and any(name.endswith("token_type_ids") for name in batch.fields):
+                raise ConfigError(
+                    "train.pack: this student reads token types, from which it makes positions and attention for one "
+                    "sample a line. Set train.pack=false"
+                )
+            if counts[index] and not reader.image_tokens:
+                shown = int((batch.input_ids == reader.image_token).sum())
+                reader = replace(reader, image_tokens=shown // int(counts[index]))
+    return reader
 
 
 IMAGE_VALUES = 3 * 336 * 336

@@ -13,16 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from student_train.config import SourceConfig
+from student_train.config import FitConfig, SourceConfig
 from student_train.feed.features import image_key
 from student_train.feed.plain import PlainSource
 from student_train.feed.raw import Ints, RawBatch, Source, conversation_of, embedded_images, known_images, open_cache
 from student_train.feed.skipped import check_share
+from student_train.losses.needs import check_losses, needed_arrays
+from student_train.students.chat_reader import ChatReader
+from student_train.students.reader import Reader
 from teacher_cache.data.conversations import Conversation, Image
 from teacher_cache.data.rows import rows_among_text
-from teacher_cache.errors import CacheError, DataError, ImageError
+from teacher_cache.errors import CacheError, ConfigError, DataError, ImageError
 from teacher_cache.models.chat import Chat
 from teacher_cache.store.batches import RecordBatch
+from teacher_cache.store.manifest import read_manifest
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import Array
 from teacher_cache.store.storage import Storage
@@ -182,6 +186,32 @@ def open_source(
     if config.answers == "original":
         return PlainSource.from_cache(config, tokenizer, chat)
     return CacheSource(config, tokenizer, names, visual, chat)
+
+
+def open_sources(config: FitConfig, reader: Reader) -> list[Source]:
+    """All of them, looked at.
+
+    Raises ``ConfigError``: samples with images for a student that reads text only.
+    """
+    chat = reader.chat if isinstance(reader, ChatReader) else None
+    sources = []
+    for source in config.sources:
+        names: list[str] = []
+        visual: list[str] = []
+        if source.cache and source.answers == "cached":
+            manifest = read_manifest(Storage(source.cache))
+            check_losses(config.losses, manifest, source.cache)
+            names, visual = needed_arrays(config.losses, manifest)
+        opened = open_source(source, reader.tokenizer, names, visual, chat)
+        shown = int(np.count_nonzero(opened.image_counts))
+        if shown and reader.image_token < 0:
+            raise ConfigError(
+                f"sources: {shown:,} of {len(opened):,} samples of {source.cache or source.data} show images, and the "
+                "student reads text only. Take a student with a vision tower, or data without images"
+            )
+        check_images(opened)
+        sources.append(opened)
+    return sources
 
 
 def _shards_in(gigabytes: float, cache: TeacherCache) -> int:

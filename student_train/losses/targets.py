@@ -18,6 +18,7 @@ from teacher_cache.config import SignalsConfig
 from teacher_cache.data.logit_rule import AS_THEY_ARE, LogitRule
 from teacher_cache.errors import LossError
 from teacher_cache.store.codecs import ChannelScales, decode, is_coarse, with_exact_head
+from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import stats_names
 
 
@@ -150,6 +151,22 @@ class TeacherSide:
     rule: LogitRule = AS_THEY_ARE
     head_square: Tensor | None = None
 
+    @classmethod
+    def of(
+        cls, cache: TeacherCache, vocabulary: int, device: torch.device, dtype: torch.dtype, head: bool
+    ) -> TeacherSide:
+        """Scales, and the ``head`` if it is wanted, on the device, for a student of ``vocabulary`` output ids."""
+        manifest, own = cache.manifest, cache.manifest.shape.vocabulary
+        return cls(
+            signals=manifest.signals_config,
+            scales={name: scales_on(cache.scales_of(name), device) for name in _STATES},
+            head=torch.from_numpy(cache.head.copy()).to(device, dtype) if head else None,
+            hidden_size=manifest.shape.hidden_size,
+            image_tokens=manifest.image_tokens,
+            vocabulary=None if own == vocabulary else own,
+            rule=manifest.logit_rule,
+        )
+
     def rows(
         self, arrays: Mapping[str, Tensor], answer_ids: Tensor | None, row_index: Tensor | None = None
     ) -> RowTargets:
@@ -204,6 +221,10 @@ class TeacherSide:
     def _columns(self, stats: Tensor | None) -> dict[str, Tensor]:
         """``stats`` (…, s) as column name → (…,)."""
         return {} if stats is None else dict(zip(stats_names(self.signals), stats.unbind(-1), strict=True))
+
+
+_STATES = ("hidden", "hidden_second_last", "visual")
+"""The arrays of states, which a codec may have scaled; float codecs have ones."""
 
 
 def scales_on(scales: ChannelScales, device: torch.device | str) -> ChannelScales:

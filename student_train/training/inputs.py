@@ -3,87 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from student_train.config import FitConfig
-from student_train.feed.batch import NOTHING
 from student_train.feed.features import ImageFeatures, compute_features
-from student_train.feed.loader import MicroBatches
 from student_train.feed.plain import PlainSource
 from student_train.feed.raw import Source
 from student_train.feed.skipped import SkippedFile
-from student_train.feed.sources import CacheSource, check_images, leave_out_damaged, open_source
-from student_train.feed.step_plan import MicroBatch
+from student_train.feed.sources import CacheSource, leave_out_damaged
 from student_train.losses.image_losses import head_square
-from student_train.losses.needs import check_losses, check_shared, needed_arrays, reads_head_square
+from student_train.losses.needs import check_shared, reads_head_square
 from student_train.losses.shared_ids import shared_count
 from student_train.losses.targets import TeacherSide
 from student_train.students.chat_reader import ChatReader
 from student_train.students.reader import Reader
-from student_train.training.objective import teacher_side, vision_features
+from student_train.training.objective import vision_features
 from teacher_cache.errors import ConfigError
 from teacher_cache.progress import note
-from teacher_cache.store.manifest import digest, read_manifest
+from teacher_cache.store.manifest import digest
 from teacher_cache.store.reader import TeacherCache
-from teacher_cache.store.storage import Storage
 from teacher_cache.store.writer import HEAD
-
-
-def open_sources(config: FitConfig, reader: Reader) -> list[Source]:
-    """All of them, looked at.
-
-    Raises ``ConfigError``: samples with images for a student that reads text only.
-    """
-    chat = reader.chat if isinstance(reader, ChatReader) else None
-    sources = []
-    for source in config.sources:
-        names: list[str] = []
-        visual: list[str] = []
-        if source.cache and source.answers == "cached":
-            manifest = read_manifest(Storage(source.cache))
-            check_losses(config.losses, manifest, source.cache)
-            names, visual = needed_arrays(config.losses, manifest)
-        opened = open_source(source, reader.tokenizer, names, visual, chat)
-        shown = int(np.count_nonzero(opened.image_counts))
-        if shown and reader.image_token < 0:
-            raise ConfigError(
-                f"sources: {shown:,} of {len(opened):,} samples of {source.cache or source.data} show images, and the "
-                "student reads text only. Take a student with a vision tower, or data without images"
-            )
-        check_images(opened)
-        sources.append(opened)
-    return sources
-
-
-def with_own_images(config: FitConfig, sources: Sequence[Source], reader: Reader) -> Reader:
-    """The ``reader``, once it has read the first sample and the first one with an image: how long the student makes an
-    image, and whether samples may be packed.
-
-    Raises ``ConfigError``, ``CacheError``: they cannot.
-    """
-    if not isinstance(reader, ChatReader):
-        return reader
-    probe = MicroBatches(sources, dataclasses.replace(reader, compares_text=False, compares_images=False), None, 0)
-    for number, source in enumerate(sources):
-        counts = source.image_counts
-        for index in sorted({0, int(np.argmax(counts > 0))}):
-            _, batch = probe[MicroBatch(0, number, (index,), (NOTHING,), last=True)]
-            if config.train.pack and any(name.endswith("token_type_ids") for name in batch.fields):
-                raise ConfigError(
-                    "train.pack: this student reads token types, from which it makes positions and attention for one "
-                    "sample a line. Set train.pack=false"
-                )
-            if counts[index] and not reader.image_tokens:
-                shown = int((batch.input_ids == reader.image_token).sum())
-                reader = dataclasses.replace(reader, image_tokens=shown // int(counts[index]))
-    return reader
 
 
 def check_packing(config: FitConfig, model: Any) -> None:
@@ -140,7 +84,7 @@ def side_of(config: FitConfig, source: Source, model: Any, device: torch.device)
     check_shared(config.losses, manifest.shape.vocabulary, vocabulary, visual, url)
     dtype = getattr(torch, config.student.dtype)  # in which the student's products are formed
     head = any(loss.needs_head for loss in config.losses) and HEAD in manifest.files
-    side = teacher_side(source.cache, vocabulary, device, dtype, head)
+    side = TeacherSide.of(source.cache, vocabulary, device, dtype, head)
     if side.head is None or not reads_head_square(config.losses, visual):
         return side
     return dataclasses.replace(side, head_square=head_square(side.head[:shared]))

@@ -7,16 +7,15 @@ the global batch, so micro-batches, ranks and accumulation need no further scali
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from student_train.feed.batch import StudentBatch
+from student_train.feed.batch import StudentBatch, first_rows
 from student_train.losses import image_losses as relations
 from student_train.losses.catalogue import (
     Answers,
@@ -30,12 +29,10 @@ from student_train.losses.catalogue import (
 from student_train.losses.head_loss import LogitHead, head_losses
 from student_train.losses.needs import check_grids
 from student_train.losses.row_losses import HiddenProjector
-from student_train.losses.targets import RowTargets, StoredStates, TeacherSide, decoded, scales_on
+from student_train.losses.targets import RowTargets, StoredStates, TeacherSide, decoded
 from teacher_cache.data.logit_rule import LogitRule
 from teacher_cache.errors import ConfigError
 from teacher_cache.models.parts import parts_of
-from teacher_cache.store.codecs import ChannelScales
-from teacher_cache.store.reader import TeacherCache
 
 
 class DistilledStudent(nn.Module):
@@ -303,12 +300,6 @@ def _row_weight(spec: LossSpec, batch: StudentBatch) -> Tensor:
     return batch.row_weight * ~first_rows(batch.row_sample, batch.row_position)
 
 
-def first_rows(row_sample: Tensor, row_position: Tensor) -> Tensor:
-    """(R,) bool: rows of first answer tokens, where a row's position does not follow the one before it."""
-    follows = (row_sample[1:] == row_sample[:-1]) & (row_position[1:] == row_position[:-1] + 1)
-    return torch.cat([torch.ones_like(row_sample[:1], dtype=torch.bool), ~follows])
-
-
 def vision_features(llava: Any, pixels: Tensor) -> Tensor:
     """(I, N, d_vision) what the multimodal projector reads: the chosen layer, without the class token if so set."""
     layer = llava.config.vision_feature_layer
@@ -324,27 +315,3 @@ def merge_features(llava: Any, input_ids: Tensor, features: Tensor, image_token:
     projected = llava.multi_modal_projector(features.to(embeddings.dtype))
     mask = (input_ids == image_token).unsqueeze(-1).expand_as(embeddings)
     return embeddings.masked_scatter(mask, projected.to(embeddings.dtype))
-
-
-def teacher_side(
-    cache: TeacherCache, vocabulary: int, device: torch.device, dtype: torch.dtype, head: bool
-) -> TeacherSide:
-    """Head and scales of a cache on the device, for a student of ``vocabulary`` output ids."""
-    manifest = cache.manifest
-    weight = torch.from_numpy(cache.head.copy()).to(device, dtype) if head else None
-    own = manifest.shape.vocabulary
-    return TeacherSide(
-        vocabulary=None if own == vocabulary else own,
-        rule=manifest.logit_rule,
-        signals=manifest.signals_config,
-        scales={name: scales_on(scales, device) for name, scales in full_scales(cache).items()},
-        head=weight,
-        hidden_size=manifest.shape.hidden_size,
-        image_tokens=manifest.image_tokens,
-    )
-
-
-def full_scales(cache: TeacherCache) -> Mapping[str, ChannelScales]:
-    """Scales for every array of states; float codecs without PCA have none stored and need ones."""
-    none = ChannelScales(np.ones(cache.manifest.shape.hidden_size, np.float32))
-    return {name: cache.scales.get(name, none) for name in ("hidden", "hidden_second_last", "visual")}

@@ -16,10 +16,10 @@ from accelerate.utils import DistributedType, gather_object
 from torch import nn
 
 from student_train.config import FitConfig, check_fit_config
-from student_train.feed.loader import MicroBatches, make_loader, on_device
+from student_train.feed.loader import MicroBatches, make_loader, on_device, with_own_images
 from student_train.feed.plain import PlainSource
 from student_train.feed.skipped import SkippedFile, check_share
-from student_train.feed.sources import CacheSource
+from student_train.feed.sources import CacheSource, open_sources
 from student_train.feed.step_plan import MicroBatch, StepPlan
 from student_train.students.chat_reader import ChatReader
 from student_train.students.export import save_student
@@ -30,11 +30,9 @@ from student_train.training.exchange import Agreed, exchange
 from student_train.training.inputs import (
     cache_facts,
     check_packing,
-    open_sources,
     side_of,
     skipped_file,
     tower_features,
-    with_own_images,
 )
 from student_train.training.objective import DistilledStudent
 from student_train.training.output import FitSummary, output_lock, peak_megabytes, write_json

@@ -225,7 +225,7 @@ def test_share_of_a_source_is_drawn_anew_each_epoch(tmp_path: Path) -> None:
 
 
 def test_llavadi_rows_leave_out_exactly_the_first_token_of_every_answer(oracle: Oracle, tmp_path: Path) -> None:
-    from student_train.training.objective import first_rows
+    from student_train.feed.batch import first_rows
 
     run = Run.prepare(fit_config([LossSpec("forward_kl", rows="llavadi")], tmp_path, global_batch=64, micro_batch=64))
     several = 0

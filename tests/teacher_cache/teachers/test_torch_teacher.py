@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pipelines.tiny.prepare import TEACHER
-from student_train.training.objective import teacher_side
+from student_train.losses.targets import TeacherSide
 from teacher_cache.build.build import build_cache
 from teacher_cache.config import CacheConfig, DataConfig, SignalsConfig, TeacherConfig
 from teacher_cache.data.logit_rule import LogitRule
@@ -93,7 +93,7 @@ def test_a_text_models_rows_are_its_own_logits(text_cache: CacheConfig) -> None:
 def test_a_student_is_given_the_teachers_own_logits(text_cache: CacheConfig) -> None:
     with TeacherCache.open(text_cache.output) as cache:
         arrays, image = cache[1].arrays, cache.manifest.image_token
-        side = teacher_side(cache, cache.manifest.shape.vocabulary, torch.device("cpu"), torch.float32, head=True)
+        side = TeacherSide.of(cache, cache.manifest.shape.vocabulary, torch.device("cpu"), torch.float32, head=True)
         rows = torch.from_numpy(rows_among_text(arrays["input_ids"], arrays["loss_mask"], image))
         targets = side.rows({name: torch.from_numpy(array) for name, array in arrays.items()}, None, rows)
     exact = targets.exact_logits(slice(None)).log_softmax(-1)
