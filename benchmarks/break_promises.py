@@ -60,6 +60,22 @@ BREAKS = (
         "tests/promises/test_offline_online.py",
     ),
     Break(
+        5,
+        "an Arrow batch is believed unchecked",
+        "teacher_cache/data/arrow_file.py",
+        "if _is_compressed(message.metadata.to_pybytes()):",
+        "if False:",
+        "tests/teacher_cache/data/test_hub.py",
+    ),
+    Break(
+        6,
+        "a system text beside the messages is lost",
+        "teacher_cache/data/conversations.py",
+        'messages.insert(0, ("system", system))',
+        "pass",
+        "tests/teacher_cache/data/test_conversations.py",
+    ),
+    Break(
         2,
         "stored states scaled by 1.01 when decoded",
         "student_train/losses/targets.py",

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from teacher_cache.command_line import calm_errors
 from teacher_cache.config import CacheConfig, load_config, schema
+from teacher_cache.data.formats import Format
 from teacher_cache.errors import ConfigError
 from teacher_cache.progress import Style
 from teacher_cache.stopping import Stop
@@ -193,12 +194,21 @@ def view(
 
 
 @app.command("export-answers")
-def export_answers(cache: str, output: Annotated[Path, typer.Option(help="the JSON file to write")]) -> None:
-    """The regenerated instruction set as LLaVA JSON, for people who do not use this package."""
-    from teacher_cache.pages.info import export_answers as export
+def export_answers(
+    cache: str,
+    output: Annotated[Path, typer.Option(help="the file to write: *.json, *.jsonl or *.parquet")],
+    form: Annotated[
+        Format, typer.Option("--format", help="LLaVA; ms-swift and LLaMA-Factory; LLaMA-Factory; TRL")
+    ] = "llava",
+    image_folder: Annotated[
+        list[str] | None, typer.Option(help="put the images into the Parquet file, from their folder or data files")
+    ] = None,
+) -> None:
+    """The regenerated instruction set for other trainers."""
+    from teacher_cache.pages.answers import export_answers as export
 
     with _errors():
-        samples = export(Storage(cache), output)
+        samples = export(Storage(cache), output, form, image_folder or [])
     say(f"{output}: {samples:,} samples")
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,9 @@ def parse_sample(line: Any, number: int) -> Conversation | Skipped:
     try:
         messages, inline = _messages(line)
         images = _images_of(line, inline)
+        if "messages" in line and images and not any(IMAGE_TAG in text for _, text in messages):
+            place = next((i for i, (role, _) in enumerate(messages) if role == "user"), 0)
+            messages[place] = (messages[place][0], IMAGE_TAG * len(images) + messages[place][1])  # as TRL and ms-swift
         for text in (sample_id, *(text for _, text in messages), *(image.image_id for image in images)):
             if not _is_unicode(text):  # half of a surrogate pair, which JSON can spell and no tokenizer can read
                 raise _UnfitError(f"not Unicode text: {ascii(text)[:80]}")
@@ -152,6 +155,8 @@ def _messages(line: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[Any]
     themselves; LLaVA's ``conversations`` (from, value) or ``messages`` (role, content: a text, or TRL's parts)."""
     turns = line.get("conversations")
     turns = line.get("messages") if turns is None else turns
+    if isinstance(turns, Mapping) and all(isinstance(column, list) for column in turns.values()):
+        turns = [dict(zip(turns, row, strict=False)) for row in zip(*turns.values(), strict=False)]  # of datasets < 4
     if not isinstance(turns, Sequence) or isinstance(turns, str | bytes) or not turns:
         raise _UnfitError("no list of conversations (or messages) in it")
     messages: list[tuple[str, str]] = []
@@ -165,6 +170,14 @@ def _messages(line: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[Any]
                 f"parts, in its value: {str(turn)[:80]}"
             )
         messages.append((_ROLES[role], text))
+    for key in ("tools", "objects"):
+        if not _empty(line.get(key)):
+            raise _UnfitError(f"{key!r} changes what the model is asked, and is not read")
+    system = "" if _nothing(line.get("system")) else line["system"]
+    if system and messages[0] != ("system", system):
+        if not isinstance(system, str) or messages[0][0] == "system":
+            raise _UnfitError("a system text beside the messages that is no text, or another than in them")
+        messages.insert(0, ("system", system))
     opening = 1 if messages[0][0] == "system" else 0
     if len(messages) > opening and messages[opening][0] == "assistant":
         del messages[opening]  # LLaVA drops it, too
@@ -244,9 +257,12 @@ _OTHER_IMAGE_KEYS = re.compile(
 """Keys under which others keep pictures (LLaMA-Factory, ms-swift, VoRA): a line that has one is no text-only sample."""
 
 
+_TEXT_KEYS = ("id", "question_id", "question_type", "conversations", "messages", "system", "tools", "objects")
+
+
 def is_read(column: str) -> bool:
-    """Whether a column of a Parquet file matters."""
-    return column in ("id", "question_id", "conversations", "messages") or bool(_OTHER_IMAGE_KEYS.fullmatch(column))
+    """Whether a column of a table matters."""
+    return column in _TEXT_KEYS or bool(_OTHER_IMAGE_KEYS.fullmatch(column))
 
 
 def _images_of(line: Mapping[str, Any], inline: list[Any]) -> tuple[Image, ...]:
@@ -274,6 +290,13 @@ def _values(value: Any) -> list[Any]:
     return [value]
 
 
+def _empty(value: Any) -> bool:
+    """Whether nothing stands in it at any depth; ``[]`` may be spelled as text."""
+    if isinstance(value, Mapping | list | tuple):
+        return all(map(_empty, value.values() if isinstance(value, Mapping) else value))
+    return _nothing(value) or value == "[]"
+
+
 def _nothing(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and value != value)  # NaN: what pandas writes
 
@@ -286,22 +309,3 @@ def _one_image(value: Any) -> Image:
     if isinstance(value, str):
         return Image(without_secrets(value) if "://" in value else value, path=value)  # the id is kept in the cache
     raise _UnfitError(f"image: expected a path or the image's bytes, found {type(value).__name__}")
-
-
-def to_llava_json(conversations: Iterable[Conversation]) -> list[dict[str, Any]]:
-    """Conversations as LLaVA's JSON lines, for ``export-answers`` and for a student's own data."""
-    lines = []
-    for conversation in conversations:
-        turns = []
-        for question, answer in zip(conversation.questions, conversation.answers, strict=True):
-            begin = re.match(f"(?:{IMAGE_TAG})*", question)
-            tags = begin.group().count(IMAGE_TAG) if begin else 0
-            value = f"{IMAGE_TAG}\n" * tags + question[tags * len(IMAGE_TAG) :]
-            turns += [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
-        system = [{"from": "system", "value": conversation.system}] if conversation.system else []
-        line: dict[str, Any] = {"id": conversation.sample_id}
-        names = [image.path or image.image_id for image in conversation.images]
-        if names:
-            line["image"] = names[0] if len(names) == 1 else names
-        lines.append({**line, "conversations": system + turns})
-    return lines

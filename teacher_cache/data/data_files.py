@@ -1,4 +1,4 @@
-"""The records of data files, one at a time and in order: JSON arrays, JSON lines and Parquet, known by their content.
+"""The records of data files, one at a time and in order: JSON arrays, JSON lines, Parquet and Arrow, known by content.
 
 A file is read once, a block at a time, and its digest is that of the bytes that were parsed.
 """
@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from teacher_cache.data.arrow_file import FILE, STREAM, record_batches
+from teacher_cache.data.hub import SCHEME, hub_files, saved_files
 from teacher_cache.data.parquet_pages import pages
 from teacher_cache.errors import DataError
 
@@ -27,6 +29,8 @@ LARGEST_RECORD = 256 << 20
 """Characters of one sample; a file without a second sample in so many is no list of samples."""
 PAGE_RATIO, PAGE_BYTES, PAGE_VALUES = 256, 64 << 20, 16 << 20
 """A Parquet page may be so many times its stored size, and so many bytes and values beyond that."""
+_ARROW_ROWS = 16
+"""Records of an Arrow batch in Python's hands at once: their embedded images are copied."""
 KINDS = (".json", ".jsonl", ".ndjson", ".parquet")
 """What is taken out of a folder; a file that is named itself may be called anything."""
 _SPACE = re.compile(r"[\ufeff \t\r\n]*")
@@ -35,14 +39,19 @@ Wanted = Callable[[str], bool]
 
 
 def data_files(path: str | Sequence[str]) -> list[Path]:
-    """The files that ``path`` names: each a file, a folder (its data files, sorted) or a glob pattern (sorted).
+    """The files that ``path`` names: each a file, a folder (its data files, sorted; of one by ``save_to_disk`` its
+    Arrow files), a glob pattern (sorted) or a data set of Hugging Face's hub (:func:`hub.hub_files`).
 
     Raises ``DataError``: one of them names no file.
     """
     found: list[Path] = []
     for name in [path] if isinstance(path, str) else list(path):
         one = Path(name)
-        if one.is_dir():
+        if name.startswith(SCHEME):
+            files = hub_files(name)
+        elif one.is_dir() and (saved := saved_files(one)) is not None:
+            files = saved
+        elif one.is_dir():
             files = sorted(p for p in one.rglob("*") if p.suffix.lower() in KINDS and p.is_file())
             parquet = [p for p in files if p.suffix.lower() == ".parquet"]
             files = parquet or files  # beside the Parquet files of a hub's data set lie notes in JSON
@@ -52,8 +61,8 @@ def data_files(path: str | Sequence[str]) -> list[Path]:
             files = sorted(Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file())  # noqa: PTH207
         if not files or not files[0].is_file():
             raise DataError(
-                f"{name}: no such data file. Set data.path to a LLaVA JSON, JSONL or Parquet file, to a folder of them "
-                "or to a pattern such as data/train-*.parquet"
+                f"{name}: no such data file. Set data.path to a JSON, JSONL or Parquet file, to a folder of them, to a "
+                f"pattern such as data/train-*.parquet or to {SCHEME}OWNER/NAME"
             )
         found += files
     return found
@@ -75,10 +84,13 @@ class DataFile:
         Raises ``DataError``: damaged, in another encoding, or no list of records; names the file and the line.
         """
         with self.path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(8)
             file.seek(0)
-            if start == b"PAR1":
-                yield from self._parquet(file, wanted, advance)
+            if start[:4] == b"PAR1":
+                yield from self._table(file, "Parquet", self._parquet(file, wanted, advance))
+                return
+            if start.startswith((STREAM, FILE)):
+                yield from self._table(file, "Arrow", self._arrow(file, wanted, advance))
                 return
             if start[:2] == b"\x1f\x8b" or start[:4] in (b"PK\x03\x04", b"\x28\xb5\x2f\xfd"):
                 raise DataError(f"{self.path}: a compressed file. Unpack it first")
@@ -88,21 +100,14 @@ class DataFile:
             finally:
                 self.facts = {"sha256": text.digest(), "bytes": text.bytes_parsed}
 
-    def _parquet(self, file: BinaryIO, wanted: Wanted, advance: Advance) -> Iterator[Any]:
+    def _table(self, file: BinaryIO, kind: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Any]:
         """A few records at a time, so that no more than a page of embedded images is in memory."""
         before = os.fstat(file.fileno())
         try:
-            opened = pq.ParquetFile(pa.PythonFile(file, "r"), pre_buffer=False, buffer_size=BLOCK)
-            columns = [name for name in opened.schema_arrow.names if wanted(name)]
-            row_bytes = before.st_size // max(opened.metadata.num_rows, 1)
-            rows = min(1024, max(1, BLOCK // max(row_bytes, 1)))
-            for group in range(opened.num_row_groups):
-                self._check_pages(file, opened.metadata.row_group(group), columns)
-                for batch in opened.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
-                    advance(batch.num_rows * row_bytes)
-                    yield from batch.to_pylist()
+            for batch in batches:
+                yield from batch.to_pylist()
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise DataError(f"{self.path}: not a readable Parquet file ({error}). Fetch it again") from error
+            raise DataError(f"{self.path}: not a readable {kind} file ({error}). Fetch it again") from error
         finally:
             file.seek(0)
             digest = hashlib.sha256()
@@ -112,6 +117,24 @@ class DataFile:
         after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise DataError(f"{self.path}: changed while it was read. Let it rest, then run the same command again")
+
+    def _parquet(self, file: BinaryIO, wanted: Wanted, advance: Advance) -> Iterator[pa.RecordBatch]:
+        opened = pq.ParquetFile(pa.PythonFile(file, "r"), pre_buffer=False, buffer_size=BLOCK)
+        columns = [name for name in opened.schema_arrow.names if wanted(name)]
+        row_bytes = os.fstat(file.fileno()).st_size // max(opened.metadata.num_rows, 1)
+        rows = min(1024, max(1, BLOCK // max(row_bytes, 1)))
+        for group in range(opened.num_row_groups):
+            self._check_pages(file, opened.metadata.row_group(group), columns)
+            for batch in opened.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
+                advance(batch.num_rows * row_bytes)
+                yield batch
+
+    def _arrow(self, file: BinaryIO, wanted: Wanted, advance: Advance) -> Iterator[pa.RecordBatch]:
+        for batch in record_batches(file):
+            advance(batch.nbytes)
+            columns = batch.select([name for name in batch.schema.names if wanted(name)])
+            for start in range(0, batch.num_rows, _ARROW_ROWS):
+                yield columns.slice(start, _ARROW_ROWS)
 
     @staticmethod
     def _check_pages(file: BinaryIO, group: Any, columns: Sequence[str]) -> None:

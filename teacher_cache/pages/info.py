@@ -1,15 +1,10 @@
-"""What a cache holds, as a table, and its answers as an instruction set for others."""
+"""What a cache holds, as a table."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-from teacher_cache.data.conversations import Conversation, Image, to_llava_json
-from teacher_cache.files import whole
 from teacher_cache.store.manifest import data_names, read_manifest
-from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.storage import Storage
 from teacher_cache.store.writer import committed_shards
 
@@ -47,22 +42,6 @@ def cache_info(storage: Storage) -> list[tuple[str, str]]:
         ("bytes in shards", f"{counts['bytes']:,} ({per_row:,.1f} a row)"),
         *((f"  {s.name}", f"{s.line_bytes:,} bytes a {s.axis}, {s.dtype}") for s in arrays),
     ]
-
-
-def export_answers(storage: Storage, output: Path) -> int:
-    """Write LLaVA JSON with the cached answers in the place of the original ones, in the data's order; the number of
-    samples. One shard's texts are in memory at a time, and ``output`` appears whole or not at all."""
-    count = 0
-    with TeacherCache(storage) as cache, whole(output) as part, part.open("w", encoding="utf-8") as file:
-        for text in cache.texts():
-            images = tuple(Image(name, path=name) for name in text.image_ids)
-            questions, answers = tuple(text.questions), tuple(text.answers)
-            (line,) = to_llava_json([Conversation(text.sample_id, questions, answers, images, system=text.system)])
-            plain = json.dumps(line, ensure_ascii=False, indent=1).replace("\n", "\n ")
-            file.write(f"{',' if count else '['}\n {plain}")
-            count += 1
-        file.write("\n]" if count else "[]")
-    return count
 
 
 def _image_tokens(counts: dict[str, int]) -> str:

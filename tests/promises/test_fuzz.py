@@ -27,7 +27,8 @@ from teacher_cache.build.answers import AnsweredSample, read_answers, write_answ
 from teacher_cache.data.conversations import Image
 from teacher_cache.data.images import open_picture
 from teacher_cache.errors import UserError
-from teacher_cache.pages.info import cache_info, export_answers
+from teacher_cache.pages.answers import export_answers
+from teacher_cache.pages.info import cache_info
 from teacher_cache.store.checksums import METADATA_KEY, sha256
 from teacher_cache.store.manifest import Manifest, _canonical, digest
 from teacher_cache.store.reader import TeacherCache

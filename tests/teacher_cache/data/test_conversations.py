@@ -19,7 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from student_train.feed.skipped import usable
 from teacher_cache.config import DataConfig
-from teacher_cache.data.conversations import Conversation, Image, Skipped, parse_sample, pieces, to_llava_json
+from teacher_cache.data.conversations import Conversation, Image, Skipped, parse_sample, pieces
+from teacher_cache.data.formats import to_line
 from teacher_cache.data.images import MAX_PIXELS, load_image
 from teacher_cache.data.sample_reader import SampleReader, read_conversations
 from teacher_cache.data.spool import spool
@@ -87,7 +88,7 @@ def test_several_images_stand_in_any_turn(data: dict[str, Any], questions: tuple
     assert isinstance(sample, Conversation), sample
     assert sample.questions == questions
     assert [image.path for image in sample.images] == list(images)
-    again = parse_sample(to_llava_json([sample])[0], 0)
+    again = parse_sample(to_line(sample, "llava"), 0)
     assert isinstance(again, Conversation)
     assert (again.questions, again.images) == (sample.questions, sample.images)
 
@@ -97,7 +98,7 @@ def test_a_system_text_opens_a_conversation() -> None:
     sample = parse_sample({"id": "a", "conversations": turns}, 0)
     assert isinstance(sample, Conversation)
     assert (sample.system, sample.questions) == ("Be brief.", ("q",))
-    assert parse_sample(to_llava_json([sample])[0], 0) == sample
+    assert parse_sample(to_line(sample, "llava"), 0) == sample
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,9 @@ def test_each_turn_is_a_sample_of_its_own_where_a_template_rewrites_turns(tmp_pa
         (line("<image> a", "b", images=["b.png"]), "image and images name different pictures"),
         (line("<video> a", "b", image=None), "a <video> or <audio> tag"),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": "x"}]}]}, "a part of type video"),
+        (line("<image> a", "b", tools=[{"name": "f"}]), "'tools' changes what the model is asked"),
+        (line("<image> a", "b", objects={"ref": [], "bbox": [[1, 2]]}), "'objects' changes what"),
+        (line("<image> a", "b", system=5), "a system text beside the messages that is no text"),
         (
             {"conversations": [*line("a", "b")["conversations"], {"from": "system", "value": "c"}]},
             "message 3 is the system",
@@ -298,6 +302,38 @@ def test_messages_of_roles_are_conversations() -> None:
     assert sample == Conversation("#7", ("<image>what",), ("a cat",), (Image("x.png", path="x.png"),))
 
 
+def test_images_of_messages_without_a_tag_stand_before_the_first_question() -> None:
+    """As TRL and ms-swift put them; LLaVA's format always says where."""
+    messages = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "a cat"}]
+    sample = parse_sample({"messages": messages, "images": ["x.png", "y.png"]}, 7)
+    assert isinstance(sample, Conversation), sample
+    assert sample.questions == ("<image><image>what",)
+
+
+def test_a_system_text_stands_beside_the_messages_or_in_them() -> None:
+    beside = parse_sample(line("q", "a", image=None, system="Be brief."), 0)
+    turns = [{"from": "system", "value": "Be brief."}, *line("q", "a")["conversations"]]
+    assert beside == parse_sample({"id": "a", "conversations": turns}, 0)
+    assert beside == parse_sample({"id": "a", "conversations": turns, "system": "Be brief."}, 0)
+    other = parse_sample({"id": "a", "conversations": turns, "system": "Be long."}, 0)
+    assert isinstance(other, Skipped)
+    assert "another than in them" in other.reason
+
+
+@pytest.mark.parametrize("value", [None, [], "[]", {"ref": [], "bbox": [[]]}, ""])
+def test_empty_tools_and_objects_change_nothing(value: Any) -> None:
+    assert parse_sample(line("<image> q", "a", tools=value, objects=value), 0) == parse_sample(
+        line("<image> q", "a"), 0
+    )
+
+
+def test_turns_in_columns_are_those_in_rows() -> None:
+    """As ``datasets`` before version 4 stored lists of objects."""
+    rows = line("<image> q", "a", "r", "b")
+    columns = {key: [turn[key] for turn in rows["conversations"]] for key in ("from", "value")}
+    assert parse_sample({**rows, "conversations": columns}, 0) == parse_sample(rows, 0)
+
+
 @pytest.mark.parametrize("value", [None, float("nan"), ""])
 def test_an_id_that_is_none_is_no_id(value: Any) -> None:
     assert parse_sample(line("<image> q", "a", id=value), 3).sample_id == "#3"
@@ -380,10 +416,6 @@ def test_jsonl_and_parquet_give_what_json_gives(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(lines), tmp_path / "d.parquet")
     found = [read_conversations(DataConfig(path=str(tmp_path / f"d.{e}"))) for e in ("json", "jsonl", "parquet")]
     assert found[0] == found[1] == found[2]
-    assert (
-        to_llava_json(s for s in found[0] if isinstance(s, Conversation))[0]["conversations"][0]["value"]
-        == "<image>\nq"
-    )
 
 
 def test_a_line_of_jsonl_ends_at_its_line_feed_and_nowhere_else(tmp_path: Path) -> None:
