@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from student_train.losses import row_losses, topk
-from student_train.losses.catalogue import CATALOGUE, Answers, Distributions, Drawable, Logits, LossSpec
+from student_train.losses.catalogue import CATALOGUE, Answers, Distributions, Drawable, Logits, LossSpec, Parted
 from student_train.losses.shared_ids import shared_count, shared_draws, shared_topk
 from student_train.losses.targets import RowTargets
 from teacher_cache.errors import LossError
@@ -44,7 +44,7 @@ def exact_loss(spec: LossSpec, teacher_logits: Tensor, student_logits: Tensor) -
         return entry.function(teacher_logits, student_logits, spec.temperature, **spec.own())
     sides = [row_losses.standardise(s) if entry.standardised else s for s in (teacher_logits, student_logits)]
     log_p, log_q = (row_losses.log_softmax(side, spec.temperature) for side in sides)
-    return entry.function(log_p, log_q, **spec.own())
+    return _divergence(spec, log_p, log_q, log_p.shape[-1])
 
 
 def _topk_loss(spec: LossSpec, targets: RowTargets, student_logits: Tensor, rows: slice) -> Tensor:
@@ -63,7 +63,13 @@ def _topk_loss(spec: LossSpec, targets: RowTargets, student_logits: Tensor, rows
         head = topk.topk_at_temperature(logprobs, stats, spec.temperature)
         ids, head, inside = shared_topk(ids, head, targets.vocabulary, vocabulary)
     log_p, log_q = row_losses.buckets(ids, head, student_logits, spec.temperature, inside)
-    return entry.function(log_p, log_q, **spec.own())
+    return _divergence(spec, log_p, log_q, ids.shape[-1])
+
+
+def _divergence(spec: LossSpec, log_p: Tensor, log_q: Tensor, ids: int) -> Tensor:
+    """``ids``: so many of the buckets are ids."""
+    more = {"ids": ids} if isinstance(spec.entry, Parted) else {}
+    return spec.entry.function(log_p, log_q, **more, **spec.own())
 
 
 def draws_of(spec: LossSpec, targets: RowTargets, rows: slice, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from pydantic_core import core_schema
 from torch import Tensor
 
 from student_train.losses import image_losses, row_losses
-from teacher_cache.config import CHECKED, AtLeast0, Positive, Share, SignalsConfig
+from teacher_cache.config import CHECKED, AtLeast0, AtLeast1, NotNegative, Positive, Share, SignalsConfig
 from teacher_cache.errors import ConfigError
 
 
@@ -176,6 +176,8 @@ SETTINGS = {
         "code divides its distillation losses. Cross-entropy is the mean over rows there and here.",
     ),
     "beta": Setting(Share, 0.5, "The teacher's share of the mean distribution."),
+    "head_ids": Setting(AtLeast1, 10, "How many of the teacher's most likely ids are the head."),
+    "tail_weight": Setting(NotNegative, 1.0, "What the divergence among all other ids is multiplied with."),
     "smoothing": Setting(Share, 0.0, "The share of the target that all ids get alike (label smoothing)."),
     "space": Setting(
         Literal["logits", "hidden"], "logits", "The Gram of the logits (LLaVA-KD's code) or of the final hidden states."
@@ -243,6 +245,10 @@ class Distributions(Logits):
     standardised: bool = False
 
 
+class Parted(Distributions):
+    """Treats ids apart, by their rank: its function is given how many of the buckets are ids, too."""
+
+
 @dataclass(frozen=True)
 class Drawable(Distributions):
     """Forward KL: linear in the teacher's distribution, so that draws serve it (``draws``: by which function), and with
@@ -300,6 +306,7 @@ CATALOGUE: dict[str, Entry] = {
     "jsd": Distributions(row_losses.jsd, own=("beta",)),
     "logit_mse": Logits(row_losses.logit_mse),
     "forward_kl_standardised": Distributions(row_losses.forward_kl_standardised, standardised=True),
+    "tail_aware_kl": Parted(row_losses.tail_aware_kl, own=("head_ids", "tail_weight")),
     "hidden_mse": States(row_losses.hidden_mse),
     "hidden_cosine": States(row_losses.hidden_cosine),
     "attention_mse": Attention(row_losses.attention_mse),

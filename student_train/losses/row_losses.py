@@ -72,6 +72,30 @@ def jsd(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
     return beta * forward_kl(log_p, log_m) + (1 - beta) * forward_kl(log_q, log_m)
 
 
+def tail_aware_kl(log_p: Tensor, log_q: Tensor, ids: int, head_ids: int = 10, tail_weight: float = 1.0) -> Tensor:
+    """KL(P̄_t ‖ P̄_s) + tail_weight · KL(T_t ‖ T_s): the tail-aware divergence of Dasgupta et al., 2026
+    (arXiv:2602.20816), which takes the tail's part of the KL out of the shadow of the teacher's modes.
+
+    The head is the teacher's ``head_ids`` most likely ids. P̄ has them and one bucket of all others, T is the
+    distribution among these others. By the chain rule the forward KL is this with tail_weight = 1 − Σ P_t(head), next
+    to nothing where the teacher is sure. The paper's: top-K and tail apart, and the settings K and β. Ours, since its
+    equation was not at hand: that form (decoupled distillation, Zhao et al., CVPR 2022, with a larger head), the
+    defaults, and the one bucket that a top-k has for what it does not hold.
+
+    ``ids``: so many of the columns are ids; one more is a top-k's tail bucket, which belongs to T. Both terms are lower
+    bounds of their dense values then.
+    """
+    most = log_p[:, :ids].topk(min(head_ids, ids), -1).indices
+    none = torch.finfo(log_p.dtype).min / 4  # not −inf, whose gradient is NaN where a row is all head
+    log_head, log_tail = [], []
+    for log in (log_p, log_q):
+        rest = log.scatter(-1, most, none)
+        mass = rest.logsumexp(-1, keepdim=True).clamp(min=NO_MASS)
+        log_head.append(torch.cat([log.gather(-1, most), mass], -1))
+        log_tail.append(rest - mass)
+    return forward_kl(log_head[0], log_head[1]) + tail_weight * forward_kl(log_tail[0], log_tail[1])
+
+
 def forward_kl_standardised(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Forward KL of z-scored logits / τ (:func:`standardise`): Sun et al., CVPR 2024, eq. 6; LLAVADI has τ = 1.
 

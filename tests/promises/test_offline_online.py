@@ -27,6 +27,7 @@ TERMS = [
     LossSpec("forward_kl", source="exact", temperature=0.7),
     LossSpec("forward_kl", source="topk", temperature=0.7),
     LossSpec("jsd", source="exact", beta=0.3, temperature=2.0),
+    LossSpec("tail_aware_kl", head_ids=3, tail_weight=0.7),
     LossSpec("forward_kl", source="exact", tokens="text"),
     LossSpec("forward_kl", source="exact", tokens="all", temperature=0.7),
     LossSpec("forward_kl", rows="llavadi"),
@@ -75,10 +76,11 @@ PER_SAMPLE = [
 TOGETHER = [LossSpec("cross_entropy"), LossSpec("forward_kl", average="sample", weight=3.0)]
 CASES = [*([spec] for spec in (*TERMS, *PER_SAMPLE)), TOGETHER]
 
-NOISE = {("reverse_kl", "topk"): 1000, ("attention_mse", "answers"): 10}
+NOISE = {("reverse_kl", "topk"): 1000, ("tail_aware_kl", "topk"): 1000, ("attention_mse", "answers"): 10}
 """Times the roundings of a model. Stored in float16: a value on a rounding border may fall to the other side. Reverse
 KL on a top-k multiplies the student's tail by the logarithm of the teacher's, which is a difference of nearly equal
-numbers: up to a fifth here, as the tail holds 1e-4 of the mass. The exact source has no such loss."""
+numbers: up to a fifth here, as the tail holds 1e-4 of the mass; the tail-aware loss has that difference for a share of
+the tail. The exact source has no such loss."""
 
 
 @pytest.mark.parametrize("specs", CASES, ids=[" + ".join(map(name_of, specs)) for specs in CASES])

@@ -73,6 +73,21 @@ def buckets(p: Row, kept: list[int]) -> Row:
     return [*head, sum(rest)] if rest else head
 
 
+def tail_aware(p: Row, q: Row, kept: list[int] | None) -> float:
+    """Head and one bucket, and ``tail_weight`` times what is among the others, of which a top-k has ids and a rest."""
+    by_rank = sorted(range(len(p)), key=lambda i: -p[i])
+    head, others = by_rank[: OWN["tail_aware_kl"]["head_ids"]], by_rank[OWN["tail_aware_kl"]["head_ids"] :]
+    if kept is not None:
+        head, others = [i for i in head if i in kept], [i for i in others if i in kept]
+    within = []
+    for side in (p, q):
+        masses = [side[i] for i in others]
+        if kept is not None and len(kept) < len(p):
+            masses.append(sum(side[i] for i in range(len(p)) if i not in kept))
+        within.append([mass / sum(masses) for mass in masses])
+    return divergence(buckets(p, head), buckets(q, head)) + OWN["tail_aware_kl"]["tail_weight"] * divergence(*within)
+
+
 def reference(name: str, temperature: float, beta: float, kept: list[int] | None = None) -> Objective:
     """The objective of one row of teacher and student logits; ``kept``: merge all other ids into one bucket."""
 
@@ -83,6 +98,8 @@ def reference(name: str, temperature: float, beta: float, kept: list[int] | None
         if name == "forward_kl_standardised":
             teacher, student = z_scores(teacher), z_scores(student)
         p, q = softmax(teacher, temperature), softmax(student, temperature)
+        if name == "tail_aware_kl":
+            return tail_aware(p, q, kept)
         if kept is not None:
             p, q = buckets(p, kept), buckets(q, kept)
         if name == "reverse_kl":
@@ -119,7 +136,7 @@ def assert_equals(
 DENSE = [name for name, entry in CATALOGUE.items() if isinstance(entry, Logits)]
 DIVERGENCES = [n for n in DENSE if isinstance(CATALOGUE[n], Distributions) and n != "forward_kl_standardised"]
 """f-divergences, of which merging ids gives a lower bound; what a top-k holds of z-scored logits is interpolated."""
-OWN = {"jsd": {"beta": 0.3}}
+OWN = {"jsd": {"beta": 0.3}, "tail_aware_kl": {"head_ids": 3, "tail_weight": 0.6}}
 
 
 def dense(name: str, teacher: Tensor, student: Tensor, **settings: Any) -> Tensor:
@@ -231,6 +248,13 @@ def test_topk_divergence_is_a_lower_bound_of_the_dense_one(rows, vocabulary, dat
     noise = rounding(EXACT, MODEL) * (1 + torch.where(left > 0, 1 / left, left))
     assert (loss(student) <= bound + noise).all()
     assert (loss(student) >= -noise).all()
+
+
+def test_tail_aware_kl_with_the_tails_own_mass_is_the_forward_kl() -> None:
+    teacher, student = random_logits(4, 1), random_logits(5, 1)
+    mass = 1 - teacher.softmax(-1).topk(3).values.sum().item()
+    apart = dense("tail_aware_kl", teacher, student, head_ids=3, tail_weight=mass)
+    assert torch.allclose(apart, dense("forward_kl", teacher, student))
 
 
 def test_what_the_bucketed_forward_kl_lacks_is_tail_mass_times_the_kl_of_the_tails() -> None:

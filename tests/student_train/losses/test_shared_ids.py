@@ -98,8 +98,8 @@ class Case:
             t, s = ((x - x.mean()) / (x.std(correction=0) + 1e-7) for x in (t, s))
         p, q = (t / spec.temperature).softmax(-1), (s / spec.temperature).softmax(-1)
         if not others:
-            return divergence(spec, p[ids], q[ids])
-        return divergence(spec, *(torch.cat([x[ids], x[others].sum()[None]]) for x in (p, q)))
+            return divergence(spec, p[ids], q[ids], len(ids))
+        return divergence(spec, *(torch.cat([x[ids], x[others].sum()[None]]) for x in (p, q)), len(ids))
 
 
 @pytest.mark.parametrize("kept", ["some", "all"])
