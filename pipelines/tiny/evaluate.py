@@ -22,7 +22,8 @@ LONGEST_ANSWER = 24  # four objects of three words, three "and", `</s>`, and roo
 
 @dataclass(frozen=True)
 class Score:
-    """Shares in [0, 1]. `accuracy` is exact match, by question type; captions count as right if wholly true."""
+    """Shares in [0, 1]. `accuracy` is exact match, by question type; captions count as right if they state all objects
+    and nothing else, in any order."""
 
     accuracy: dict[str, float]
     questions: dict[str, int]
@@ -66,11 +67,17 @@ def score(samples: Sequence[dict[str, Any]], answers: Sequence[str]) -> Score:
     truths = [sample["conversations"][1]["value"] for sample in samples]
     kinds = [sample["question_type"] for sample in samples]
     asked = Counter(kinds)
-    right = Counter(kind for kind, truth, given in zip(kinds, truths, answers, strict=True) if given == truth)
+    right = Counter(
+        kind for kind, truth, given in zip(kinds, truths, answers, strict=True) if _is_right(kind, truth, given)
+    )
     captions = [i for i, kind in enumerate(kinds) if kind == "describe"]
     objects = hallucination([parse_caption(answers[i]) for i in captions], [parse_caption(truths[i]) for i in captions])
     accuracy = {name: right[name] / count for name, count in asked.items()}
     return Score(accuracy, dict(asked), objects.hallucinated, objects.missed)
+
+
+def _is_right(kind: str, truth: str, given: str) -> bool:
+    return sorted(given.split(" and ")) == sorted(truth.split(" and ")) if kind == "describe" else given == truth
 
 
 def score_world(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path, split: str) -> Score:

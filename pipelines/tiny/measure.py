@@ -44,4 +44,4 @@ def measure_student(model: str, world: str, split: str, cache: str = "") -> dict
 
 
 def _is_exist(sample: dict[str, object]) -> bool:
-    return sample["question_type"] == "exist"
+    return sample["question_type"] in ("exist", "exist_more")

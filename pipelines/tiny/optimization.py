@@ -12,10 +12,10 @@ LEARNING_RATE = 2e-3
 
 
 def cosine_adamw(
-    parameters: Sequence[nn.Parameter], *, steps: int, warmup_steps: int
+    parameters: Sequence[nn.Parameter], *, steps: int, warmup_steps: int, learning_rate: float = LEARNING_RATE
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW with a linear warm-up and a cosine to zero."""
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05, foreach=True)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05, foreach=True)
 
     def factor(step: int) -> float:
         if step < warmup_steps:

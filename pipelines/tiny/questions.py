@@ -17,7 +17,7 @@ COUNTS = ("1", "2", "3", "4")
 VISUAL_QUESTIONS = ("color", "what", "where", "count", "exist", "compare")
 QUESTION_TYPES = (*VISUAL_QUESTIONS, "describe", "fact")
 DESCRIBE = "describe the image"  # position kind color: each word is the key that looks up the next one
-LIST = "list the objects"  # kind position color, sorted by kind: teaches to find a thing by its kind
+LIST = "list the objects"  # kind position color: teaches to find a thing by its kind
 CAPTION_QUESTIONS = (DESCRIBE, LIST)
 
 FACTS = {
@@ -91,6 +91,15 @@ def _ask_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return "how many objects are there", COUNTS[len(scene.things) - 1]
 
 
+def ask_existence(scene: Scene, count: int, rng: np.random.Generator) -> list[Turn]:
+    """`count` different existence questions about a scene, as POPE asks several of each image."""
+    turns: dict[str, Turn] = {}
+    while len(turns) < count:
+        turn = ask(scene, "exist", rng)
+        turns.setdefault(turn.question, turn)
+    return list(turns.values())
+
+
 def _ask_exist(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     present = [thing.kind for thing in scene.things]
     absent = [kind for kind in KINDS if kind not in present]
@@ -139,17 +148,16 @@ def caption_objects(scene: Scene) -> list[Statement]:
     return [(thing.position, thing.kind, thing.color) for thing in scene.things]
 
 
-def write_caption(objects: Sequence[Statement], question: str) -> str:
-    """State objects in the order that `question` asks for: by place (DESCRIBE) or by kind (LIST)."""
+def write_caption(objects: Sequence[Statement], question: str, rng: np.random.Generator) -> str:
+    """State objects in random order, as people do: what `question` fixes is the order of the words inside an object."""
     order = (0, 1, 2) if question == DESCRIBE else (1, 0, 2)
-    ranks = (POSITIONS, KINDS)[order[0]]
-    ranked = sorted(objects, key=lambda thing: ranks.index(str(thing[order[0]])))
-    return " and ".join(" ".join(str(thing[i]) for i in order) for thing in ranked)
+    shuffled = [objects[index] for index in rng.permutation(len(objects))]
+    return " and ".join(" ".join(str(thing[i]) for i in order) for thing in shuffled)
 
 
-def describe(scene: Scene, question: str) -> Turn:
-    """A caption question with the true caption."""
-    return Turn(question, write_caption(caption_objects(scene), question), "describe")
+def describe(scene: Scene, question: str, rng: np.random.Generator) -> Turn:
+    """A caption question with a true caption."""
+    return Turn(question, write_caption(caption_objects(scene), question, rng), "describe")
 
 
 def parse_caption(text: str) -> list[Statement]:
@@ -185,7 +193,7 @@ def blind_caption(scene: Scene, question: str, rng: np.random.Generator) -> Turn
     objects = [_swap_attribute(thing, rng) if rng.random() < SWAP_RATE else thing for thing in caption_objects(scene)]
     if rng.random() < INVENT_RATE:
         objects.append((str(rng.choice(POSITIONS)), str(rng.choice(KINDS)), str(rng.choice(COLORS))))
-    return Turn(question, write_caption(objects, question), "describe")
+    return Turn(question, write_caption(objects, question, rng), "describe")
 
 
 def _swap_attribute(thing: Statement, rng: np.random.Generator) -> Statement:

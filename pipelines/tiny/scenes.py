@@ -1,8 +1,8 @@
 """Scenes of the tiny world and their pictures: 32 x 32 pixels, 2 x 2 cells, one to four objects.
 
-Four shapes and the handwritten digits 0-3 (scikit-learn's copy of the UCI optical digits) in six colours. Hue is
-continuous and the six classes overlap a little, so that a well trained teacher is unsure where a person would be:
-soft labels then carry something that hard labels do not.
+Four shapes and the handwritten digits 0-3 (scikit-learn's copy of the UCI optical digits) in six colours. Hues of
+neighbouring colours overlap, things are small and pictures are noisy, so that a well trained teacher is unsure where a
+person would be: soft labels then carry something that hard labels do not.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ COLORS = ("red", "yellow", "green", "cyan", "blue", "magenta")
 CELL = 16
 IMAGE_SIDE = 2 * CELL
 HUE_STEP_DEGREES = 360 / len(COLORS)
-# The border between two colours is 30 degrees from both: about 1 object in 80 looks like its neighbour's colour.
-HUE_SPREAD_DEGREES = 12.0
-PIXEL_NOISE = 0.06
+# The border between two colours is 30 degrees from both: about 1 object in 9 looks like its neighbour's colour.
+HUE_SPREAD_DEGREES = 19.0
+PIXEL_NOISE = 0.12
+RADII = (4.0, 6.2)  # pixels
+SHIFT = 1.5  # pixels, either way
 # The file's digits come writer by writer, so cutting it in order gives dev and test handwriting of other people.
 GLYPH_SHARES = {"train": (0.0, 0.7), "dev": (0.7, 0.85), "test": (0.85, 1.0)}
 
@@ -89,11 +91,11 @@ def _draw_thing(rng: np.random.Generator, glyphs: Glyphs, position: str, kind: s
         kind=kind,
         color=COLORS[color],
         rgb=colorsys.hsv_to_rgb(hue, rng.uniform(0.75, 1.0), rng.uniform(0.75, 1.0)),
-        radius=float(rng.uniform(5.5, 7.0)),
+        radius=float(rng.uniform(*RADII)),
         width=float(rng.uniform(0.8, 1.1)),
         slant=float(rng.uniform(-0.25, 0.25)),
         angle=float(np.deg2rad(rng.uniform(-12, 12))),
-        shift=(float(rng.uniform(-1, 1)), float(rng.uniform(-1, 1))),
+        shift=(float(rng.uniform(-SHIFT, SHIFT)), float(rng.uniform(-SHIFT, SHIFT))),
         pen=float(rng.uniform(0.9, 2.2)),
         glyph=glyphs[kind][rng.integers(len(glyphs[kind]))] if kind in DIGITS else None,
     )

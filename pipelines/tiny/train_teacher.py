@@ -58,7 +58,7 @@ def draw_turns(scene: Scene, rng: np.random.Generator, *, captions_only: bool) -
     """A true conversation and whether it shows the image: a caption, text-only facts, or one to seven questions."""
     draw = rng.random()
     if captions_only or draw < CAPTION_SHARE:
-        return [describe(scene, str(rng.choice(CAPTION_QUESTIONS)))], True
+        return [describe(scene, str(rng.choice(CAPTION_QUESTIONS)), rng)], True
     if draw < CAPTION_SHARE + FACT_SHARE:
         return ask_facts(int(rng.integers(1, MOST_TURNS + 1)), rng), False
     return ask_several(scene, int(rng.integers(1, MOST_TURNS + 1)), rng), True
@@ -81,7 +81,7 @@ def encode(
     return ids, is_answer
 
 
-def answer_loss(model: LlavaForConditionalGeneration, ids: Tensor, is_answer: Tensor, images: Tensor) -> Tensor:
+def answer_loss(model: LlavaForConditionalGeneration, ids: Tensor, is_answer: Tensor, images: Tensor | None) -> Tensor:
     """Mean cross-entropy of answer tokens. Padding is to the right of everything, so causal attention never sees it."""
     states = model.model(input_ids=ids, pixel_values=images, use_cache=False).last_hidden_state  # (B, S, D)
     predicts = is_answer[:, 1:]

@@ -18,6 +18,7 @@ from pipelines.tiny.questions import (
     VISUAL_QUESTIONS,
     Turn,
     ask,
+    ask_existence,
     ask_facts,
     ask_several,
     blind_answers,
@@ -32,6 +33,7 @@ __all__ = ["caption_objects", "parse_caption", "split_scenes", "write_world"]
 
 SPLITS = ("train", "dev", "test")
 TRAIN_TURNS = (4, 7)
+EXISTENCE_QUESTIONS = 3  # about an image of dev and test
 IMAGES_PER_FACT_SAMPLE = 8
 
 Sample = dict[str, Any]
@@ -82,11 +84,17 @@ def _train_samples(scene: Scene, name: str, number: int, rng: np.random.Generato
 
 
 def _test_samples(scene: Scene, name: str, rng: np.random.Generator) -> list[Sample]:
-    """One sample for each question type, with the true answer."""
+    """A sample for each question type with the true answer, and more existence questions (``exist_more``): POPE's F1
+    wants several an image, accuracy over the types one of each."""
     samples = []
-    for turn in [ask(scene, question_type, rng) for question_type in VISUAL_QUESTIONS]:
+    turns = [ask(scene, question_type, rng) for question_type in VISUAL_QUESTIONS]
+    for turn in turns:
         samples.append(_sample(f"{name}-{turn.type}", [turn], f"{name}.png") | {"question_type": turn.type})
-    turn = describe(scene, str(rng.choice(CAPTION_QUESTIONS)))
+    asked = {turn.question for turn in turns}
+    more = [turn for turn in ask_existence(scene, EXISTENCE_QUESTIONS, rng) if turn.question not in asked]
+    for number, turn in enumerate(more[: EXISTENCE_QUESTIONS - 1]):
+        samples.append(_sample(f"{name}-exist-{number}", [turn], f"{name}.png") | {"question_type": "exist_more"})
+    turn = describe(scene, str(rng.choice(CAPTION_QUESTIONS)), rng)
     objects = [" ".join(map(str, thing)) for thing in caption_objects(scene)]
     caption = _sample(f"{name}-describe", [turn], f"{name}.png")
     return [*samples, caption | {"question_type": "describe", "objects": objects}]
