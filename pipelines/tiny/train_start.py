@@ -155,8 +155,8 @@ def as_markdown(scores: Sequence[Score], command: str, seconds: float, scenes: i
     return f"""# What the tiny students start from
 
 A Llama of {STUDENT_LAYERS} layers of width {STUDENT_WIDTH}, pre-trained on scenes told in words, and a projector
-pre-trained on the captions of {PROJECTOR_IMAGES:,} images; one start a seed, in half precision, without the vision tower (it is the
-teacher's). Made in {seconds:.0f} CPU seconds by
+pre-trained on the captions of {PROJECTOR_IMAGES:,} images; one start a seed, in half precision, without the vision
+tower (it is the teacher's). Made in {seconds:.0f} CPU seconds by
 
     {command}
 
