@@ -1,14 +1,14 @@
-"""Writes what the tiny pipeline starts from: the world's images and questions, and untrained students."""
+"""Writes what the tiny pipeline starts from: the world's images and questions, and students that can already read."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pipelines.tiny.student import write_student
+from pipelines.tiny.student import STUDENT_LAYERS, STUDENT_WIDTH, write_student
 from pipelines.tiny.world import write_world
 from teacher_cache.progress import silence_libraries
 
@@ -26,7 +26,10 @@ def prepare(
     width: int,
     layers: int,
 ) -> None:
-    """``folder/world``, ``folder/students/{n}`` and ``folder/student``; what is there and fits is left alone.
+    """``folder/world``, ``folder/students/{n}`` and ``folder/untrained/{n}``; what is there and fits is left alone.
+
+    Students begin with a pre-trained language model and projector (`train_start`) where there is one of their size, as
+    the papers' do; ``untrained`` ones of the same seeds show what that start is worth.
 
     Raises
     ------
@@ -51,14 +54,17 @@ def prepare(
             )
         return
     write_world(folder / "world", train_images=train_images, dev_images=dev_images, test_images=test_images, seed=seed)
+    shape: dict[str, Any] = {"teacher": TEACHER, "hidden_size": width, "layers": layers}
+    known = (width, layers) == (STUDENT_WIDTH, STUDENT_LAYERS)
     for number in range(students):
-        write_student(folder / "students" / str(number), teacher=TEACHER, hidden_size=width, layers=layers, seed=number)
+        write_student(folder / "students" / str(number), seed=number, pretrained=known, **shape)
+        write_student(folder / "untrained" / str(number), seed=number, **shape)
     mark.write_text(json.dumps(wanted), encoding="utf-8")
 
 
 def main(
     folder: Path = Path("runs/tiny"),
-    train_images: Annotated[int, typer.Option(help="images with training conversations")] = 300,
+    train_images: Annotated[int, typer.Option(help="images with training conversations")] = 500,
     dev_images: int = 150,
     test_images: int = 300,
     seed: int = 0,
@@ -66,7 +72,7 @@ def main(
     width: Annotated[int, typer.Option(help="hidden size of the students")] = 64,
     layers: int = 2,
 ) -> None:
-    """Write the tiny world and untrained students."""
+    """Write the tiny world and its students."""
     silence_libraries()
     prepare(
         folder,
