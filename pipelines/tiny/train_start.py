@@ -174,7 +174,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder to write the starts to.")],
     teacher: Annotated[Path, typer.Option(help="Whose tower the projector reads.")] = Path("pipelines/tiny/teacher"),
     starts: Annotated[int, typer.Option(help="How many, from the seeds 0, 1, ...")] = 3,
-    steps: Annotated[int, typer.Option(help="Steps of the language model.")] = 6000,
+    steps: Annotated[int, typer.Option(help="Steps of the language model.")] = 12000,
     projector_steps: int = 500,
     scenes: Annotated[int, typer.Option(help="Scenes in words that each is scored on.")] = 300,
 ) -> None:
