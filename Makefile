@@ -7,7 +7,7 @@ WORLD ?=
 V := .venv/bin
 TINY := pipelines/tiny
 
-.PHONY: demo cache-teacher distill ablate ablate-llava-kd tiny-teacher world lock test test-fast test-portable test-vllm test-lmms check bench bench-gpu break-promises schemas chaos fuzz clean help
+.PHONY: demo cache-teacher distill ablate ablate-llava-kd tiny-teacher tiny-starts world lock test test-fast test-portable test-vllm test-lmms check bench bench-gpu break-promises schemas chaos fuzz clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -44,7 +44,7 @@ lock:            ## newest versions of everything into pipelines/locks (then: ma
 runs/tiny/prepared.json: | .venv/ready
 	$(V)/python -m pipelines.tiny.prepare $(WORLD)
 
-world: runs/tiny/prepared.json ## render the tiny world and write untrained students; WORLD="--train-images 100" ...
+world: runs/tiny/prepared.json ## render the tiny world and write its students; WORLD="--train-images 100" ...
 
 demo: world      ## both phases on the tiny world and one table (under 15 minutes on 2 cores); SET="--set seeds=[0]" ...
 	$(V)/teacher-cache build $(TINY)/cache.yaml
@@ -83,6 +83,9 @@ ablate-llava-kd: .venv/ready world ## LLaVA-KD's ladder on the tiny world
 
 tiny-teacher: .venv/ready ## train the shipped teacher again (about ten minutes)
 	$(V)/python -m pipelines.tiny.train_teacher --out $(TINY)/teacher --seed 0
+
+tiny-starts: .venv/ready ## train again what the tiny students start from (about 35 minutes)
+	$(V)/python -m pipelines.tiny.train_start --out $(TINY)/starts
 
 # --- quality --------------------------------------------------------------------------------------------------------
 

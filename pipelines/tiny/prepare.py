@@ -26,10 +26,11 @@ def prepare(
     width: int,
     layers: int,
 ) -> None:
-    """``folder/world``, ``folder/students/{n}`` and ``folder/untrained/{n}``; what is there and fits is left alone.
+    """``folder/world`` and ``folder/students/{n}``, ``readers/{n}``, ``untrained/{n}``; what is there and fits is left
+    alone.
 
     Students begin with a pre-trained language model and projector (`train_start`) where there is one of their size, as
-    the papers' do; ``untrained`` ones of the same seeds show what that start is worth.
+    the papers' do; ``readers`` of the same seeds with the language model alone, ``untrained`` ones with neither.
 
     Raises
     ------
@@ -57,8 +58,9 @@ def prepare(
     shape: dict[str, Any] = {"teacher": TEACHER, "hidden_size": width, "layers": layers}
     known = (width, layers) == (STUDENT_WIDTH, STUDENT_LAYERS)
     for number in range(students):
-        write_student(folder / "students" / str(number), seed=number, pretrained=known, **shape)
         write_student(folder / "untrained" / str(number), seed=number, **shape)
+        for name, part in (("students", "all"), ("readers", "language")):
+            write_student(folder / name / str(number), seed=number, pretrained=part if known else "nothing", **shape)
     mark.write_text(json.dumps(wanted), encoding="utf-8")
 
 

@@ -124,8 +124,8 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder to write the teacher to.")],
     seed: Annotated[int, typer.Option(help="Fixes weights and data; the result also depends on the threads.")] = 0,
     tower_steps: Annotated[int, typer.Option(help="Steps of the vision tower.")] = 3000,
-    steps: Annotated[int, typer.Option(help="Steps of the language model, captions included.")] = 2000,
-    caption_steps: Annotated[int, typer.Option(help="How many of them see captions only.")] = 300,
+    steps: Annotated[int, typer.Option(help="Steps of the language model, captions included.")] = 3000,
+    caption_steps: Annotated[int, typer.Option(help="How many of them see captions only.")] = 400,
     test_images: Annotated[int, typer.Option(help="Images each of dev and test that the teacher is scored on.")] = 500,
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
 ) -> None:
@@ -192,7 +192,7 @@ Exact match on {images} dev and {images} test images with handwriting not seen i
 {table}
 
 Digits: scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" (CC BY 4.0). Hues of neighbouring
-colours overlap, which costs every model about 1 % of the colour answers.
+colours overlap, which costs every model about one colour answer in nine.
 """
 
 
