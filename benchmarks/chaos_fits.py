@@ -76,9 +76,10 @@ def killed_fits(stage: FitStage, runs: int) -> str:
     config, killed, finished, flipped, resumed = stage.named("killed"), 0, 0, 0, set[int]()
     checkpoints = Path(config.output) / "checkpoints"
     while killed < runs:
-        before = _steps(checkpoints)
+        before, damaged = _sound_and_damaged(checkpoints)
         if len(before) > 1 and stage.random.random() < 0.3:
-            _flip(stage, checkpoints / f"step-{before.pop():08d}")
+            damaged.append(before.pop())
+            _flip(stage, checkpoints / f"step-{damaged[-1]:08d}")
             flipped += 1
         resumed.add(before[-1] if before else 0)
         if _run(stage, config):
@@ -87,7 +88,7 @@ def killed_fits(stage: FitStage, runs: int) -> str:
             shutil.rmtree(Path(config.output).parent)
             continue
         killed += 1
-        _check_kept(checkpoints, before)
+        _check_kept(checkpoints, before, damaged)
     if not (Path(config.output) / "model").exists():
         _in_a_process(config, 0)
         finished += 1
@@ -98,19 +99,22 @@ def killed_fits(stage: FitStage, runs: int) -> str:
     )
 
 
-def _check_kept(checkpoints: Path, before: list[int]) -> None:
-    """``before``: the steps of the sound ones when the run began."""
-    sound = [step for step in _steps(checkpoints) if not fault(checkpoints / f"step-{step:08d}")]
-    damaged = set(_steps(checkpoints)) - set(sound)
-    assert all(before and step > before[-1] for step in damaged), f"half written: step {damaged}"
+def _check_kept(checkpoints: Path, before: list[int], flipped: list[int]) -> None:
+    """``before``, ``flipped``: the steps of the sound ones, and of those with a flipped bit, when the run began."""
+    sound, damaged = _sound_and_damaged(checkpoints)
+    assert set(damaged) <= set(flipped), f"half written: steps {damaged}, of which a bit was flipped in {flipped}"
     assert not before or sound[-1] >= before[-1], f"step {before[-1]} was saved, and now it is {sound[-1:]}"
     for path in checkpoints.parents[1].glob("vision-features-*"):
         found = ImageFeatures(path)
         found.read(list(found._line))
 
 
-def _steps(checkpoints: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*"))
+def _sound_and_damaged(checkpoints: Path) -> tuple[list[int], list[int]]:
+    """Their steps, in order."""
+    found: tuple[list[int], list[int]] = [], []
+    for path in sorted(checkpoints.glob("step-*")):
+        found[bool(fault(path))].append(int(path.name.removeprefix("step-")))
+    return found
 
 
 def _run(stage: FitStage, config: FitConfig) -> bool:
