@@ -53,6 +53,22 @@ BREAKS = (
     ),
     Break(
         2,
+        "the advantage of an image that the teacher sees both times",
+        "teacher_cache/build/advantage.py",
+        "return blurred(super().decoded())",
+        "return super().decoded()",
+        "tests/teacher_cache/build/test_advantage.py",
+    ),
+    Break(
+        2,
+        "rows that the image makes less likely in the place of those it makes likelier",
+        "student_train/losses/targets.py",
+        "argsort(descending=True, stable=True)",
+        "argsort(stable=True)",
+        "tests/student_train/losses/test_targets.py",
+    ),
+    Break(
+        2,
         "the student's rows one position late",
         "student_train/feed/batch.py",
         "_joined([first + p.rows for",

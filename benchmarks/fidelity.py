@@ -22,10 +22,20 @@ from torch import Tensor
 
 from benchmarks.real_states import real_states
 from teacher_cache.build.signals import sample_ids_and_counts
-from teacher_cache.store.codecs import ChannelScales, decode, encode, fit_channel_scales, with_exact_head
+from teacher_cache.store.codecs import (
+    CHANNEL_POWER,
+    ChannelScales,
+    decode,
+    encode,
+    fit_channel_scales,
+    with_exact_head,
+)
 
 CHUNK = 160
 SAMPLINGS = 8
+FP8_MOST, NVFP4_BLOCK = 448.0, 16
+REJECTED_POWER = 0.5
+"""Of the channel scales of FP8 and NVFP4: the best of 0, 0.5, 0.75 and 1 for both."""
 FIXED_BYTES = 16
 """log-sum-exp, mean, standard deviation and entropy, float32: what ``stats`` keeps at temperature 1."""
 
@@ -84,6 +94,11 @@ def all_ways(calibration: np.ndarray, head: Tensor) -> Iterator[Way]:
     for codec, size in (("float16", 2 * width), ("int8", width + 2), ("int4", width / 2 + 2 * math.ceil(width / 32))):
         scales = fit_channel_scales(calibration, codec)
         yield Way(f"states {codec}", size, _states(codec, scales, head))
+    scales = fit_channel_scales(calibration, "int8").channel_scale ** (REJECTED_POWER / CHANNEL_POWER)
+    four_bits = width / 2 + math.ceil(width / NVFP4_BLOCK) + 2
+    yield Way("states FP8 (e4m3) as they are", width, _rounded(_fp8, np.ones_like(scales), head))
+    yield Way("states FP8 (e4m3), row and channel scales", width + 2, _rounded(_fp8_of_rows, scales, head))
+    yield Way("states NVFP4 (e2m1, a scale in e4m3 for 16), channel scales", four_bits, _rounded(_nvfp4, scales, head))
     k = 64
     stored = k * (id_bytes + 2) + FIXED_BYTES
     yield Way(
@@ -147,6 +162,33 @@ def _states(codec: str, scales: ChannelScales, head: Tensor) -> Callable[[Chunk]
         return (decode(*encode(chunk.states, codec, scales), codec, scales) @ head.T).log_softmax(-1)
 
     return target
+
+
+def _rounded(rounding: Callable[[Tensor], Tensor], scales: np.ndarray, head: Tensor) -> Callable[[Chunk], Tensor]:
+    """A codec that was tried and not kept: what it makes of states, each channel divided by its scale."""
+    channel = torch.from_numpy(scales)
+    return lambda chunk: ((rounding(chunk.states / channel) * channel) @ head.T).log_softmax(-1)
+
+
+def _fp8(values: Tensor) -> Tensor:
+    return values.clamp(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn).float()
+
+
+def _fp8_of_rows(states: Tensor) -> Tensor:
+    step = (states.abs().amax(-1, keepdim=True) / FP8_MOST).half().float()
+    return _fp8(states / step) * step
+
+
+def _nvfp4(states: Tensor) -> Tensor:
+    """Blocks of 16 numbers of four bits (e2m1: 0, ½, 1, 1½, 2, 3, 4, 6), a scale each in e4m3, over one a row."""
+    levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    levels = torch.cat([-levels.flip(0), levels])
+    grouped = states.unflatten(-1, (-1, NVFP4_BLOCK))
+    step = grouped.abs().amax(-1, keepdim=True) / levels[-1]
+    of_row = step.amax(-2, keepdim=True) / FP8_MOST
+    step = (_fp8(step / of_row) * of_row).clamp(min=torch.finfo(torch.float32).tiny)
+    nearest = torch.bucketize(grouped / step, (levels[1:] + levels[:-1]) / 2)
+    return (levels[nearest] * step).flatten(-2)
 
 
 def _hybrid(codec: str, scales: ChannelScales, head: Tensor, k: int) -> Callable[[Chunk], Tensor]:

@@ -187,7 +187,7 @@ def check_fit_config(config: FitConfig) -> None:
         raise ConfigError("student.layers says how many layers to take from layers_from, which is not set")
     if not config.losses:
         raise ConfigError(f"losses: none; at least {{name: {DEFAULT_LOSS.name}}}")
-    distilled = [loss.name for loss in config.losses if not isinstance(loss.entry, Answers)]
+    distilled = [x.name for x in config.losses if x.advantage_share or not isinstance(x.entry, Answers)]
     plain = [i for i, s in enumerate(config.sources) if s.data or s.answers == "original"]
     if distilled and plain:
         raise ConfigError(

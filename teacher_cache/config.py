@@ -130,6 +130,9 @@ class SignalsConfig:
     visual_top_k: AtLeast1 = 32
     attention: bool = False
     """Attention of answer rows over the image positions in the last layer, mean over heads (LLAVADI, table 3)."""
+    advantage: Literal["none", "blurred", "without"] = "none"
+    """How much likelier the image makes each answer token (arXiv:2605.21924): samples with an image are scored a second
+    time, with it blurred or ``without`` it. Two bytes a row."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class StudentBatch:
     ``position_ids`` (B, S) of packed lines; token types (B, S); ``pixel_values`` and the like on their own axes."""
     image_features: Tensor | None  # (I, N, d_vision): cached features of a frozen tower
     row_sample: Tensor  # (R,) which line
+    row_owner: Tensor  # (R,) which of the micro-batch's samples
     row_position: Tensor  # (R,) the student's position that predicts the answer token
     answer_ids: Tensor  # (R,)
     row_index: Tensor  # (R,) into teacher signals stored for all text positions
@@ -121,6 +122,7 @@ def collate(
         fields=_fields(lines, found, places if pack else None, pad),
         image_features=image_features,
         row_sample=_repeated(owners, rows),  # (R,)
+        row_owner=_repeated(samples, rows),  # (R,)
         row_position=_joined([first + p.rows for (_, first), p in zip(places, found, strict=True)]),  # (R,)
         answer_ids=_joined([line.input_ids[line.loss_mask] for line in lines]),  # (R,)
         row_index=torch.from_numpy(raw.row_index),

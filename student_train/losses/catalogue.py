@@ -37,6 +37,7 @@ class LossSpec:
     temperature = 1.0
     temperature_squared = False
     pool = 0
+    advantage_share = 0.0
 
     if TYPE_CHECKING:  # each loss has its own settings
 
@@ -175,6 +176,13 @@ SETTINGS = {
         "row: every row (position, image) of the global batch weighs the same; sample: every sample does, as LLAVADI's "
         "code divides its distillation losses. Cross-entropy is the mean over rows there and here.",
     ),
+    "advantage_share": Setting(
+        Share,
+        0.0,
+        "Above 0: this share of each sample's rows, those whose token its image makes likeliest, weigh as much as all "
+        "its others together (arXiv:2605.21924); needs signals.advantage.",
+        ("tokens", ("answer",)),
+    ),
     "beta": Setting(Share, 0.5, "The teacher's share of the mean distribution."),
     "head_ids": Setting(AtLeast1, 10, "How many of the teacher's most likely ids are the head."),
     "tail_weight": Setting(NotNegative, 1.0, "What the divergence among all other ids is multiplied with."),
@@ -215,11 +223,13 @@ class Entry:
 class Answers(Entry):
     """(answer ids (R,), student logits (R, V)): all that asks nothing more of a teacher than its answers."""
 
+    usual = ("advantage_share",)
+
 
 class Logits(Entry):
     """(teacher logits, student logits, temperature, which count): (R, V), or those of the kept ids (R, k)."""
 
-    usual = ("source", "temperature", "temperature_squared", "tokens", "rows", "pool", "average")
+    usual = ("source", "temperature", "temperature_squared", "tokens", "rows", "pool", "average", "advantage_share")
     sources: ClassVar[Any] = Literal["topk", "exact"]
 
     def settings(self) -> dict[str, Setting]:
@@ -261,7 +271,7 @@ class Drawable(Distributions):
 class States(Entry):
     """(teacher states (R, d), projected student states (R, d))."""
 
-    usual = ("tokens", "layer", "rows", "pool", "average")
+    usual = ("tokens", "layer", "rows", "pool", "average", "advantage_share")
 
     def arrays(self, spec: LossSpec, signals: SignalsConfig) -> frozenset[str]:
         return frozenset({"hidden" if spec.layer == "last" else "hidden_second_last"})

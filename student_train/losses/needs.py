@@ -13,6 +13,7 @@ from teacher_cache.store.manifest import Manifest
 def needed_arrays(specs: Sequence[LossSpec], manifest: Manifest) -> tuple[list[str], list[str]]:
     """Names of the cache's arrays, and of its per-image arrays, that these losses read."""
     names = {name for spec in specs for name in spec.entry.arrays(spec, manifest.signals_config)}
+    names |= {"advantage" for spec in specs if spec.advantage_share}
     if manifest.signals["codec"] in ("int8", "int4"):
         names |= {f"{n}_scale" for n in names if n.startswith("hidden")}
     visual: set[str] = set()

@@ -5,6 +5,7 @@ States stay quantised until a chunk of rows is asked for, so a batch's targets t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -58,8 +59,9 @@ class RowTargets:
 
     answer_ids (R,) int64 · topk_ids (R, k) int64 · topk_logprobs (R, k) float32 · stats: column → (R,) float32 ·
     sampled_ids, sampled_counts (R, n) · hidden, hidden_second_last: (R, d) quantised · attention (R, N) float32 ·
-    head (V, d) in the dtype in which logits are formed · vocabulary: the teacher's V, where it may be another than the
-    student's (``shared_ids``); None where it is the same · rule: how the teacher's logits follow from states @ head.T.
+    advantage (R,) nats · head (V, d) in the dtype in which logits are formed · vocabulary: the teacher's V, where it
+    may be another than the student's (``shared_ids``); None where it is the same · rule: how the teacher's logits
+    follow from states @ head.T.
     """
 
     answer_ids: Tensor | None = None
@@ -72,6 +74,7 @@ class RowTargets:
     hidden: StoredStates | None = None
     hidden_second_last: StoredStates | None = None
     attention: Tensor | None = None
+    advantage: Tensor | None = None
     head: Tensor | None = None
     vocabulary: int | None = None
     rule: LogitRule = AS_THEY_ARE
@@ -102,6 +105,25 @@ class RowTargets:
         ids = _present(self.topk_ids, "topk_ids", "topk")[rows]
         logprobs = _present(self.topk_logprobs, "topk_logprobs", "topk")[rows]
         return ids, logprobs, {name: column[rows] for name, column in self.stats.items()}
+
+    def advantage_factors(self, owner: Tensor, share: float) -> Tensor:
+        """(R,) of mean 1 in each sample (``owner`` (R,)), so that no sample weighs more than before.
+
+        ``share`` of the sample's rows (rounded up), those of largest advantage, earlier ones first among equals, weigh
+        half of it, all others the other half: VA-OPD (arXiv:2605.21924) averages the losses of two such groups apart.
+        The paper's weights of whole samples are left out, as their mean over a global batch is not known in advance. A
+        sample without an image, or of which one group would be all, keeps the weights it has.
+        """
+        advantage = _present(self.advantage, "advantage", "advantage_share")
+        factors = torch.ones_like(advantage)
+        for sample in torch.unique(owner):
+            mine = (owner == sample).nonzero().squeeze(-1)
+            order = mine[advantage[mine].argsort(descending=True, stable=True)]
+            high = math.ceil(share * len(mine))
+            if high < len(mine) and advantage[mine].any():
+                factors[order[:high]] = len(mine) / (2 * high)
+                factors[order[high:]] = len(mine) / (2 * (len(mine) - high))
+        return factors
 
     def draws(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Of these rows: sampled ids, their counts, and the teacher's entropy (nats)."""
@@ -188,6 +210,7 @@ class TeacherSide:
             hidden=self._states("hidden", arrays, lines),
             hidden_second_last=self._states("hidden_second_last", arrays, lines),
             attention=_float(arrays.get("attention")),
+            advantage=_float(arrays.get("advantage")),
             head=self.head,
             vocabulary=self.vocabulary,
             rule=self.rule,
@@ -243,7 +266,7 @@ def _present(value: Found | None, name: str, wanted: str) -> Found:
     if value is None:
         raise LossError(
             f"{wanted}: the cache holds no {name}. Choose another source for the loss, or score again with this signal "
-            "(signals.top_k, signals.hidden, signals.sampled)."
+            "(signals.top_k, signals.hidden, signals.sampled, signals.advantage)."
         )
     return value
 

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from teacher_cache.build.advantage import advantages
 from teacher_cache.build.answers import AnsweredSample, answer_conversations, answer_text, read_answers, write_answers
 from teacher_cache.build.context import Build, shard_size
 from teacher_cache.build.first_shard import check_first
@@ -125,6 +126,8 @@ def score_shard(build: Build, number: int, shard: ShardInput, answered: Answered
 
     shard.skip(unfit)
     arrays, visual = _scored_arrays(build, number, shard, answered, whole)
+    if build.config.signals.advantage != "none":
+        arrays = _with_advantages(build, shard, whole, arrays)
     shard.skip(lambda sample: "" if sample.sample_id in arrays else NOT_FINITE)
     _refuse_overflow(build.config, number, sum(s.reason == NOT_FINITE for s in shard.skipped), read)
     records = [_record(build, s, answered[s.sample_id], whole[s.sample_id], arrays[s.sample_id]) for s in shard.samples]
@@ -142,6 +145,9 @@ def _scored_arrays(
     owned, extractor = owned_images(build, number), build.extractor
     for batch, states in _states(build, shard, answered, whole):
         made = extractor.records([sample.sample_id for sample in batch], states)
+        if build.config.signals.advantage != "none":
+            logprobs = extractor.answer_logprobs([whole[sample.sample_id].sample for sample in batch], states)
+            made = [{**record, "advantage": seen} for record, seen in zip(made, logprobs, strict=True)]
         for sample, state, record in zip(batch, states, made, strict=True):
             first = sample.image_id in owned and sample.image_id not in visual
             assert not first or state.visual is not None
@@ -157,6 +163,18 @@ def _scored_arrays(
             f"{build.config.teacher.model}, and Grams are compared entry by entry. Set signals.visual=states or none"
         )
     return arrays, visual
+
+
+def _with_advantages(build: Build, shard: ShardInput, whole: Whole, arrays: Arrays) -> Arrays:
+    """``arrays``, whose ``advantage`` is log p(answer token) with its image so far, less that without."""
+    samples = [sample for sample in shard.samples if sample.sample_id in arrays]
+    seen = [arrays[sample.sample_id]["advantage"] for sample in samples]
+    found = advantages(build, samples, [whole[sample.sample_id] for sample in samples], seen)
+    return {
+        sample.sample_id: {**arrays[sample.sample_id], "advantage": advantage}
+        for sample, advantage in zip(samples, found, strict=True)
+        if advantage is not None
+    }
 
 
 def _refuse_overflow(config: CacheConfig, number: int, failed: int, read: int) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from teacher_cache.config import SignalsConfig
 from teacher_cache.data.logit_rule import AS_THEY_ARE, LogitRule
+from teacher_cache.data.tokenization import TokenizedSample
 from teacher_cache.store.codecs import ChannelScales, encode
 from teacher_cache.store.records import Array, TeacherShape
 from teacher_cache.teachers.teacher import SampleStates, Wanted
@@ -73,7 +74,7 @@ class Extractor:
 
     @torch.inference_mode()
     def records(self, sample_ids: Sequence[str], states: Sequence[SampleStates]) -> list[dict[str, Array]]:
-        """For each sample the arrays of ``records.record_arrays`` but input_ids, loss_mask and runs."""
+        """For each sample the arrays of ``records.record_arrays`` but input_ids, loss_mask, runs and advantage."""
         rows = torch.cat([s.rows for s in states])
         arrays = self._rows(rows, sample_ids, [len(s.rows) for s in states])
         counts = {name: [len(s.rows) for s in states] for name in arrays}
@@ -88,6 +89,15 @@ class Extractor:
             arrays["attention"] = torch.cat(maps).to(torch.float16)
             counts["attention"] = [len(m) for m in maps]
         return _split({name: array.cpu().numpy() for name, array in arrays.items()}, counts, len(states))
+
+    @torch.inference_mode()
+    def answer_logprobs(self, samples: Sequence[TokenizedSample], states: Sequence[SampleStates]) -> list[Array]:
+        """(R,) float32 of each sample: the log-probability of every answer token."""
+        rows = torch.cat([s.rows for s in states])
+        ids = torch.cat([torch.from_numpy(s.input_ids[s.loss_mask]) for s in samples]).to(rows.device)
+        chunks = zip(self._logits(rows), torch.split(ids, self.head_rows), strict=True)
+        parts = [logits.gather(-1, own[:, None]).squeeze(-1) - logits.logsumexp(-1) for logits, own in chunks]
+        return np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(s.rows) for s in states])[:-1])
 
     @torch.inference_mode()
     def image(self, visual: torch.Tensor) -> dict[str, Array]:

@@ -27,11 +27,13 @@
   function show(token) {
     if (token === shown) return;
     hide();
-    const [text, id, probability, entropy, alternatives] = rowOf(token).cells;
+    const [text, id, probability, entropy, ...more] = rowOf(token).cells;
+    const alternatives = more.pop();
+    const image = more.map((cell) => ` · ${cell.textContent} nats by the image`).join("");
     const name = document.createElement("b");
     name.textContent = text.textContent;
     const line = document.createElement("p");
-    line.append(name, `id ${id.textContent} · ${probability.textContent} · entropy ${entropy.textContent} nats`);
+    line.append(name, `id ${id.textContent} · ${probability.textContent} · entropy ${entropy.textContent} nats${image}`);
     panel.replaceChildren(line, ...[...alternatives.children].map((child) => child.cloneNode(true)));
     panel.hidden = false;
     place(token);

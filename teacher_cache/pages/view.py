@@ -65,6 +65,7 @@ def write_view(
             most_skipped=MAX_SKIPPED_LINES,
             chosen=f"{len(chosen):,} of {len(opened):,}, {how}.",
             classes=CLASSES,
+            told=opened.manifest.signals_config.advantage != "none",
             words_known=words.known,
             samples=(sample_values(opened, index, figures, words) for index in chosen),
         )

@@ -21,6 +21,8 @@ SHOWN_IDS = 10
 LEAST_SHARE = 0.00005
 """Alternatives shown of a token, and the least probability of one; the rest is a single bar. Most tokens are nearly
 certain, so this keeps the page of a top-128 cache small and its panel short."""
+SEEN = 0.5
+"""Nats from which a token counts as read off the image: the image makes it 1.6 times as likely."""
 CLASSES = (
     (0.95, "", "95 % and more"),
     (0.8, "c1", "80–95 %"),
@@ -43,6 +45,8 @@ class Token:
     entropy: float
     ids: Array
     probabilities: Array
+    advantage: float | None = None
+    """How much likelier the image makes it, nats; None where that is not stored."""
 
     @property
     def text(self) -> str:
@@ -67,7 +71,12 @@ class Token:
         colours = (css for least, css, _ in CLASSES if (self.probability or 0.0) >= least)
         colour = next(colours, CLASSES[-1][1]) if len(self.ids) else ""  # NaN: the least
         is_first = not len(self.ids) or int(self.ids[0]) == self.id
-        marks = {"other": not is_first, "special": self.words.is_special(self.id), "id": not self.words.known}
+        marks = {
+            "other": not is_first,
+            "seen": (self.advantage or 0.0) >= SEEN,
+            "special": self.words.is_special(self.id),
+            "id": not self.words.known,
+        }
         return " ".join(["t", *filter(None, [colour]), *(mark for mark, holds in marks.items() if holds)])
 
     @property
@@ -95,7 +104,8 @@ class Token:
 def sample_values(cache: TeacherCache, index: int, figure: Callable[[str], Figure], words: TokenText) -> dict[str, Any]:
     """What the sample's template is given; ``figure`` finds an image by its id."""
     top = ["topk_ids", "topk_logprobs"] if cache.manifest.signals["top_k"] else []
-    batch = cache.read([index], ["input_ids", "loss_mask", "stats", *top])
+    told = ["advantage"] if cache.manifest.signals_config.advantage != "none" else []
+    batch = cache.read([index], ["input_ids", "loss_mask", "stats", *top, *told])
     shard = cache.shard_of(index)
     texts = sample_texts(cache, shard, [index - int(cache.shard_starts[shard])])[0]
     tokens = _tokens(batch.arrays, cache.manifest.stats_names.index("entropy"), words)
@@ -132,7 +142,8 @@ def _tokens(arrays: dict[str, Array], entropy: int, words: TokenText) -> list[To
         shares = np.exp(arrays["topk_logprobs"][row].astype(np.float64)) if len(kept) else np.zeros(0)
         hit = np.flatnonzero(kept == token)
         share = float(shares[hit[0]]) if len(hit) else None
-        tokens.append(Token(words, token, before, share, float(arrays["stats"][row, entropy]), kept, shares))
+        told = float(arrays["advantage"][row]) if "advantage" in arrays else None
+        tokens.append(Token(words, token, before, share, float(arrays["stats"][row, entropy]), kept, shares, told))
     return tokens
 
 

@@ -130,6 +130,10 @@ def plan_cache(config: CacheConfig, *, answer_factor: float = 1.0, throughput: T
         name: _part_bytes(as_preset(config.signals, name), config, shape, lines, shards, texts) for name in PRESETS
     }
     rate = throughput or assumed_throughput(size_of(model).language)
+    again = kept & (image > 0) & (config.signals.advantage != "none")
+    scored = whole[kept].sum() + whole[again].sum()
+    if config.signals.advantage == "without":
+        scored -= image[again].sum() * of_one.positions
     anew = kept & np.array([c.regenerate and c.sample_id not in answered for c in conversations], np.bool_)
     return CachePlan(
         samples=int(kept.sum()),
@@ -141,7 +145,7 @@ def plan_cache(config: CacheConfig, *, answer_factor: float = 1.0, throughput: T
         shards=shards,
         part_bytes=_part_bytes(config.signals, config, shape, lines, shards, texts),
         preset_bytes={name: sum(sizes.values()) for name, sizes in parts.items()},
-        gpu_hours=rate.hours(whole[kept].sum(), prompt[anew].sum(), lengths.answers[anew].sum()),
+        gpu_hours=rate.hours(scored, prompt[anew].sum(), lengths.answers[anew].sum()),
         throughput=rate,
         memory=teacher_memory(config, model, min(int(whole.max(initial=1)), config.teacher.max_length)),
         free_bytes=storage.free_bytes() if config.output else None,

@@ -61,6 +61,10 @@ def measured_throughput(storage: Storage) -> Throughput:
     with TeacherCache(storage) as cache:
         counts = cache.manifest.counts
         read = expanded_length(counts["tokens"], counts["runs"], counts["image_positions"])
+        again, shows = cache.manifest.signals_config.advantage, cache.images() > 0
+        if again != "none":
+            read += (cache.counts("token") - cache.counts("run"))[shows].sum()
+            read += counts["image_positions"] if again == "blurred" else 0
         rows = zip(cache.counts("row").tolist(), cache.texts(), strict=True)
         written = sum(count for count, text in rows if text.source != "original")
     cost = json.loads(storage.read("cost.json")) if storage.exists("cost.json") else {}

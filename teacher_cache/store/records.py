@@ -101,6 +101,8 @@ def record_arrays(signals: SignalsConfig, shape: TeacherShape) -> list[ArraySpec
             specs += hidden_arrays("hidden_second_last", axis, signals, shape)
     if signals.attention:
         specs.append(ArraySpec("attention", "cell", "float16"))
+    if signals.advantage != "none":
+        specs.append(ArraySpec("advantage", "row", "float16"))
     return specs
 
 

@@ -33,6 +33,7 @@ TERMS = [
     LossSpec("forward_kl", rows="llavadi"),
     *[LossSpec(n, tokens=t) for n in ("hidden_mse", "hidden_cosine") for t in ("text", "all")],
     LossSpec("hidden_mse", rows="llavadi"),
+    *[LossSpec(n, advantage_share=0.3) for n in ("cross_entropy", "forward_kl", "hidden_mse")],
     LossSpec("hidden_mse", layer="second_last"),
     LossSpec("hidden_cosine", layer="second_last", tokens="text"),
     LossSpec("similarity_mse", tokens="text"),
@@ -67,6 +68,7 @@ def gradients(run: Run) -> dict[str, Tensor]:
 PER_SAMPLE = [
     LossSpec("forward_kl", average="sample"),
     LossSpec("forward_kl", average="sample", rows="llavadi"),
+    LossSpec("forward_kl", average="sample", advantage_share=0.3),
     LossSpec("forward_kl", average="sample", source="exact", tokens="all"),
     LossSpec("hidden_mse", average="sample", tokens="all"),
     LossSpec("hidden_cosine", average="sample", tokens="text"),

@@ -71,6 +71,16 @@ def test_exact_logits_follow_the_teachers_rule() -> None:
     assert (kept - targets.topk_logprobs).abs().max() < 1e-2
 
 
+def test_advantage_shares_out_a_samples_weight_and_adds_none() -> None:
+    advantage = torch.tensor([0.0, 2.0, -1.0, 0.5, 3.0, 0.0, 0.0, 1.0])
+    owner = torch.tensor([4, 4, 4, 4, 7, 9, 9, 4])
+    factors = RowTargets(advantage=advantage).advantage_factors(owner, 0.4)
+    low, high = 5 / (2 * 3), 5 / (2 * 2)
+    assert factors.tolist() == pytest.approx([low, high, low, low, 1, 1, 1, high])  # one row, and no image: as before
+    with pytest.raises(ValueError, match=r"the cache holds no advantage.*signals\.advantage"):
+        RowTargets().advantage_factors(owner, 0.4)
+
+
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "logit_mse"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_whole_vocabulary_kept_equals_the_live_teacher(name: str, temperature: float) -> None:
