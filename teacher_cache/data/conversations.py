@@ -9,11 +9,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from teacher_cache.terminal import without_secrets
 
 IMAGE_TAG = "<image>"
+Format = Literal["llava", "messages", "sharegpt", "trl"]
+"""``llava``: ``conversations`` of from and value, ``image`` beside them, ``<image>`` and a new line for each in front ·
+``messages`` (ms-swift, LLaMA-Factory): role and content, ``images`` beside them, ``<image>`` where each stands ·
+``sharegpt`` (LLaMA-Factory): the same of from and value · ``trl``: ``messages`` whose contents are lists of parts."""
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -170,8 +174,12 @@ def _messages(line: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[Any]
                 f"parts, in its value: {str(turn)[:80]}"
             )
         messages.append((_ROLES[role], text))
-    for key in ("tools", "objects"):
-        if not _empty(line.get(key)):
+    objects = line.get("objects")
+    boxes = (
+        [objects.get(key) for key in ("ref", "bbox")] if isinstance(objects, Mapping) else []
+    )  # ms-swift's grounding
+    for key, value in (("tools", line.get("tools")), ("objects", boxes)):
+        if not _empty(value):
             raise _UnfitError(f"{key!r} changes what the model is asked, and is not read")
     system = "" if _nothing(line.get("system")) else line["system"]
     if system and messages[0] != ("system", system):

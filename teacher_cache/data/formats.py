@@ -6,19 +6,15 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from teacher_cache.data.conversations import IMAGE_TAG, Conversation
+from teacher_cache.data.conversations import IMAGE_TAG, Conversation, Format
 from teacher_cache.errors import DataError
 from teacher_cache.files import whole
 
-Format = Literal["llava", "messages", "sharegpt", "trl"]
-"""``llava``: ``conversations`` of from and value, ``image`` beside them, ``<image>`` and a new line for each in front ·
-``messages`` (ms-swift, LLaMA-Factory): role and content, ``images`` beside them, ``<image>`` where each stands ·
-``sharegpt`` (LLaMA-Factory): the same of from and value · ``trl``: ``messages`` whose contents are lists of parts."""
 ROWS = 64
 """Lines in memory at once, and in a row group: what their embedded images take."""
 

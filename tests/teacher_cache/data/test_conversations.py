@@ -327,6 +327,11 @@ def test_empty_tools_and_objects_change_nothing(value: Any) -> None:
     )
 
 
+def test_objects_that_are_no_boxes_are_of_somebody_else() -> None:
+    found = parse_sample(line("<image> q", "a", objects=["cat", "dog"]), 0)
+    assert found == parse_sample(line("<image> q", "a"), 0)
+
+
 def test_turns_in_columns_are_those_in_rows() -> None:
     """As ``datasets`` before version 4 stored lists of objects."""
     rows = line("<image> q", "a", "r", "b")

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teacher_cache.config import DataConfig
-from teacher_cache.data.conversations import IMAGE_TAG, Conversation, Image, parse_sample, pieces
-from teacher_cache.data.formats import Format, to_line, write_lines
+from teacher_cache.data.conversations import IMAGE_TAG, Conversation, Format, Image, parse_sample, pieces
+from teacher_cache.data.formats import to_line, write_lines
 from teacher_cache.data.sample_reader import read_conversations
 from teacher_cache.errors import DataError
 

@@ -9,8 +9,7 @@ from typing import get_args
 import pytest
 
 from teacher_cache.config import DataConfig, SignalsConfig
-from teacher_cache.data.conversations import Conversation
-from teacher_cache.data.formats import Format
+from teacher_cache.data.conversations import Conversation, Format
 from teacher_cache.data.image_files import image_checksum
 from teacher_cache.data.sample_reader import read_conversations
 from teacher_cache.errors import CacheError, DataError
