@@ -16,7 +16,7 @@ from rich.table import Table
 
 from teacher_cache.command_line import calm_errors
 from teacher_cache.config import CacheConfig, load_config, schema
-from teacher_cache.data.formats import Format
+from teacher_cache.data.conversations import Format
 from teacher_cache.errors import ConfigError
 from teacher_cache.progress import Style
 from teacher_cache.stopping import Stop

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from teacher_cache.config import DataConfig
-from teacher_cache.data.conversations import Conversation, Image
-from teacher_cache.data.formats import Format, to_line, write_lines
+from teacher_cache.data.conversations import Conversation, Format, Image
+from teacher_cache.data.formats import to_line, write_lines
 from teacher_cache.data.image_files import read_image
 from teacher_cache.data.spool import spool
 from teacher_cache.store.reader import TeacherCache
