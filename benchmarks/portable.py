@@ -55,7 +55,7 @@ LEFT_OUT = {
             "order",
             "parquet",
         ),
-        *("portable", "stranger_names", "tokenization"),
+        *("portable", "stranger_names"),
     ),
     "bytes, files and processes": (
         *("arrays", "stopped_builds", "chaos", "cluster", "locks", "remote", "remote_training", "stopping", "storage"),

@@ -82,7 +82,7 @@ def evaluate(
     model: Path,
     data: Annotated[Path, typer.Option(help="questions with known answers, LLaVA JSON")],
     image_folder: Annotated[Path, typer.Option(help="where its images lie")],
-    template: Annotated[str, typer.Option(help="of a student whose folder does not say it")] = "",
+    chat_template: Annotated[str, typer.Option(help="of a student whose folder does not say how it is asked")] = "",
     output: Annotated[Path | None, typer.Option(help="predictions, a JSON line each")] = None,
     cache: Annotated[str, typer.Option(help="held-out teacher cache: agreement with the teacher")] = "",
     max_new_tokens: int = 64,
@@ -90,7 +90,7 @@ def evaluate(
     """A student's accuracy by question type, figures of yes/no questions, and its agreement with the teacher."""
     from student_train.evaluation.evaluate import evaluate_model
 
-    return evaluate_model(model, data, image_folder, template, output, cache, max_new_tokens)
+    return evaluate_model(model, data, image_folder, chat_template, output, cache, max_new_tokens)
 
 
 @app.command()

@@ -34,8 +34,6 @@ class SourceConfig:
     __pydantic_config__ = CHECKED
     cache: str = ""
     data: str = ""
-    template: str = ""
-    """For ``data`` and a LLaVA-1.5 student only: a cache knows its own. Empty: the student's chat template."""
     image_folder: str = ""
     image_data: str | tuple[str, ...] = ""
     """The Parquet files (files, a folder or a pattern, as ``data.path``) whose embedded images the cache was made from.
@@ -89,8 +87,8 @@ class StudentConfig:
     load_in_4bit: bool = False
     gradient_checkpointing: bool = False
     chat_template: str = ""
-    """How it writes conversations: a Jinja file, or one of ours (vicuna_v1, plain). Empty: its own; a LLaVA-1.5 student
-    then reads what its LLaVA-1.5 teacher read."""
+    """How it writes conversations: a Jinja file, or a paper's by name (vicuna_v1, plain). Empty: its own; a LLaVA-1.5
+    student then takes that of its caches, whose ids it reads as they are."""
     template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
     """What is given to its chat template (``enable_thinking: false``)."""
     image_mode: Literal["auto", "pad", "crop"] = "auto"

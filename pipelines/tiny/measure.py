@@ -26,7 +26,7 @@ def measure_student(model: str, world: str, split: str, cache: str = "") -> dict
     samples = json.loads((Path(world) / f"{split}.json").read_text(encoding="utf-8"))
     images = Path(world) / "images"
     student = Student.load(model)
-    answers = answer_questions(student, Path(world) / f"{split}.json", images, "tiny", max_new_tokens=LONGEST_ANSWER)
+    answers = answer_questions(student, Path(world) / f"{split}.json", images, max_new_tokens=LONGEST_ANSWER)
     known = teacher_answers(cache) if cache else None
     questions = read_questions(Path(world) / f"{split}.json")
     write_predictions(Path(model).parent / "predictions.jsonl", questions, answers, known)

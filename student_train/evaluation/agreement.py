@@ -18,7 +18,6 @@ from student_train.losses.catalogue import MEASURED_BY, LossSpec
 from student_train.losses.needs import needed_arrays
 from student_train.losses.shared_ids import shared_count, shared_topk
 from student_train.losses.targets import RowTargets, TeacherSide
-from student_train.students.chat_reader import ChatReader
 from teacher_cache.store.manifest import read_manifest
 from teacher_cache.store.storage import Storage
 
@@ -49,8 +48,8 @@ def agreement(
     manifest = read_manifest(Storage(source.cache))
     exact = manifest.signals["hidden"] != "none"
     spec = LossSpec(MEASURED_BY, source="exact" if exact else "topk")
-    chat = student.reader.chat if isinstance(student.reader, ChatReader) else None
-    opened = CacheSource(source, student.reader.tokenizer, *needed_arrays([spec], manifest), chat)
+    reader = student.reader
+    opened = CacheSource(source, reader.tokenizer, *needed_arrays([spec], manifest), reader.chat)
     model, vocabulary = student.model, student.model.get_output_embeddings().weight.shape[0]
     teacher = TeacherSide.of(opened.cache, vocabulary, model.device, model.dtype, exact)
     chosen = [number for number in range(len(opened)) if only(opened.name_of(number))]

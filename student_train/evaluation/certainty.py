@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from student_train.evaluation.answers import Student, asked_in
+from student_train.evaluation.answers import Student
 from student_train.evaluation.metrics import plain_answer
+from student_train.evaluation.questions import asked_images
 from student_train.evaluation.rows import answer_rows, in_batches
 from student_train.feed.plain import PlainSource
-from student_train.students.chat_reader import ChatReader
 from teacher_cache.data.conversations import Conversation
 from teacher_cache.errors import EvaluationError
 
@@ -39,18 +39,15 @@ def certainty(
     questions: Sequence[Conversation],
     answers: Sequence[str],
     image_folder: str | Path,
-    template: str = "",
     batch: int = 64,
 ) -> Certainty:
     """How sure the student is of the truth (each question's first answer) and of what it said itself (``answers``).
 
     An answer is right as `vqa_accuracy` counts it, and as certain as the product of its tokens' probabilities.
     """
-    form = asked_in(student, template)
     truths = [question.answers[0] for question in questions]
-    name = form.name if form is not None else ""
-    of_truth = answer_logprobs(student, questions, truths, image_folder, name, batch)
-    of_own = answer_logprobs(student, questions, answers, image_folder, name, batch)
+    of_truth = answer_logprobs(student, questions, truths, image_folder, batch)
+    of_own = answer_logprobs(student, questions, answers, image_folder, batch)
     right = [plain_answer(said) == plain_answer(truth) for said, truth in zip(answers, truths, strict=True)]
     return Certainty(float(-of_truth.mean()), calibration_error(np.exp(of_own), right))
 
@@ -73,14 +70,19 @@ def answer_logprobs(
     questions: Sequence[Conversation],
     answers: Sequence[str],
     image_folder: str | Path,
-    template: str,
     batch: int = 64,
 ) -> Floats:
-    """(M,) log-probability, in nats, of each of ``answers`` as the whole answer to its first question."""
-    pairs = zip(questions, answers, strict=True)
-    asked = [replace(q, questions=q.questions[:1], answers=(answer,)) for q, answer in pairs]
-    chat = student.reader.chat if isinstance(student.reader, ChatReader) else None
-    source = PlainSource(asked, template, student.reader.tokenizer, str(image_folder), chat)
+    """(M,) log-probability, in nats, of each of ``answers`` as the whole answer to its first question.
+
+    Raises ``EvaluationError``: it cannot be written so.
+    """
+    asked = [
+        replace(question, questions=question.questions[:1], answers=(answer,), images=asked_images(question))
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    source = PlainSource(asked, student.reader.chat, str(image_folder))
+    for sample in source.skipped:
+        raise EvaluationError(f"{sample.sample_id}: the answer cannot be measured: {sample.reason}. Take it out")
     batches, sums = in_batches(range(len(asked)), batch), np.zeros(len(asked))
     for samples, (made, logits, _) in zip(batches, answer_rows(student, source, batches), strict=True):
         logprobs = logits.log_softmax(-1).gather(-1, made.answer_ids[:, None]).squeeze(-1)  # (R,)

@@ -21,7 +21,7 @@ def evaluate_model(
     model: Path,
     data: Path,
     image_folder: Path,
-    template: str,
+    chat_template: str = "",
     output: Path | None = None,
     cache: str = "",
     max_new_tokens: int = 64,
@@ -29,8 +29,8 @@ def evaluate_model(
     """What ``student-train evaluate`` prints: accuracy by ``question_type``, POPE's figures on yes/no questions, nats
     of the truth and calibration error, and with a held-out ``cache`` the agreement with its teacher. ``data``: one
     question a sample, with its true answer."""
-    questions, student = read_questions(data), Student.load(model)
-    answers = answer_questions(student, data, image_folder, template, max_new_tokens=max_new_tokens)
+    questions, student = read_questions(data), Student.load(model, chat_template=chat_template)
+    answers = answer_questions(student, data, image_folder, max_new_tokens=max_new_tokens)
     if output is not None:
         write_predictions(output, questions, answers, teacher_answers(cache) if cache else None)
     references = [question.answers[0] for question in questions]
@@ -41,7 +41,7 @@ def evaluate_model(
     if closed:
         facts |= {"yes/no questions": len(closed)}
         facts |= yes_no([a for a, _ in closed], [r for _, r in closed]).as_dict()
-    facts |= certainty(student, questions, answers, image_folder, template).as_facts()
+    facts |= certainty(student, questions, answers, image_folder).as_facts()
     if cache:
         facts |= agreement(student, SourceConfig(cache=cache, image_folder=str(image_folder))).as_facts()
     return facts

@@ -27,7 +27,8 @@ class StudentLlava(LlavaHf):
     @property
     def eot_token_id(self) -> int:
         """Of the student's template: ChatML's end token is not the end token of Qwen's base tokenizer."""
-        return int(self.model.generation_config.eos_token_id)
+        ends = self.model.generation_config.eos_token_id
+        return int(ends if isinstance(ends, int) else ends[0])
 
 
 class OptionalImages:

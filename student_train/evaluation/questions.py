@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
-from student_train.students.processor import chat_template
+from student_train.students.chat_reader import make_chat
 from teacher_cache.config import DataConfig
-from teacher_cache.data.conversations import Conversation, Skipped, one_image_first
+from teacher_cache.data.conversations import IMAGE_TAG, Conversation, Image, Skipped
 from teacher_cache.data.sample_reader import read_conversations
-from teacher_cache.data.tokenization import TEMPLATES
-from teacher_cache.errors import ConfigError, DataError
+from teacher_cache.errors import ConfigError, DataError, TemplateError
+from teacher_cache.models.chat import Chat
 
 
 def read_questions(data: str | Path) -> list[Conversation]:
@@ -20,9 +19,7 @@ def read_questions(data: str | Path) -> list[Conversation]:
     Raises ``DataError``: a sample cannot be asked: an accuracy over fewer questions than the file has would be another
     one.
     """
-    samples = read_conversations(DataConfig(path=str(data), duplicate_ids="number"))
-    faults = {s.sample_id: one_image_first(s) for s in samples if isinstance(s, Conversation)}
-    samples = [Skipped(s.sample_id, faults[s.sample_id]) if faults.get(s.sample_id) else s for s in samples]
+    samples = list(read_conversations(DataConfig(path=str(data), duplicate_ids="number")))
     skipped = [s for s in samples if isinstance(s, Skipped)]
     if skipped:
         raise DataError(
@@ -32,52 +29,32 @@ def read_questions(data: str | Path) -> list[Conversation]:
     return [s for s in samples if isinstance(s, Conversation)]
 
 
-def template_name(processor: Any, asked: str = "") -> str:
-    """The template in which a student is asked: the one that its folder's chat template writes.
+def asked_images(question: Conversation) -> tuple[Image, ...]:
+    """Those of its first question."""
+    return question.images[: question.questions[0].count(IMAGE_TAG)]
 
-    Raises ``ConfigError``: ``asked`` is another one, or the folder's is none of ours and none is asked for.
+
+def own_chat(model: Any, processor: Any, template: str = "") -> Chat:
+    """How a student is asked: as its folder's chat template has it, or, where that cannot be used, as ``template`` has.
+
+    Raises ``ConfigError``: ``template`` writes conversations in another way than the folder's, in which the student was
+    trained. ``TemplateError``: none can be used.
     """
-    own = own_template(processor)
-    if asked and own and asked != own:
-        raise ConfigError(
-            f"template={asked}: the student's own chat template writes conversations as {own}, in which it was "
-            f"trained. Leave the template out"
-        )
-    if not (asked or own):
-        raise ConfigError(
-            f"the student's folder does not say how it is asked (its chat template is none of {', '.join(TEMPLATES)}). "
-            "Name the template of its training (--template)"
-        )
-    return asked or own
-
-
-def own_template(processor: Any) -> str:
-    """Which of our templates writes what the folder's chat template does; empty for none of them."""
-    stored = processor.chat_template or processor.tokenizer.chat_template
-    if not isinstance(stored, str) or (written := _written(processor.tokenizer, stored)) is None:
-        return ""
-    for name, template in TEMPLATES.items():
-        tokenizer = copy.deepcopy(processor.tokenizer)  # which may be told to write no begin token
-        try:
-            if _written(tokenizer, chat_template(template, tokenizer)) == written:
-                return name
-        except ConfigError:  # this tokenizer cannot write it
-            continue
-    return ""
-
-
-_PROBE = [
-    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
-    {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
-    {"role": "user", "content": [{"type": "text", "text": "And here?"}]},
-]
-
-
-def _written(tokenizer: Any, jinja: str) -> str | None:
-    from jinja2 import TemplateError
-
     try:
-        text = tokenizer.apply_chat_template(_PROBE, chat_template=jinja, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ValueError, TypeError):
-        return None
-    return str(text)
+        own = make_chat(model, processor)
+    except TemplateError as error:
+        if template:
+            return make_chat(model, processor, template)
+        raise TemplateError(f"{error} (evaluate --chat-template)") from error
+    if template and _written(make_chat(model, processor, template)) != _written(own):
+        raise ConfigError(
+            f"chat_template={template}: the student's own chat template writes conversations in another way, in which "
+            "it was trained. Leave it out"
+        )
+    return own
+
+
+def _written(chat: Chat) -> tuple[int, ...]:
+    image = f"{IMAGE_TAG}\n" if chat.image_token >= 0 else ""
+    asked = Conversation("", (f"{image}What is it?", "And here?"), ("A cat.", ""), ())
+    return chat.unexpanded(asked, [chat.original("A cat.")], ask=True)[0]

@@ -6,7 +6,7 @@ import itertools
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from student_train.config import SourceConfig
 from student_train.feed.features import image_key
 from student_train.feed.raw import Ints, RawBatch, conversation_of, embedded_images, open_cache
 from student_train.feed.skipped import check_share, usable
+from student_train.students.chat_reader import ChatReader
+from student_train.students.reader import Reader
 from teacher_cache.config import DataConfig
 from teacher_cache.data.conversations import Conversation, Image, Skipped
 from teacher_cache.data.rows import text_positions
 from teacher_cache.data.spool import SampleFile, lay_down, spool
-from teacher_cache.data.tokenization import assemble, template_by_name, tokenize_answer, tokenize_prompt
 from teacher_cache.errors import ConversationError
 from teacher_cache.models.chat import Chat
 
@@ -36,26 +37,18 @@ class PlainSource:
     total = 0
     """Samples of the data file, those that are left out among them."""
 
-    def __init__(
-        self,
-        conversations: Iterable[Conversation],
-        template: str,
-        tokenizer: Any,
-        image_folder: str,
-        chat: Chat | None = None,
-    ) -> None:
+    def __init__(self, conversations: Iterable[Conversation], chat: Chat, image_folder: str) -> None:
         self.image_folder = image_folder
         self._folder = Path(tempfile.mkdtemp(prefix="teacher-cache-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self.skipped: list[Skipped] = []
-        tokenised = _by_chat(chat) if chat is not None else _by_template(template, tokenizer)
         lengths, rows, images = [], [], []
 
         def write() -> Iterator[Conversation]:
             with (self._folder / "ids").open("wb") as ids, (self._folder / "mask").open("wb") as mask:
                 for c in conversations:
                     try:
-                        own_ids, own_mask = tokenised(c)
+                        own_ids, own_mask = _written(c, chat)
                     except ConversationError as error:
                         self.skipped.append(Skipped(c.sample_id, str(error)))
                         continue
@@ -64,7 +57,7 @@ class PlainSource:
                     lengths.append(len(own_ids))
                     rows.append(np.count_nonzero(own_mask))
                     images.append(len(c.images))
-                    yield replace(c, questions=() if chat is None else c.questions, answers=())
+                    yield replace(c, answers=())
 
         (self._folder / "samples").mkdir()
         self._samples = lay_down(write(), self._folder / "samples").keep()
@@ -86,26 +79,27 @@ class PlainSource:
         self._open()
 
     @classmethod
-    def from_data(cls, config: SourceConfig, tokenizer: Any, chat: Chat | None = None) -> PlainSource:
+    def from_data(cls, config: SourceConfig, chat: Chat) -> PlainSource:
         data = DataConfig(path=config.data, duplicate_ids="number", max_samples=config.max_samples)
         samples = spool(data, Path(tempfile.mkdtemp(prefix="teacher-cache-")))
         skipped: list[Skipped] = []
-        taken = usable(samples, config.image_folder, skipped, anywhere=chat is not None)
-        source = cls(taken, config.template, tokenizer, config.image_folder, chat)
+        source = cls(usable(samples, config.image_folder, skipped), chat, config.image_folder)
         source._embedded = samples  # its images' bytes lie in that folder, which goes with it
         source.skipped, source.total = [*skipped, *source.skipped], len(samples)
         check_share(config, len(samples), source.skipped)
         return source
 
     @classmethod
-    def from_cache(cls, config: SourceConfig, tokenizer: Any, chat: Chat | None = None) -> PlainSource:
+    def from_cache(cls, config: SourceConfig, reader: Reader) -> PlainSource:
         """The original answers of the samples in a cache: the same questions and images, another teacher."""
-        with open_cache(config, tokenizer, chat) as cache:
+        own = reader.chat if isinstance(reader, ChatReader) else None
+        with open_cache(config, reader.tokenizer, own) as cache:
             embedded = embedded_images(config)
             size = min(config.max_samples or len(cache), len(cache))
             texts = itertools.islice(cache.texts(), size)
             conversations = [conversation_of(t, embedded, original=True) for t in texts]
-            return cls(conversations, cache.manifest.teacher["template"], tokenizer, config.image_folder, chat)
+            chat = own or reader.chat.in_template(cache.manifest.teacher["template"])
+            return cls(conversations, chat, config.image_folder)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -173,30 +167,11 @@ class PlainSource:
         """Everything lies on this machine."""
 
 
-_Tokenised = Callable[[Conversation], tuple[Ints, Any]]
-"""A conversation → (T,) ids, (T,) which of them are answers'."""
-
-
-def _by_template(name: str, tokenizer: Any) -> _Tokenised:
-    form = template_by_name(name)
-
-    def tokenised(asked: Conversation) -> tuple[Ints, Any]:
-        answers = [tokenize_answer(answer, form, tokenizer) for answer in asked.answers]
-        sample = assemble(tokenize_prompt(asked, form, tokenizer), answers)
-        return sample.input_ids, sample.loss_mask
-
-    return tokenised
-
-
-def _by_chat(chat: Chat) -> _Tokenised:
-    """Of a student that writes its prompts itself: only the answers' ids count. Turn after turn, each behind all that
+def _written(asked: Conversation, chat: Chat) -> tuple[Ints, Any]:
+    """(T,) ids, an image as one placeholder, and which of them are answers'. Turn after turn, each behind all that
     comes before it, where the template rewrites earlier turns."""
-
-    def tokenised(asked: Conversation) -> tuple[Ints, Any]:
-        answers = [chat.original(answer) for answer in asked.answers]
-        ends = [len(answers)] if chat.one_sequence else range(1, len(answers) + 1)
-        parts = [chat.unexpanded(asked, answers[:end]) for end in ends]
-        ids = [np.asarray(ids, np.int64) for ids, _ in parts]
-        return np.concatenate(ids), np.concatenate([mask for _, mask in parts])
-
-    return tokenised
+    answers = [chat.original(answer) for answer in asked.answers]
+    ends = [len(answers)] if chat.one_sequence else range(1, len(answers) + 1)
+    parts = [chat.unexpanded(asked, answers[:end]) for end in ends]
+    ids = [np.asarray(ids, np.int64) for ids, _ in parts]
+    return np.concatenate(ids), np.concatenate([mask for _, mask in parts])

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from student_train.config import SourceConfig
-from teacher_cache.data.conversations import Conversation, Image, Skipped, one_image_first
+from teacher_cache.data.conversations import Conversation, Image, Skipped
 from teacher_cache.data.images import load_image
 from teacher_cache.data.skipped import Allowed, counted
 from teacher_cache.errors import ImageError
@@ -16,18 +16,15 @@ SKIPPED = "skipped.jsonl"
 """Beside the run: one line (sample_id, reason) for each sample that it does not learn from."""
 
 
-def usable(
-    samples: Iterable[Conversation | Skipped], folder: str, skipped: list[Skipped], anywhere: bool = False
-) -> Iterator[Conversation]:
+def usable(samples: Iterable[Conversation | Skipped], folder: str, skipped: list[Skipped]) -> Iterator[Conversation]:
     """The samples to train on; the others go to ``skipped``. Of an image only its file is looked for here: reading
-    each of them would take as long as an epoch. ``anywhere``: the student reads any number of images in any turn."""
+    each of them would take as long as an epoch."""
     for sample in samples:
-        reason = sample.reason if isinstance(sample, Skipped) else "" if anywhere else one_image_first(sample)
-        if isinstance(sample, Conversation) and not reason:
-            reason = next(filter(None, (image_fault(image, folder) for image in sample.images)), "")
-        if reason:
+        if isinstance(sample, Skipped):
+            skipped.append(sample)
+        elif reason := next(filter(None, (image_fault(image, folder) for image in sample.images)), ""):
             skipped.append(Skipped(sample.sample_id, reason))
-        elif isinstance(sample, Conversation):
+        else:
             yield sample
 
 

@@ -33,7 +33,8 @@ from teacher_cache.store.storage import Storage
 
 
 class CacheSource:
-    """A teacher cache; ``names`` are the arrays that the losses need, others are not read."""
+    """A teacher cache; ``names`` are the arrays that the losses need, others are not read. ``chat``: of a student that
+    writes its own prompts; None for one that reads a LLaVA teacher's."""
 
     def __init__(
         self,
@@ -174,18 +175,14 @@ class CacheSource:
 _ALWAYS = ("input_ids", "loss_mask", "runs")
 
 
-def open_source(
-    config: SourceConfig, tokenizer: Any, names: Sequence[str], visual: Sequence[str], chat: Chat | None = None
-) -> Source:
-    """The source a config names; refuses a cache of another tokenizer or without the needed signals.
-
-    ``chat``: of a student that writes its own prompts; None for one that reads a LLaVA teacher's.
-    """
+def open_source(config: SourceConfig, reader: Reader, names: Sequence[str], visual: Sequence[str]) -> Source:
+    """The source a config names; refuses a cache of another tokenizer or without the needed signals."""
     if config.data:
-        return PlainSource.from_data(config, tokenizer, chat)
+        return PlainSource.from_data(config, reader.chat)
     if config.answers == "original":
-        return PlainSource.from_cache(config, tokenizer, chat)
-    return CacheSource(config, tokenizer, names, visual, chat)
+        return PlainSource.from_cache(config, reader)
+    chat = reader.chat if isinstance(reader, ChatReader) else None
+    return CacheSource(config, reader.tokenizer, names, visual, chat)
 
 
 def open_sources(config: FitConfig, reader: Reader) -> list[Source]:
@@ -193,7 +190,6 @@ def open_sources(config: FitConfig, reader: Reader) -> list[Source]:
 
     Raises ``ConfigError``: samples with images for a student that reads text only.
     """
-    chat = reader.chat if isinstance(reader, ChatReader) else None
     sources = []
     for source in config.sources:
         names: list[str] = []
@@ -202,7 +198,7 @@ def open_sources(config: FitConfig, reader: Reader) -> list[Source]:
             manifest = read_manifest(Storage(source.cache))
             check_losses(config.losses, manifest, source.cache)
             names, visual = needed_arrays(config.losses, manifest)
-        opened = open_source(source, reader.tokenizer, names, visual, chat)
+        opened = open_source(source, reader, names, visual)
         shown = int(np.count_nonzero(opened.image_counts))
         if shown and reader.image_token < 0:
             raise ConfigError(

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from teacher_cache.data.tokenization import template_by_name
 from teacher_cache.data.vocabulary import Comparison, compare, describe_vocabulary
 from teacher_cache.errors import CacheError
 from teacher_cache.models.chat import Chat
@@ -29,7 +28,7 @@ def check_tokenizer(
     Raises ``CacheError``: names the first difference, and the setting that allows it where one does.
     """
     teacher, url = cache.manifest.teacher, cache.storage.url
-    begins = chat is None and template_by_name(str(teacher["template"])).bos
+    begins = chat is None and "bos_token" in teacher["chat_template"]
     found = compare(teacher["vocabulary"], describe_vocabulary(tokenizer), "the student", begins)
     if found.never:
         raise CacheError(

@@ -14,15 +14,16 @@ from student_train.students.lines import Ints, Line
 from student_train.students.processor import own_image_mode
 from teacher_cache.data.conversations import Image
 from teacher_cache.data.images import image_tokens_of, load_image, square
-from teacher_cache.data.tokenization import image_token_id
 from teacher_cache.errors import CacheError
+from teacher_cache.models.chat import Chat
 from teacher_cache.models.model_config import other_size
 
 
 @dataclass
 class Preprocessor:
-    """How the student sees text and images: taken from its own processor."""
+    """How the student sees images: taken from its own processor. ``chat``: how plain data are written for it."""
 
+    chat: Chat
     image_processor: Any
     tokenizer: Any
     image_mode: str
@@ -57,15 +58,16 @@ class Preprocessor:
         return pixels
 
 
-def preprocessor_of(model: Any, processor: Any) -> Preprocessor:
-    """The student's own preprocessing, by its processor."""
+def preprocessor_of(config: Any, processor: Any, chat: Chat) -> Preprocessor:
+    """The student's own preprocessing, by its configuration and processor."""
     tokenizer, image_processor = processor.tokenizer, processor.image_processor
     return Preprocessor(
+        chat=chat,
         image_processor=image_processor,
         tokenizer=tokenizer,
         image_mode=own_image_mode(image_processor),
-        image_token=image_token_id(tokenizer),
-        image_tokens=image_tokens_of(model.config),
+        image_token=chat.image_token,
+        image_tokens=image_tokens_of(config),
         pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        image_size=model.config.vision_config.image_size,
+        image_size=config.vision_config.image_size,
     )

@@ -17,8 +17,8 @@ import torch
 
 from teacher_cache.build.context import Build
 from teacher_cache.build.inputs import ReadSample
-from teacher_cache.data.tokenization import Ids
 from teacher_cache.errors import CacheError, ConversationError, TeacherCrashed
+from teacher_cache.models.slots import Ids
 from teacher_cache.progress import note
 from teacher_cache.store.manifest import Manifest, digest
 from teacher_cache.store.storage import Storage

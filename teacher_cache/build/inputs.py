@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from teacher_cache.build.context import Build
 from teacher_cache.data.conversations import Conversation, Skipped
 from teacher_cache.data.images import Picture, open_picture
-from teacher_cache.data.tokenization import Ids
 from teacher_cache.errors import ConversationError, ImageError
 from teacher_cache.models.chat import Chat
 from teacher_cache.models.prompt import Prompt
+from teacher_cache.models.slots import Ids
 from teacher_cache.teachers.teacher import Shown
 
 KEPT_BYTES = 256 << 20

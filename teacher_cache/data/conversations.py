@@ -246,15 +246,6 @@ def _conversation(sample_id: str, messages: list[tuple[str, str]], images: tuple
     return Conversation(sample_id, tuple(questions), answers, images, system=system)
 
 
-def one_image_first(sample: Conversation) -> str:
-    """Why a sample is none of what LLaVA-1.5 is taught with, one image in front of the first question; or ''."""
-    if len(sample.images) > 1:
-        return f"{len(sample.images)} images; exactly one image a conversation can be built so far"
-    if sample.images and IMAGE_TAG not in sample.questions[0]:
-        return f"{IMAGE_TAG} in a later turn; so far it must stand in the first"
-    return "a system text, which the fixed templates have no place for" if sample.system else ""
-
-
 _OTHER_TAGS = ("<video>", "<audio>")
 _IMAGE_KEYS = ("image", "images")
 _OTHER_IMAGE_KEYS = re.compile(

@@ -8,7 +8,7 @@ to image and from teacher to student; rows and text positions are the same in nu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -83,12 +83,6 @@ def collapse(input_ids: Ids, loss_mask: Ids, image: Ids) -> tuple[Ids, Ids, Ints
     return input_ids[first], loss_mask[first], runs[image[first] >= 0]
 
 
-def equal_runs(input_ids: Ids, image_token: int, length: int) -> Ints:
-    """(G, 2) the runs of a sample whose images have ``length`` positions each, in the order of its placeholders."""
-    count = int(np.count_nonzero(input_ids == image_token))
-    return np.stack([np.full(count, length, np.int64), np.arange(count)], -1)
-
-
 def turns(loss_mask: Ids) -> list[slice]:
     """Which rows belong to each answer: an answer is a run of supervised tokens."""
     at = np.flatnonzero(loss_mask)
@@ -106,3 +100,36 @@ def _widths(input_ids: Ids, image_token: int, widths: Widths) -> tuple[npt.NDArr
     width = np.ones(len(input_ids), np.int64)
     width[is_image] = widths
     return is_image, width
+
+
+@dataclass(frozen=True)
+class TokenizedSample:
+    """A whole conversation.
+
+    input_ids: (T,) int64, one placeholder a run of image positions · loss_mask: (T,) bool, true at answer tokens, the
+    end-of-answer token included · runs: (G, 2) positions and image number of each placeholder. The mask names the
+    *answer tokens*.
+    """
+
+    sample_id: str
+    input_ids: Ints
+    loss_mask: npt.NDArray[np.bool_]
+    runs: Ints = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+
+    @property
+    def rows(self) -> int:
+        """R: the number of answer tokens."""
+        return int(self.loss_mask.sum())
+
+    @property
+    def length(self) -> int:
+        """S: positions that the model reads."""
+        return int(expanded_length(len(self.input_ids), len(self.runs), self.runs[:, 0].sum()))
+
+    def expanded(self, image_token: int) -> Ints:
+        """(S,) the ids as the model reads them."""
+        return expand(self.input_ids, image_token, self.runs[:, 0])
+
+    def positions(self, image_token: int) -> Positions:
+        """Where its rows, text and images stand in what the model reads."""
+        return positions_of(self.input_ids, self.loss_mask, image_token, self.runs[:, 0])

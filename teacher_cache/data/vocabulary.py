@@ -13,6 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A digest of the vocabulary and special tokens: equal exactly where token ids mean the same text."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    special = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    text = json.dumps([vocabulary, special], ensure_ascii=True, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def describe_vocabulary(tokenizer: Any) -> dict[str, Any]:
     """Plain data for the manifest.
 

@@ -19,8 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from teacher_cache.data.conversations import IMAGE_TAG, Conversation, pieces
-from teacher_cache.data.rows import collapse
-from teacher_cache.data.tokenization import TokenizedSample
+from teacher_cache.data.rows import TokenizedSample, collapse
 from teacher_cache.errors import ConversationError, TemplateError
 from teacher_cache.models.model_config import fixed_side, other_size
 from teacher_cache.models.prompt import Prompt
@@ -28,6 +27,8 @@ from teacher_cache.models.slots import SLOT, SPELLED, Array, Ids, Slots
 
 TEMPLATES = {path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
 """Papers' templates, which no processor brings."""
+CAPTIONS = ("plain", "plain_chatml")
+"""Those of them that write no question."""
 _SET = f"set teacher.chat_template to a Jinja file with the model's turns, or to one of {', '.join(TEMPLATES)}"
 
 _DATE = (
@@ -73,13 +74,17 @@ class Chat:
     ) -> None:
         self.processor = processor
         """The model's own."""
+        self.name = template
+        self.given = dict(template_kwargs or {})
+        """What is given to the template."""
+        self._made_with = {"config": config, "ends": ends, "template_kwargs": template_kwargs}
         self._sees = hasattr(processor, "image_processor")
         self._slots = Slots(processor.tokenizer if self._sees else processor)
         self._reader = self._tokenizer = self._slots.tokenizer
         if self._sees:
             self._reader = copy.copy(processor)
             self._reader.tokenizer = self._tokenizer
-        self._kwargs = dict(template_kwargs or {})
+        self._kwargs = dict(self.given)
         self._choose_template(template)
         self._side = fixed_side(config) if self._sees else None
         token = getattr(config, "image_token_id", None) if self._sees else None
@@ -91,7 +96,7 @@ class Chat:
         self._learn(frozenset(ends))
 
     def _choose_template(self, name: str) -> None:
-        """The template's text, None for the model's own, and who writes the begin token."""
+        """The template's text, and who writes the begin token."""
         file = TEMPLATES.get(name, Path(name))
         if name and not file.is_file():
             raise TemplateError(f"teacher.chat_template: no template {name!r}: {_SET}")
@@ -103,12 +108,15 @@ class Chat:
         """The template itself."""
         if "strftime_now" in self.text:
             self._kwargs["strftime_now"] = ""  # cannot be called
-        self._adds_begin: bool | None = None  # as apply_chat_template decides
+        self.adds_begin: bool | None = None
+        """Whether the tokenizer writes the begin token; None: as ``apply_chat_template`` decides by the text."""
         if name in TEMPLATES:
             begin = self._tokenizer.bos_token_id
-            by_itself = begin is not None and self._tokenizer("")["input_ids"][:1] == [begin]
-            self._adds_begin = by_itself and "bos_token" in (self._template or "")
-            if self._adds_begin:  # the tokenizer then writes "\u2581A" behind it, as in LLaVA's code, not "A"
+            begins = "bos_token" in self.text
+            if begins and begin is None:
+                raise TemplateError(f"the template {name} opens with a begin token, and the tokenizer has none: {_SET}")
+            self.adds_begin = begins and self._tokenizer("")["input_ids"][:1] == [begin]
+            if self.adds_begin:  # the tokenizer then writes "\u2581A" behind it, as in LLaVA's code, not "A"
                 self._kwargs["bos_token"] = ""
 
     def _learn(self, ends: frozenset[int]) -> None:
@@ -128,11 +136,17 @@ class Chat:
         self.ends = ends | {self.end}
         """The tokens at which generation stops."""
         self._closing = self._tail[: tail["offset_mapping"][0][1]]
+        begins = self._begins(self._context)
+        self._context_ids = self._tokenizer(self._context, add_special_tokens=begins)["input_ids"]
         self._leads = before.startswith(self._context)
         self.lead = before[len(self._context) :] if self._leads else ""
         """What the template writes between its generation prompt and an answer: part of an answer's ids."""
         self.one_sequence = self._leads and later.startswith(self._context + self.lead + SLOT + self._closing)
         """Whether a later prompt goes on where the last answer ended; if not, each turn is a sample of its own."""
+
+    def in_template(self, name: str) -> Chat:
+        """The same model, shown conversations in another template."""
+        return self if name == self.name else Chat(self.processor, template=name, **self._made_with)
 
     def prompt(self, conversation: Conversation, images: Sequence[Any] = ()) -> Prompt:
         """What stands around the answers of ``conversation``, with all its images; raises as :meth:`sample`."""
@@ -198,9 +212,8 @@ class Chat:
         written = self._render([self._message("user", "Q"), self._message("assistant", words)])
         if self._leads and written.startswith(self._context) and written.endswith(self._tail):
             words = written[len(self._context) : len(written) - len(self._tail)]
-        begins = self._begins(self._context)
-        before = self._tokenizer(self._context, add_special_tokens=begins)["input_ids"]
-        whole = self._tokenizer(self._context + words + self._closing, add_special_tokens=begins)["input_ids"]
+        text, before = self._context + words + self._closing, self._context_ids
+        whole = self._tokenizer(text, add_special_tokens=self._begins(self._context))["input_ids"]
         if whole[: len(before)] != before:
             raise TemplateError(
                 f"the tokenizer merges the end of the prompt, {self._context[-20:]!r}, with the text behind it "
@@ -307,8 +320,8 @@ class Chat:
 
     def _begins(self, text: str) -> bool:
         """Whether the tokenizer is to write its begin token before ``text``, as ``apply_chat_template`` decides."""
-        if self._adds_begin is not None or not self._sees:
-            return bool(self._adds_begin)
+        if self.adds_begin is not None or not self._sees:
+            return bool(self.adds_begin)
         begin = self._tokenizer.bos_token
         return not (begin and text.startswith(begin))
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from teacher_cache.data.rows import Ints, expanded_length
-from teacher_cache.data.tokenization import Ids, TokenizedSample
+from teacher_cache.data.rows import Ints, TokenizedSample, expanded_length
+from teacher_cache.models.slots import Ids
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from teacher_cache.data.tokenization import tokenizer_fingerprint
-from teacher_cache.data.vocabulary import compare, describe_vocabulary
+from teacher_cache.data.vocabulary import compare, describe_vocabulary, tokenizer_fingerprint
 from teacher_cache.errors import CacheError
 from teacher_cache.store.reader import TeacherCache
 

@@ -94,7 +94,7 @@ class TeacherCache:
         ------
         CacheError
             No cache, not complete, another format version, changed files, or a tokenizer (given by its
-            ``tokenization.tokenizer_fingerprint``) other than the teacher's.
+            ``vocabulary.tokenizer_fingerprint``) other than the teacher's.
         """
         cache = cls(
             Storage(url, options),

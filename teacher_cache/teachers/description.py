@@ -7,8 +7,7 @@ from typing import Any
 
 from teacher_cache.config import TeacherConfig
 from teacher_cache.data.logit_rule import LogitRule
-from teacher_cache.data.tokenization import tokenizer_fingerprint
-from teacher_cache.data.vocabulary import describe_vocabulary
+from teacher_cache.data.vocabulary import describe_vocabulary, tokenizer_fingerprint
 from teacher_cache.models.chat import TEMPLATES, Chat
 from teacher_cache.models.checkpoint import checkpoint_digest
 from teacher_cache.models.open_chat import read_teacher_config, reads_text_alone

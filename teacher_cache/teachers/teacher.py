@@ -12,9 +12,9 @@ import torch
 from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.images import AnyImage
 from teacher_cache.data.logit_rule import AS_THEY_ARE, LogitRule
-from teacher_cache.data.rows import Positions
-from teacher_cache.data.tokenization import Ids, TokenizedSample
+from teacher_cache.data.rows import Positions, TokenizedSample
 from teacher_cache.models.chat import Chat
+from teacher_cache.models.slots import Ids
 from teacher_cache.store.records import TeacherShape
 
 

@@ -11,9 +11,8 @@ import numpy as np
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.images import open_picture
-from teacher_cache.data.rows import turns
+from teacher_cache.data.rows import TokenizedSample, turns
 from teacher_cache.data.sample_reader import read_conversations
-from teacher_cache.data.tokenization import TokenizedSample
 from teacher_cache.errors import CacheError
 from teacher_cache.models.open_chat import open_chat
 from teacher_cache.store.reader import TeacherCache

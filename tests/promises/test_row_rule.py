@@ -17,9 +17,16 @@ from teacher_cache.build.build import build_cache
 from teacher_cache.config import CacheConfig, DataConfig
 from teacher_cache.data.conversations import Conversation, Image
 from teacher_cache.data.images import load_image, square
-from teacher_cache.data.rows import collapse, expand, expanded_length, positions_of, rows_among_text, text_positions
+from teacher_cache.data.rows import (
+    TokenizedSample,
+    collapse,
+    expand,
+    expanded_length,
+    positions_of,
+    rows_among_text,
+    text_positions,
+)
 from teacher_cache.data.sample_reader import read_conversations
-from teacher_cache.data.tokenization import TokenizedSample
 from teacher_cache.store.codecs import decode
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.store.records import line_counts
@@ -27,6 +34,7 @@ from teacher_cache.teachers.teacher import Wanted
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 from tests.fixtures.building import shown
 from tests.fixtures.rounding import MODEL, within
+from tests.fixtures.store import with_runs
 
 IMAGE = 99
 
@@ -120,7 +128,7 @@ def test_positions_equal_a_plain_loop(turns: list[tuple[int, int]], has_image: b
         start = [1, IMAGE] if has_image and turn == 0 else []
         ids += start + [2] * prompt + [3] * answer
         mask += [False] * (len(start) + prompt) + [True] * answer
-    sample = TokenizedSample("s", np.array(ids), np.array(mask)).with_runs(IMAGE, image_tokens)
+    sample = with_runs(TokenizedSample("s", np.array(ids), np.array(mask)), IMAGE, image_tokens)
     expanded: list[tuple[int, int]] = []  # (placeholder index, id)
     for place, token in enumerate(ids):
         expanded += [(place, token)] * (image_tokens if token == IMAGE else 1)

@@ -257,7 +257,7 @@ def test_an_exported_student_says_the_same_in_transformers_in_vllm_and_in_our_ev
     fit(run, "quiet")
     folder = export_run(Path(run.output), tmp_path / "exported")
     samples = json.loads((world / "dev.json").read_text())
-    ours = answer_questions(Student.load(folder), world / "dev.json", world / "images", "tiny", max_new_tokens=16)
+    ours = answer_questions(Student.load(folder), world / "dev.json", world / "images", max_new_tokens=16)
 
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)

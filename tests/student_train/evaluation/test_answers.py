@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.tiny.tokenizer import IMAGE_TOKENS
 from student_train.config import SourceConfig
 from student_train.evaluation.agreement import agreement
 from student_train.evaluation.answers import Student, answer_questions
 from student_train.evaluation.questions import read_questions
 from teacher_cache.data.conversations import Image
+from teacher_cache.data.images import load_image
 from teacher_cache.data.rows import expand
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.teachers.torch_teacher import TorchTeacher
@@ -42,10 +44,10 @@ def test_agreement_is_that_of_a_plain_loop_over_all_rows(cache_folder: Path, wor
         for number in range(len(cache)):
             sample = cache.read([number], ["hidden", "loss_mask", "input_ids"])
             ids, mask = sample.arrays["input_ids"].astype("int64"), sample.arrays["loss_mask"]
-            places = [i for i in range(len(ids)) if ids[i] != student.preprocessor.image_token]
-            wide = expand(ids, student.preprocessor.image_token, student.preprocessor.image_tokens)
-            name = next(iter(sample.image_ids[0]), "")
-            pixels = student.preprocessor.pixels(Image(name, path=name), images)[None] if name else None
+            places = [i for i in range(len(ids)) if ids[i] != student.reader.image_token]
+            wide = expand(ids, student.reader.image_token, IMAGE_TOKENS)
+            shown = [load_image(Image(name, path=name), images) for name in sample.image_ids[0]]
+            pixels = student.processor.image_processor(shown, return_tensors="pt")["pixel_values"] if shown else None
             own = student.model(input_ids=torch.from_numpy(wide)[None], pixel_values=pixels).logits[0].double()
             for i in (i for i in places if mask[i]):  # the token before an answer token is text
                 state = torch.from_numpy(sample.arrays["hidden"][places.index(i - 1)]).double()

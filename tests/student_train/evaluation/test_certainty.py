@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from pipelines.tiny.tokenizer import prompt_text
 from student_train.evaluation.answers import Student
 from student_train.evaluation.certainty import answer_logprobs, calibration_error, certainty
 from student_train.evaluation.questions import read_questions
-from teacher_cache.data.rows import expand
-from teacher_cache.data.tokenization import template_by_name, tokenize_answer, tokenize_prompt
+from teacher_cache.data.images import load_image
 from teacher_cache.errors import EvaluationError
 from tests.fixtures.online import TEACHER
 from tests.fixtures.rounding import MODEL, rounding
@@ -21,23 +20,17 @@ from tests.fixtures.rounding import MODEL, rounding
 @pytest.mark.parametrize("batch", [1, 7, 64])
 @torch.inference_mode()
 def test_an_answers_nats_are_those_of_its_tokens_one_by_one(world: Path, batch: int) -> None:
-    student, questions, form = Student.load(TEACHER), read_questions(world / "dev.json")[:20], template_by_name("tiny")
-    prepare, tokenizer = student.preprocessor, student.processor.tokenizer
+    student, questions = Student.load(TEACHER), read_questions(world / "dev.json")[:20]
     truths = [question.answers[0] for question in questions]
-    found = answer_logprobs(student, questions, truths, world / "images", "tiny", batch)
+    found = answer_logprobs(student, questions, truths, world / "images", batch)
     for question, truth, nats in zip(questions, truths, found, strict=True):
-        prompt = expand(
-            np.asarray(tokenize_prompt(question, form, tokenizer).segments[0]),
-            prepare.image_token,
-            prepare.image_tokens,
-        )
-        answer = tokenize_answer(truth, form, tokenizer)
-        shown = {}
-        if question.image is not None:
-            shown["pixel_values"] = prepare.pixels(question.image, str(world / "images"))[None]
-        ids = torch.from_numpy(np.concatenate([prompt, answer]))[None]
-        logprobs = student.model(input_ids=ids, **shown).logits[0].double().log_softmax(-1)
-        expected = sum(float(logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
+        shown = [load_image(image, world / "images") for image in question.images] or None
+        prompt, whole = prompt_text(question.texts[0], image=bool(shown)), f" {truth}</s>"
+        made = student.processor(text=[prompt + whole], images=shown, return_tensors="pt")
+        answer = student.processor.tokenizer(whole)["input_ids"]
+        logprobs = student.model(**made).logits[0].double().log_softmax(-1)
+        begin = made["input_ids"].shape[1] - len(answer)
+        expected = sum(float(logprobs[begin - 1 + i, token]) for i, token in enumerate(answer))
         assert nats == pytest.approx(expected, rel=rounding(torch.float32, MODEL), abs=rounding(torch.float32, MODEL))
 
 

@@ -13,12 +13,9 @@ import pytest
 from student_train.config import LossSpec
 from student_train.evaluation.answers import Student
 from student_train.evaluation.evaluate import evaluate_model
-from student_train.evaluation.questions import own_template, read_questions, template_name
-from student_train.students.processor import chat_template
+from student_train.evaluation.questions import read_questions
 from student_train.training.trainer import fit
-from teacher_cache.data.tokenization import TEMPLATES
-from teacher_cache.errors import ConfigError, DataError
-from teacher_cache.models.pretrained import read_processor
+from teacher_cache.errors import ConfigError, DataError, EvaluationError, TemplateError
 from tests.fixtures.online import TEACHER, fit_config
 
 Lines = list[dict[str, Any]]
@@ -62,7 +59,7 @@ def test_questions_in_every_form_have_the_figures_of_the_plain_one(
 ) -> None:
     data = tmp_path / "own.json"
     data.write_text(FORMS[form](yes_no))
-    facts = evaluate_model(TEACHER, data, world / "images", "", tmp_path / "said.jsonl", max_new_tokens=8)
+    facts = evaluate_model(TEACHER, data, world / "images", output=tmp_path / "said.jsonl", max_new_tokens=8)
     plain = tmp_path / "plain.json"
     plain.write_text(json.dumps(yes_no))
     expected = evaluate_model(TEACHER, plain, world / "images", "tiny", max_new_tokens=8)
@@ -82,34 +79,46 @@ def test_a_sample_that_cannot_be_asked_is_named(yes_no: Lines, tmp_path: Path) -
         read_questions(data)
 
 
-def test_a_students_folder_says_how_it_is_asked_and_another_template_is_refused(tmp_path: Path) -> None:
+def test_a_students_folder_says_how_it_is_asked_and_another_template_is_refused(world: Path, tmp_path: Path) -> None:
     exported = fit(fit_config([LossSpec("cross_entropy")], tmp_path, max_steps=1), "quiet").model
-    processor = Student.load(exported).processor
-    assert template_name(processor) == "tiny"
-    assert template_name(processor, "tiny") == "tiny"
-    with pytest.raises(ConfigError, match=r"template=chatml: the student's own chat template writes .* as tiny"):
-        template_name(processor, "chatml")
-    with pytest.raises(ConfigError, match=r"template=vicuna_v1: "):
-        evaluate_model(
-            Path(exported), Path(fit_config([], "x").sources[0].image_folder).parent / "dev.json", tmp_path, "vicuna_v1"
-        )
+    found = [Student.load(exported, chat_template=name).reader.chat for name in ("", "tiny")]
+    assert [chat.original("yes") for chat in found] == [Student.load(TEACHER).reader.chat.original("yes")] * 2
+    for name in ("vicuna_v1", "plain"):
+        with pytest.raises(ConfigError, match=rf"chat_template={name}: the student's own .* writes .* another way"):
+            Student.load(exported, chat_template=name)
+    with pytest.raises(ConfigError, match=r"chat_template=vicuna_v1: "):
+        evaluate_model(Path(exported), world / "dev.json", world / "images", "vicuna_v1")
 
 
-def test_every_template_is_known_by_what_it_writes() -> None:
-    for name, template in TEMPLATES.items():
-        processor = read_processor("student", str(TEACHER))
-        if template.end not in processor.tokenizer.get_vocab():
-            continue
-        processor.chat_template = processor.tokenizer.chat_template = chat_template(template, processor.tokenizer)
-        assert own_template(processor) == name
-
-
-def test_a_folder_with_a_template_of_its_own_needs_to_be_told(tmp_path: Path) -> None:
+def test_a_folder_whose_template_ends_no_answer_needs_to_be_told(world: Path, tmp_path: Path) -> None:
     folder = tmp_path / "other"
     shutil.copytree(TEACHER, folder)
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] }}{% endfor %}")
-    processor = read_processor("student", str(folder))
-    assert own_template(processor) == ""
-    with pytest.raises(ConfigError, match=r"does not say how it is asked .* \(--template\)"):
-        template_name(processor)
-    assert template_name(processor, "vicuna_v1") == "vicuna_v1"
+    with pytest.raises(TemplateError, match=r"set student.chat_template to .* \(evaluate --chat-template\)"):
+        Student.load(folder)
+    facts = evaluate_model(folder, world / "dev.json", world / "images", "tiny", max_new_tokens=8)
+    assert facts == evaluate_model(TEACHER, world / "dev.json", world / "images", max_new_tokens=8)
+
+
+def test_images_of_later_turns_are_not_shown(yes_no: Lines, world: Path, tmp_path: Path) -> None:
+    """Only the first question is asked, with as many images as it has."""
+    for name, more in (("one", False), ("more", True)):
+        later = [{"from": "human", "value": "and this <image>"}, {"from": "gpt", "value": "no"}]
+        lines = [
+            {**line, "image": [line["image"]] * 2, "conversations": [*line["conversations"], *later]} if more else line
+            for line in yes_no
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(lines))
+    one, other = (
+        evaluate_model(TEACHER, tmp_path / f"{name}.json", world / "images", max_new_tokens=8)
+        for name in ("one", "more")
+    )
+    assert one == other
+
+
+def test_a_question_that_the_student_cannot_be_asked_is_named(yes_no: Lines, world: Path, tmp_path: Path) -> None:
+    system = [{"from": "system", "value": "be brief"}, *yes_no[0]["conversations"]]
+    exported = fit(fit_config([LossSpec("cross_entropy")], tmp_path / "run", max_steps=1), "quiet").model
+    (tmp_path / "own.json").write_text(json.dumps([{**yes_no[0], "id": "s", "conversations": system}]))
+    with pytest.raises(EvaluationError, match=r"s: the student cannot be asked: the chat template refuses .*opening"):
+        evaluate_model(Path(exported), tmp_path / "own.json", world / "images", max_new_tokens=8)

@@ -38,7 +38,7 @@ def config(tmp_path: Path, cache_folder: Path, world: Path) -> FitConfig:
     plain = tiny_fit(tmp_path, cache_folder, world, max_steps=1, global_batch=12, micro_batch=12)
     one = replace(plain.sources[0], max_samples=6)
     data = str(world / "train.json")
-    other = SourceConfig(data=data, template="tiny", image_folder=str(tmp_path / "inverted"), max_samples=6)
+    other = SourceConfig(data=data, image_folder=str(tmp_path / "inverted"), max_samples=6)
     return replace(plain, sources=(one, other), losses=(LossSpec("cross_entropy"),))
 
 

@@ -7,11 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 
 from student_train.config import FitConfig, LossSpec, SourceConfig
+from student_train.feed.batch import NOTHING
+from student_train.feed.step_plan import MicroBatch
 from student_train.training.trainer import Run, fit
+from teacher_cache.data.conversations import Image
+from teacher_cache.data.images import load_image
+from teacher_cache.data.rows import expand
 from teacher_cache.errors import DataError
 from tests.fixtures.training import largest_difference, tiny_fit
 
@@ -22,8 +28,9 @@ def plain(folder: Path, world: Path, cache: Path, name: str, lines: list[dict[st
     data = folder / f"{name}.json"
     data.write_text(json.dumps(lines))
     config = tiny_fit(folder, cache, world, name, **SETTINGS)
-    settings = {"data": str(data), "template": "tiny", "image_folder": str(world / "images"), **source}
-    return replace(config, sources=(SourceConfig(**settings),), losses=(LossSpec("cross_entropy"),))
+    settings = {"data": str(data), "image_folder": str(world / "images"), **source}
+    student = replace(config.student, chat_template="tiny")
+    return replace(config, student=student, sources=(SourceConfig(**settings),), losses=(LossSpec("cross_entropy"),))
 
 
 def left_out(config: FitConfig) -> dict[str, str]:
@@ -119,6 +126,33 @@ def test_more_damaged_images_than_allowed_are_found_before_the_first_step(
     config = plain(tmp_path, world, cache_folder, "damaged", lines, image_folder=str(tmp_path))
     with pytest.raises(DataError, match=r"samples are skipped, .* × an image: cannot be decoded"):
         Run.prepare(replace(config, student=replace(config.student, vision_features="cache")))
+
+
+def test_images_stand_anywhere_and_what_the_template_has_no_place_for_is_left_out(
+    tmp_path: Path, cache_folder: Path, world: Path, lines: list[dict[str, Any]]
+) -> None:
+    """Two images in one turn, one in a later turn: to a LLaVA-1.5 student, too. A paper's template has no system."""
+    names = [str(line["image"]) for line in lines if "image" in line][:3]
+    said = [("human", "<image>\n<image>\nwhat is it"), ("gpt", "red"), ("human", "and here <image>"), ("gpt", "no")]
+    anywhere = {"id": "anywhere", "image": names, "conversations": [{"from": w, "value": v} for w, v in said]}
+    system = [{"from": "system", "value": "be brief"}, *lines[0]["conversations"]]
+    chosen = [anywhere, {**lines[0], "id": "system", "conversations": system}, *lines[1:8]]
+    run = Run.prepare(plain(tmp_path, world, cache_folder, "anywhere", chosen, max_skipped=1.0))
+    assert left_out(run.config) == {
+        "system": "the chat template refuses it: this template has one fixed opening: only the roles user and "
+        "assistant are known"
+    }
+    (source,) = run.dataset.sources
+    assert source.image_counts[0] == 3
+    _, batch = run.dataset[MicroBatch(0, 0, (0,), (NOTHING,), last=True)]
+    tokenizer, image = run.dataset.reader.tokenizer, run.dataset.reader.image_token
+    turns = "USER: <image>\n<image>\nwhat is it ASSISTANT: red</s>USER: <image>\nand here ASSISTANT: no</s>"
+    ids = np.array(tokenizer("<s>" + turns)["input_ids"])
+    assert batch.input_ids[0].tolist() == expand(ids, image, run.dataset.reader.image_tokens).tolist()
+    shown = [load_image(Image(name, path=name), world / "images") for name in names]
+    pixels = run.processor.image_processor(shown, return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch.fields["pixel_values"], pixels)
+    assert bool(torch.isfinite(run.student(batch, 0)[0]))
 
 
 def lines_image(lines: list[dict[str, Any]]) -> str:

@@ -12,9 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer
 
-from pipelines.tiny.prepare import TEACHER
+from pipelines.tiny.tokenizer import conversation_text
 from student_train.config import SourceConfig
 from student_train.feed.plain import PlainSource
 from student_train.feed.sources import CacheSource, check_images, open_source
@@ -23,12 +22,12 @@ from teacher_cache.config import CacheConfig, DataConfig
 from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.images import load_image
 from teacher_cache.data.sample_reader import read_conversations
-from teacher_cache.data.tokenization import assemble, template_by_name, tokenize_answer, tokenize_prompt
 from teacher_cache.errors import DataError
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.teachers.torch_teacher import TorchTeacher
+from tests.fixtures.online import tiny_reader
 
-TOKENIZER = AutoTokenizer.from_pretrained(TEACHER)
+READER = tiny_reader()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def test_images_in_several_parquet_files_are_found(parquet_cache: tuple[Path, Pa
         "folder": str(folder),
         "pattern": str(folder / "*.parquet"),
     }[named]
-    source = open_source(SourceConfig(cache=str(cache), image_data=path), TOKENIZER, [], [])
+    source = open_source(SourceConfig(cache=str(cache), image_data=path), READER, [], [])
     check_images(source)
     other = pickle.loads(pickle.dumps(source)) if named == "pattern" else source  # as a loader process gets it
     lines = json.loads((world / "train.json").read_text())[:24]
@@ -79,7 +78,7 @@ def test_an_image_that_is_in_none_of_the_files_is_an_error_before_the_first_step
 ) -> None:
     folder, cache = parquet_cache
     for part in (SourceConfig(image_data=str(folder / "train-0.parquet")), SourceConfig()):
-        source = CacheSource(replace(part, cache=str(cache)), TOKENIZER, [], [])
+        source = CacheSource(replace(part, cache=str(cache)), READER.tokenizer, [], [])
         with pytest.raises(DataError, match=r"image_data: no image of digest [0-9a-f]{32} in it.* all of the Parquet"):
             check_images(source)
 
@@ -88,7 +87,7 @@ def test_an_image_that_is_in_none_of_the_files_is_an_error_before_the_first_step
 def test_an_image_file_that_is_not_in_the_folder_is_an_error_before_the_first_step(
     cache_folder: Path, folder: str, found: str
 ) -> None:
-    source = CacheSource(SourceConfig(cache=str(cache_folder), image_folder=folder), TOKENIZER, [], [])
+    source = CacheSource(SourceConfig(cache=str(cache_folder), image_folder=folder), READER.tokenizer, [], [])
     with pytest.raises(DataError, match=rf"image_folder: {found}.*Set it to the folder that the images lie in"):
         check_images(source)
 
@@ -100,7 +99,7 @@ def test_original_answers_read_texts_only(cache_folder: Path, world: Path, tmp_p
         if path.is_file():
             path.write_bytes(bytes(path.stat().st_size))
     config = SourceConfig(cache=str(tmp_path / "cache"), answers="original", image_folder=str(world / "images"))
-    source = open_source(config, TOKENIZER, [], [])
+    source = open_source(config, READER, [], [])
     with TeacherCache.open(cache_folder) as cache:
         assert len(source) == len(cache)
         assert source.image_counts.tolist() == cache.images().tolist()
@@ -108,27 +107,27 @@ def test_original_answers_read_texts_only(cache_folder: Path, world: Path, tmp_p
 
 
 def test_plain_data_lie_on_disk_and_other_processes_share_them(world: Path) -> None:
-    config = SourceConfig(data=str(world / "train.json"), template="tiny", image_folder=str(world / "images"))
-    source = PlainSource.from_data(config, TOKENIZER)
+    config = SourceConfig(data=str(world / "train.json"), image_folder=str(world / "images"))
+    source = PlainSource.from_data(config, READER.chat)
     sent = pickle.dumps(source)
     assert len(sent) < 4096 + 24 * len(source)  # places and counts, no ids and no texts
     other = pickle.loads(sent)
-    form = template_by_name("tiny")
     found = [c for c in read_conversations(DataConfig(path=config.data)) if isinstance(c, Conversation)]
     order = np.random.default_rng(0).permutation(len(found)).tolist()
     raw = other.read(order)
     for place, i in enumerate(order):
-        answers = [tokenize_answer(a, form, TOKENIZER) for a in found[i].answers]
-        sample = assemble(tokenize_prompt(found[i], form, TOKENIZER), answers)
-        assert raw.input_ids[place].tolist() == sample.input_ids.tolist()
-        assert raw.loss_mask[place].tolist() == sample.loss_mask.tolist()
+        text = conversation_text(list(zip(found[i].texts, found[i].answers, strict=True)), image=bool(found[i].images))
+        ids = READER.tokenizer(text)["input_ids"]
+        answers = [READER.tokenizer(answer + "</s>")["input_ids"] for answer in found[i].answers]
+        assert raw.input_ids[place].tolist() == ids
+        assert raw.input_ids[place][raw.loss_mask[place]].tolist() == [token for a in answers for token in a]
         assert raw.images[place] == [image for image in [found[i].image] if image is not None]
-        assert (source.rows[i], source.lengths[i]) == (sample.rows, len(sample.input_ids))
+        assert (source.rows[i], source.lengths[i]) == (sum(map(len, answers)), len(ids))
 
 
 def test_plain_parquet_data_keep_their_images(parquet_cache: tuple[Path, Path]) -> None:
     folder, _ = parquet_cache
-    source = PlainSource.from_data(SourceConfig(data=str(folder / "train-0.parquet"), template="tiny"), TOKENIZER)
+    source = PlainSource.from_data(SourceConfig(data=str(folder / "train-0.parquet")), READER.chat)
     images = list(source.images())
     assert images
     assert all(load_image(image, "").size[0] > 1 for image in images)

@@ -36,10 +36,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from pipelines.tiny.models import vision_config
 from student_train.config import FitConfig, LossSpec, SourceConfig, StudentConfig
 from student_train.evaluation.answers import Student
+from student_train.students.chat_reader import make_chat
 from student_train.students.export import export_run, save_student
 from student_train.students.on_meta import student_on_meta
-from student_train.students.preprocessor import preprocessor_of
-from student_train.students.processor import prepare_processor
+from student_train.students.preprocessor import Preprocessor, preprocessor_of
+from student_train.students.reader import prepare_reader
 from student_train.students.student import load_student
 from student_train.studies.run_plan import plan_fit
 from student_train.training.trainer import Run, fit
@@ -47,15 +48,9 @@ from teacher_cache.config import SignalsConfig
 from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.conversations import Image as ConversationImage
 from teacher_cache.data.images import image_tokens_of, square
-from teacher_cache.data.tokenization import (
-    end_token_id,
-    image_token_id,
-    template_by_name,
-    tokenize_answer,
-    tokenize_prompt,
-    tokenizer_fingerprint,
-)
+from teacher_cache.data.vocabulary import tokenizer_fingerprint
 from teacher_cache.errors import CacheError, ConfigError
+from teacher_cache.models.chat import CAPTIONS
 from tests.fixtures.online import TEACHER, build, fit_config, student_folder
 
 WORDS = 60
@@ -100,7 +95,7 @@ def test_composed_student_has_the_weights_of_its_parts(tmp_path: Path, tied: boo
     tower = save_tower(tmp_path / "tower", siglip=siglip)
     config = StudentConfig(language_model=str(tmp_path / "language"), vision_tower=str(tmp_path / "tower"))
     model, processor = load_student(config, seed=0)
-    token = image_token_id(processor.tokenizer)
+    token = processor.tokenizer.convert_tokens_to_ids("<image>")
     assert model.config.image_token_id == token
     found = model.state_dict()
     for name, weight in language.get_decoder().state_dict().items():
@@ -114,7 +109,8 @@ def test_composed_student_has_the_weights_of_its_parts(tmp_path: Path, tied: boo
     pixels = torch.zeros(1, 3, 32, 32)
     ids = torch.tensor([[1, token, token, token, token, 5]])
     assert model(input_ids=ids, pixel_values=pixels).logits.shape == (1, 6, model.config.text_config.vocab_size)
-    assert preprocessor_of(model, processor).image_tokens == 4
+    chat = make_chat(model, processor, "vicuna_v1")
+    assert preprocessor_of(model.config, processor, chat).image_tokens == 4
 
 
 def test_projector_of_a_composed_student_follows_from_the_seed(tmp_path: Path) -> None:
@@ -203,30 +199,33 @@ def chatml_student(folder: Path) -> StudentConfig:
 @pytest.mark.parametrize("begins", [False, True], ids=["", "the tokenizer writes <s> by itself"])
 @pytest.mark.parametrize("name", ["vicuna_v1", "chatml", "plain"])
 def test_exported_chat_template_writes_what_the_student_was_trained_on(tmp_path: Path, name: str, begins: bool) -> None:
-    """A string or parts, with and without an image, over two turns: the ids of ``tokenize_prompt``."""
-    _, processor = load_student(chatml_student(tmp_path), 0)
+    """A string or parts, with and without an image, over two turns: the ids of the training's ``Chat``."""
+    model, processor = load_student(chatml_student(tmp_path), 0)
     if begins:
         processor.tokenizer.add_bos_token = True
-    source = SourceConfig(data="none", template=name)
-    template = prepare_processor(processor, FitConfig("out", (source,)))
+    source, student = SourceConfig(data="none"), StudentConfig(chat_template=name)
+    reader, _ = prepare_reader(model, processor, FitConfig("out", (source,), student))
+    assert isinstance(reader, Preprocessor)
+    chat = reader.chat
     processor.save_pretrained(tmp_path / "exported")
     exported = AutoProcessor.from_pretrained(tmp_path / "exported", backend="pil")
     blank = Image.new("RGB", (32, 32))
-    token, asked, answered = image_token_id(exported.tokenizer), ("what colour", "is it red"), ("red ", "the square")
+    asked, answered = ("what colour", "is it red"), ("red ", "the square")
     for image, turns in [(None, 1), (ConversationImage("0.png"), 1), (ConversationImage("0.png"), 2)]:
         conversation = Conversation.with_image("a", asked[:turns], answered[:turns], image)
-        answers = [tokenize_answer(a, template, exported.tokenizer) for a in answered[:turns]]
-        expected = tokenize_prompt(conversation, template, exported.tokenizer).before(turns - 1, answers)
+        answers = [chat.original(a) for a in answered[: turns - 1]]
+        expected, _ = chat.unexpanded(conversation, answers, ask=True)
         text = exported.apply_chat_template(
             messages(asked, answered, turns, image is not None), add_generation_prompt=True
         )
-        ids = exported(text=text, images=[blank] if image else None)["input_ids"][0]
-        expanded = np.repeat(expected, np.where(np.array(expected) == token, 4, 1))
-        assert list(ids) == expanded.tolist(), text
-        if not image and template.questions:
+        begin = exported.tokenizer.bos_token  # as apply_chat_template(tokenize=True) decides
+        ids = exported(text=text, images=[blank] if image else None, add_special_tokens=not text.startswith(begin))
+        expanded = np.repeat(expected, np.where(np.array(expected) == chat.image_token, 4, 1))
+        assert list(ids["input_ids"][0]) == expanded.tolist(), text
+        if not image and name not in CAPTIONS:
             plain = [{"role": "user", "content": asked[0]}]
             assert exported.apply_chat_template(plain, add_generation_prompt=True) == text
-    with pytest.raises(jinja2.TemplateError, match="the student knows the roles user and assistant"):
+    with pytest.raises(jinja2.TemplateError, match="only the roles user and assistant are known"):
         exported.apply_chat_template([{"role": "system", "content": "be brief"}])
 
 
@@ -242,7 +241,7 @@ def messages(asked: Sequence[str], answered: Sequence[str], turns: int, image: b
 
 def test_generation_of_an_exported_student_stops_at_its_templates_end(tmp_path: Path) -> None:
     model, processor = load_student(chatml_student(tmp_path), 0)
-    end = end_token_id(processor.tokenizer, template_by_name("chatml"))
+    end = make_chat(model, processor, "chatml").end
     save_student(model, processor, tmp_path / "exported", [end])
     found = GenerationConfig.from_pretrained(tmp_path / "exported").eos_token_id
     assert found == processor.tokenizer.convert_tokens_to_ids("<|im_end|>") != processor.tokenizer.eos_token_id
@@ -281,8 +280,12 @@ def test_student_sees_images_as_the_caches_teacher_did_and_its_export_shows_them
     for processor in (run.processor, exported):
         assert torch.equal(processor.image_processor([wide], return_tensors="pt")["pixel_values"], expected)
     wide.save(tmp_path / "wide.png")
-    again = Student.load(run_and_export(run, tmp_path)).preprocessor
-    assert torch.equal(again.pixels(ConversationImage("wide.png", path="wide.png"), str(tmp_path)), expected[0])
+    shown = run.dataset.reader
+    assert isinstance(shown, Preprocessor)
+    assert torch.equal(shown.pixels(ConversationImage("wide.png", path="wide.png"), str(tmp_path)), expected[0])
+    asked = Conversation("a", ("<image>what",), ("red",), (ConversationImage("wide.png", path="wide.png"),))
+    prompt = Student.load(run_and_export(run, tmp_path)).reader.prompt(asked, [wide])
+    assert torch.equal(prompt["pixel_values"], expected)
     card = export_run(tmp_path / "run", tmp_path / "card") / "README.md"
     assert ("padded to a square" in card.read_text(encoding="utf-8")) == (mode == "pad")
 
@@ -318,4 +321,6 @@ def test_a_picture_of_another_size_than_the_students_tower_takes_is_refused_with
     model, processor = load_student(StudentConfig(model=student_folder()), seed=0)
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     with pytest.raises(CacheError, match=r"a: .*40 x (30|40) pixels of an image, and the vision tower takes 32 x 32"):
-        preprocessor_of(model, processor).pixels(ConversationImage("a", "a.png"), str(tmp_path))
+        preprocessor_of(model.config, processor, make_chat(model, processor, "tiny")).pixels(
+            ConversationImage("a", "a.png"), str(tmp_path)
+        )

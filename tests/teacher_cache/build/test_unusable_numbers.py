@@ -219,7 +219,7 @@ def test_a_question_that_does_not_fit_into_the_students_positions_is_not_asked(
     world: Path, short_teacher: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"do not fit into the student's 24 positions"):
-        answer_questions(Student.load(short_teacher), world / "dev.json", world / "images", "tiny")
+        answer_questions(Student.load(short_teacher), world / "dev.json", world / "images")
 
 
 def test_positions_are_read_from_the_text_part_and_may_be_without_limit() -> None:

@@ -17,7 +17,6 @@ import pytest
 from PIL import Image as PillowImage
 from PIL.PngImagePlugin import PngInfo
 
-from student_train.feed.skipped import usable
 from teacher_cache.config import DataConfig
 from teacher_cache.data.conversations import Conversation, Image, Skipped, parse_sample, pieces
 from teacher_cache.data.formats import to_line
@@ -99,21 +98,6 @@ def test_a_system_text_opens_a_conversation() -> None:
     assert isinstance(sample, Conversation)
     assert (sample.system, sample.questions) == ("Be brief.", ("q",))
     assert parse_sample(to_line(sample, "llava"), 0) == sample
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (line("<image> a <image>", "b", image=["x", "y"]), "2 images; exactly one"),
-        ({"conversations": [{"from": "system", "value": "s"}, *line("q", "a")["conversations"]]}, "a system text"),
-    ],
-)
-def test_what_no_fixed_template_can_write_is_skipped_by_a_student(tmp_path: Path, data: Any, reason: str) -> None:
-    (tmp_path / "d.json").write_text(json.dumps([data, line("q", "a", id="b", image=None)]))
-    skipped: list[Skipped] = []
-    samples = read_conversations(DataConfig(path=str(tmp_path / "d.json")))
-    assert [s.sample_id for s in usable(samples, str(tmp_path), skipped)] == ["b"]
-    assert reason in skipped[0].reason
 
 
 def test_each_turn_is_a_sample_of_its_own_where_a_template_rewrites_turns(tmp_path: Path) -> None:

@@ -18,14 +18,14 @@ from student_train.feed.tokenizer import check_ids, check_tokenizer
 from student_train.training.trainer import fit
 from teacher_cache.build.build import build_cache
 from teacher_cache.config import CacheConfig
-from teacher_cache.data.vocabulary import compare, describe_vocabulary
+from teacher_cache.data.vocabulary import compare, describe_vocabulary, tokenizer_fingerprint
 from teacher_cache.errors import CacheError, TeacherError
 from teacher_cache.pages.token_text import TokenText
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.teachers.answerer import with_answerer
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 from tests.fixtures.online import fit_config
-from tests.teacher_cache.data.test_tokenization import SPECIAL, byte_level, metaspace
+from tests.fixtures.tokenizers import SPECIAL, byte_level, metaspace
 
 
 def copy_of(folder: Path, added: tuple[str, ...] = (), **settings: Any) -> Path:
@@ -149,3 +149,8 @@ def test_a_student_that_can_say_what_its_teacher_cannot_read_does_not_answer(
     config = replace(cache_config, teacher=replace(cache_config.teacher, answerer=str(more)))
     with pytest.raises(TeacherError, match="id 68 is '<unused>' for the student alone"):
         with_answerer(teacher, config)
+
+
+def test_fingerprint_tells_vocabularies_apart() -> None:
+    assert tokenizer_fingerprint(byte_level(SPECIAL)) == tokenizer_fingerprint(byte_level(SPECIAL))
+    assert tokenizer_fingerprint(byte_level(SPECIAL)) != tokenizer_fingerprint(metaspace(SPECIAL))
