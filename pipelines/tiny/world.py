@@ -97,7 +97,7 @@ def _test_samples(scene: Scene, name: str, rng: np.random.Generator) -> list[Sam
     turn = describe(scene, str(rng.choice(CAPTION_QUESTIONS)), rng)
     objects = [" ".join(map(str, thing)) for thing in caption_objects(scene)]
     caption = _sample(f"{name}-describe", [turn], f"{name}.png")
-    return [*samples, caption | {"question_type": "describe", "objects": objects}]
+    return [*samples, caption | {"question_type": "describe", "things": objects}]
 
 
 def _fact_samples(split: str) -> list[Sample]:
