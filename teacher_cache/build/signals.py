@@ -17,7 +17,7 @@ import torch
 
 from teacher_cache.config import SignalsConfig
 from teacher_cache.data.logit_rule import AS_THEY_ARE, LogitRule
-from teacher_cache.data.tokenization import TokenizedSample
+from teacher_cache.data.rows import TokenizedSample
 from teacher_cache.store.codecs import ChannelScales, encode
 from teacher_cache.store.records import Array, TeacherShape
 from teacher_cache.teachers.teacher import SampleStates, Wanted
