@@ -17,6 +17,7 @@ from student_train.config import FitConfig
 from student_train.feed.batch import NOTHING, StudentBatch, collate
 from student_train.feed.features import ImageFeatures, image_key
 from student_train.feed.raw import RawBatch, Source
+from student_train.feed.sources import CacheSource
 from student_train.feed.step_plan import MicroBatch, StepPlan
 from student_train.students.chat_reader import ChatReader
 from student_train.students.lines import Line
@@ -25,6 +26,7 @@ from student_train.students.reader import Reader
 from teacher_cache.data.conversations import Image, Skipped
 from teacher_cache.data.images import load_image
 from teacher_cache.errors import CacheError, ConfigError, ImageError
+from teacher_cache.models.chat import CAPTIONS
 from teacher_cache.stopping import left_to_parent
 
 Key = TypeVar("Key")
@@ -154,9 +156,9 @@ class MicroBatches(Dataset[StudentBatch]):
 
 def with_own_images(config: FitConfig, sources: Sequence[Source], reader: Reader) -> Reader:
     """The ``reader``, once it has read the first sample and the first one with an image: how long the student makes an
-    image, and whether samples may be packed.
+    image, and whether samples may be packed; and once it has read each sample that might be too long for it.
 
-    Raises ``ConfigError``, ``CacheError``: they cannot.
+    Raises ``ConfigError``, ``CacheError``: they cannot, or one is.
     """
     if not isinstance(reader, ChatReader):
         return reader
@@ -173,6 +175,12 @@ def with_own_images(config: FitConfig, sources: Sequence[Source], reader: Reader
             if counts[index] and not reader.image_tokens:
                 shown = int((batch.input_ids == reader.image_token).sum())
                 reader = replace(reader, image_tokens=shown // int(counts[index]))
+    for number, source in enumerate(sources):
+        unasked = isinstance(source, CacheSource) and source.cache.manifest.teacher["template"] in CAPTIONS
+        most = reader.most_positions(source.lengths, source.rows, source.image_counts)
+        too_long = most > (np.inf if reader.positions is None else -1 if unasked else reader.positions)
+        for index in np.flatnonzero(too_long).tolist():
+            probe.batch([index], number)
     return reader
 
 

@@ -7,6 +7,7 @@ order, which is compared for every sample.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,6 +76,22 @@ class ChatReader:
         """The first question, to be answered."""
         first = replace(asked, questions=asked.questions[:1])
         return _fields(self.chat.sample(first, (), pictures, ask=True))
+
+    def most_positions(self, tokens: Ints, rows: Ints, images: Ints) -> npt.NDArray[np.float64]:
+        """(M,) no sample with so many cached ``tokens``, ``rows`` and ``images`` (M,) takes more: its texts and answers
+        as they are cached, around them what this template writes at most, and images of the size that takes most."""
+        answer, asked = (self.chat.end,), Conversation("", ("", ""), ("", ""))
+        one, two = (len(self.chat.unexpanded(asked, [answer] * turns)[0]) for turns in (1, 2))
+        turns = np.minimum(rows, tokens - rows)  # each has a token of its answer, and one around it
+        return np.asarray(
+            tokens + one + two * turns + np.where(images > 0, np.maximum(images, 1) * self._widest(), 0.0)
+        )
+
+    def _widest(self) -> float:
+        """No image takes more positions, texts between them counted; infinite where the processor does not say."""
+        count = getattr(self.chat.processor, "_get_num_multimodal_tokens", None)  # vLLM asks this, too
+        shapes = [[4096, 4096], [3072, 4096], [4096, 3072]]
+        return 1.25 * max(count(image_sizes=shapes)["num_image_tokens"]) if count is not None else math.inf
 
     def _samples(
         self, asked: Conversation, answers: Sequence[tuple[int, ...]], pictures: Sequence[Any]

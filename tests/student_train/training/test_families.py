@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -325,6 +327,42 @@ def test_a_student_of_every_second_layer_is_the_teacher_without_the_others(
     decoder: Any = again.student.model.get_submodule(parts_of(again.student.model).decoder)
     assert len(decoder.layers) == 1
     assert float(loss_of(again).detach()) == pytest.approx(loss, rel=rounding(operations=MODEL))
+
+
+@pytest.mark.parametrize("name", [*FAMILIES])
+def test_a_sample_that_is_too_long_for_the_student_is_found_before_the_first_step(
+    name: str, made: Callable[..., Made], tmp_path: Path
+) -> None:
+    """One position too few for the longest."""
+    own = made(name)
+    run = Run.prepare(own.config(tmp_path / "run"))
+    lengths = [run.dataset.batch([index]).input_ids.shape[1] for index in range(len(run.dataset.sources[0]))]
+    longest, name_of = max(lengths), run.dataset.sources[0].name_of(int(np.argmax(lengths)))
+    for positions in (longest, longest - 1):
+        folder = tmp_path / str(positions)
+        shutil.copytree(own.folder, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config.get("text_config", config)["max_position_embeddings"] = positions
+        (folder / "config.json").write_text(json.dumps(config))
+        changed = own.config(tmp_path / "run", student=dataclasses.replace(own, folder=folder))
+        if positions == longest:
+            Run.prepare(changed)
+            continue
+        with pytest.raises(ConfigError, match=rf"{name_of}: {longest} positions, and the student has {positions}"):
+            Run.prepare(changed)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].sees and name != "llava"])
+def test_no_sample_takes_more_positions_than_a_student_is_taken_to_need(
+    name: str, made: Callable[..., Made], tmp_path: Path
+) -> None:
+    run = Run.prepare(made(name).config(tmp_path / "run"))
+    source, reader = run.dataset.sources[0], run.dataset.reader
+    assert isinstance(reader, ChatReader)
+    most = reader.most_positions(source.lengths, source.rows, source.image_counts)
+    lengths = np.array([run.dataset.batch([index]).input_ids.shape[1] for index in range(len(source))])
+    assert (lengths <= most).all()
+    assert np.isfinite(most).all()
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llama3", "qwen3"])
