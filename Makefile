@@ -72,7 +72,7 @@ distill: .venv/ready $(if $(CONFIG),,world) ## phase two: CONFIG=file.yaml
 	$(V)/student-train fit $(or $(CONFIG),$(TINY)/distill.yaml) $(SET)
 
 ablate: .venv/ready world ## miniature LLAVADI tables 1 to 5 (under 90 minutes on 2 cores)
-	$(V)/python -m pipelines.tiny.prepare --folder runs/tiny/more --train-images 600 --dev-images 0 --test-images 0 --seed 1 --students 0
+	$(V)/python -m pipelines.tiny.prepare --folder runs/tiny/more --train-images 200 --dev-images 0 --test-images 0 --seed 1 --students 0
 	$(V)/teacher-cache build $(TINY)/cache_full.yaml
 	$(V)/teacher-cache build $(TINY)/cache_more.yaml
 	$(V)/student-train ablate $(or $(CONFIG),$(TINY)/ablate.yaml) $(SET)

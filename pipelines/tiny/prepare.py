@@ -66,7 +66,7 @@ def prepare(
 
 def main(
     folder: Path = Path("runs/tiny"),
-    train_images: Annotated[int, typer.Option(help="images with training conversations")] = 500,
+    train_images: Annotated[int, typer.Option(help="images with training conversations")] = 100,
     dev_images: int = 150,
     test_images: int = 300,
     seed: int = 0,
