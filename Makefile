@@ -47,13 +47,7 @@ runs/tiny/prepared.json: | .venv/ready
 world: runs/tiny/prepared.json ## render the tiny world and write its students; WORLD="--train-images 100" ...
 
 demo: world      ## both phases on the tiny world and one table (under 15 minutes on 2 cores); SET="--set seeds=[0]" ...
-	$(V)/teacher-cache build $(TINY)/cache.yaml
-	$(V)/teacher-cache build $(TINY)/cache_test.yaml
-	$(V)/teacher-cache info runs/tiny/cache
-	$(V)/student-train ablate $(TINY)/demo.yaml $(SET)
-	$(V)/teacher-cache view runs/tiny/cache --image-folder runs/tiny/world/images --tokenizer $(TINY)/teacher --output runs/demo/cache.html
-	$(V)/student-train report runs/demo --image-folder runs/tiny/world/images --cache runs/tiny/cache --output runs/demo/report.html
-	@echo "table: runs/demo/table.md (.csv, .json, .svg); pages: runs/demo/cache.html, runs/demo/report.html"
+	$(V)/teacher-cache demo $(SET)
 
 ifeq ($(BACKEND),vllm)
 PHASE_ONE := .venv-vllm/bin/teacher-cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -210,6 +211,18 @@ def export_answers(
     with _errors():
         samples = export(Storage(cache), output, form, image_folder or [])
     say(f"{output}: {samples:,} samples")
+
+
+@app.command()
+def demo(
+    short: Annotated[
+        bool, typer.Option(help="a small world and a few steps, under a minute: does it all run?")
+    ] = False,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the demo's ablation file")] = None,
+) -> None:
+    """Both phases on the tiny world that comes with the package, one table and two pages, in ./runs."""
+    # By name: the packages import nothing of what is built with them, as an ablation names its measure.
+    importlib.import_module("pipelines.tiny.demo").demo(short, sets or [])
 
 
 @app.command(name="schema")

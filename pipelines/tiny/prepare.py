@@ -10,6 +10,7 @@ import typer
 
 from pipelines.tiny.student import STUDENT_LAYERS, STUDENT_WIDTH, write_student
 from pipelines.tiny.world import write_world
+from teacher_cache.errors import ConfigError
 from teacher_cache.progress import silence_libraries
 
 TEACHER = Path(__file__).parent / "teacher"
@@ -34,7 +35,7 @@ def prepare(
 
     Raises
     ------
-    ValueError
+    ConfigError
         The folder holds a world or students of other sizes.
     """
     wanted = {
@@ -50,7 +51,7 @@ def prepare(
     if mark.is_file():
         found = json.loads(mark.read_text(encoding="utf-8"))
         if found != wanted:
-            raise ValueError(
+            raise ConfigError(
                 f"{folder}: prepared with {found}, now {wanted} is asked for. Delete it, or name another folder"
             )
         return
