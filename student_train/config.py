@@ -18,7 +18,9 @@ class ExpectedSize:
 
     __pydantic_config__ = CHECKED
     samples: AtLeast0 = 0
+    """Samples of the source."""
     rows_per_sample: float = 0.0
+    """Answer tokens of a sample."""
     tokens_per_sample: float = 0.0
     """Question, answer and template; one for the image."""
     images: AtLeast0 = 0
@@ -33,8 +35,11 @@ class SourceConfig:
 
     __pydantic_config__ = CHECKED
     cache: str = ""
+    """Folder or address of a finished cache."""
     data: str = ""
+    """In its place plain data, as ``data.path`` of a cache."""
     image_folder: str = ""
+    """What the paths of images start from."""
     image_data: str | tuple[str, ...] = ""
     """The Parquet files (files, a folder or a pattern, as ``data.path``) whose embedded images the cache was made from.
     They are laid down once, in ``prefetch_folder`` or a temporary one, and read from there."""
@@ -49,6 +54,7 @@ class SourceConfig:
     share: Positive = 1.0
     """Part of this source seen in an epoch (0.5: a fresh half every epoch; 2: twice)."""
     max_samples: AtLeast0 = 0
+    """The first so many samples; 0 takes all."""
     prefetch_folder: str = ""
     """Where files of a remote cache are copied to; all ranks of a machine may share it. Empty: a temporary folder for
     each of them (and its loader processes)."""
@@ -69,8 +75,11 @@ class StudentConfig:
     """
 
     model: str = ""
+    """Folder or hub name; or where the student that is put together is kept."""
     language_model: str = ""
+    """Put together: a causal language model."""
     vision_tower: str = ""
+    """Put together: a CLIP or SigLIP tower."""
     tokenizer: str = ""
     """A composed student takes the tokenizer of this model, its teacher: ids, and the number of them, are then the
     teacher's."""
@@ -81,11 +90,17 @@ class StudentConfig:
     layers: AtLeast0 = 0
     """With ``layers_from``: how many layers; 0 takes half of the teacher's."""
     train: Literal["full", "projector", "lora"] = "full"
+    """All weights, the projector alone, or low-rank adapters and the projector."""
     train_vision: bool = False
+    """Train the vision tower, too."""
     lora_rank: AtLeast1 = 16
+    """With ``train: lora``: rank of the adapters."""
     lora_alpha: AtLeast1 = 32
+    """With ``train: lora``: they are scaled by alpha / rank."""
     load_in_4bit: bool = False
+    """Frozen weights in 4 bits (QLoRA); needs a GPU and bitsandbytes."""
     gradient_checkpointing: bool = False
+    """Keep no activations inside layers and compute them again: less memory, a third more time."""
     chat_template: str = ""
     """How it writes conversations: a Jinja file, or a paper's by name (vicuna_v1, plain). Empty: its own; a LLaVA-1.5
     student then takes that of its caches, whose ids it reads as they are."""
@@ -98,6 +113,7 @@ class StudentConfig:
     """In which numbers products are formed, frozen weights are kept and the student is exported. What is trained is
     kept in float32: a step of 2e-5 is lost between two bfloat16 numbers, and 1e-8 (Adam's) is 0 in float16."""
     attention: Literal["sdpa", "eager"] = "sdpa"
+    """``eager`` gives the attention maps that ``attention_mse`` compares."""
     vision_features: Literal["compute", "cache"] = "compute"
     """``cache`` runs the frozen tower once per image and keeps its features beside the run."""
 
@@ -108,38 +124,53 @@ class TrainConfig:
 
     __pydantic_config__ = CHECKED
     epochs: Positive = 1.0
+    """Passes over the sources."""
     max_steps: AtLeast0 = 0
     """Overrides ``epochs`` when set."""
     max_seconds: NotNegative = 0.0
     """Stop after so many CPU seconds of this process, for baselines with an equal budget; the schedule still
     follows ``max_steps``."""
     global_batch: AtLeast1 = 128
+    """Samples of a step, over all ranks."""
     micro_batch: AtLeast1 = 16
+    """Samples of one forward pass of a rank; changes memory and speed, not the gradient."""
     learning_rate: NotNegative = 2e-5
+    """At its highest."""
     projector_learning_rate: NotNegative = 0.0
     """0: the same as the rest."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Of the learning rate, after the warm-up."""
     warmup_share: Share = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
     weight_decay: NotNegative = 0.0
+    """AdamW's, of all that is trained."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
     clip_norm: NotNegative = 1.0
+    """Longest gradient that is taken as it is; 0 clips none."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """``adamw_8bit`` keeps its moments in 8 bits."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """In which numbers products are formed, where ``student.dtype`` is float32. ``auto``: what ``accelerate launch``
     was told (``--mixed_precision``), else no."""
     seed: Seed = 0
+    """Of the order of samples and of weights that start at random."""
     shuffle: Literal["auto", "full", "shards"] = "auto"
+    """``full`` mixes all samples, ``shards`` those of a block of shards; ``auto``: the latter for a remote cache."""
     group: Literal["none", "length", "modality"] = "none"
+    """Put samples of like length, or with and without images, into the same micro-batch."""
     pack: bool = False
     """Fill the lines of a micro-batch with several short samples, which do not see each other, instead of padding."""
     head_rows: AtLeast0 = 0
     """Rows whose (rows × vocabulary) logits exist at once; 0 takes as many as the device works fastest with."""
     workers: AtLeast0 = 0
+    """Processes that read ahead; 0 reads in the training process."""
     pixel_cache: AtLeast0 = 4096
     """Preprocessed images kept in memory, per loader process."""
     checkpoint_every: AtLeast0 = 500
     """Steps between checkpoints, of which the last two are kept; 0 writes one at the end (and when a signal comes)."""
     log_every: AtLeast1 = 10
+    """Steps between lines of log.jsonl."""
     tracker: str = ""
     """Any tracker Accelerate knows (tensorboard, wandb …); the loss curve is always in log.jsonl."""
     threads: AtLeast0 = 0
@@ -156,9 +187,12 @@ class FitConfig:
 
     __pydantic_config__ = CHECKED
     output: str = ""
+    """Folder of the run."""
     sources: tuple[SourceConfig, ...] = ()
+    """Where samples come from; an epoch mixes them."""
     student: StudentConfig = field(default_factory=StudentConfig)
     losses: tuple[LossSpec, ...] = (DEFAULT_LOSS,)
+    """Terms that are added up, each with its weight."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
 

@@ -48,8 +48,11 @@ class DataConfig:
 
     __pydantic_config__ = CHECKED
     path: str | tuple[str, ...] = ""
+    """A file, a folder, a pattern, a data set of the hub (``hf://datasets/OWNER/NAME``), or several of them."""
     image_folder: str = ""
+    """What the paths of images start from; images inside the data need none."""
     regenerate: Literal["all", "none", "ids"] = "all"
+    """Whose answers are cached: the teacher writes all anew, none, or those of ``regenerate_ids``."""
     regenerate_ids: str = ""
     """With ``regenerate: ids``: a text file, one sample_id a line; all other samples keep their answers."""
     regenerate_share: Share = 1.0
@@ -69,12 +72,15 @@ class DataConfig:
 class TeacherConfig:
     __pydantic_config__ = CHECKED
     model: str = ""
+    """Folder or hub name of a model with its processor (or tokenizer) and chat template."""
     revision: str = ""
+    """Branch, tag or commit on the hub; empty is its main branch."""
     backend: Literal["auto", "torch", "vllm"] = "auto"
+    """``auto``: vLLM for LLaVA-1.5 where it is installed, else torch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """In which numbers the teacher is run."""
     chat_template: str = ""
-    """Empty: the model's own. A paper's by name (``vicuna_v1`` for LLaVA-1.5, ``plain``, ``chatml``), or a Jinja file.
-    """
+    """Empty: the model's own. A paper's by name (``vicuna_v1`` for LLaVA, ``plain``, ``chatml``) or a Jinja file."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """What the template is given, for example ``{enable_thinking: false}``."""
     image_processor: dict[str, Any] = field(default_factory=dict)
@@ -87,6 +93,7 @@ class TeacherConfig:
     """A student (folder or hub name, same tokenizer) that writes the new answers in the teacher's place; the teacher
     scores them. LLAVADI's "data from student"."""
     trust_remote_code: bool = False
+    """Run code that comes with the model. It can do all that you can do."""
     quantization: str = ""
     """A quantisation name that the backend knows (``awq``, ``gptq``, ``bitsandbytes``); empty for none."""
 
@@ -97,7 +104,9 @@ class GenerationConfig:
     temperature: NotNegative = 0.0
     """0 is greedy decoding."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """With temperature > 0: draw from the likeliest tokens that hold this much of the probability."""
     max_new_tokens: AtLeast1 = 512
+    """Tokens of an answer; a longer one ends there."""
     seed: Seed = 0
     """With temperature > 0 each answer is drawn from a generator seeded by (seed, sample_id, turn)."""
 
@@ -108,10 +117,13 @@ class SignalsConfig:
 
     __pydantic_config__ = CHECKED
     preset: Literal["small", "compact", "standard", "full", "llava_kd"] = "standard"
+    """A set of the settings below; what is written beside it wins over it."""
     top_k: AtLeast0 = 64
+    """Likeliest tokens kept a row, with their log-probabilities; 0 keeps none."""
     temperatures: tuple[Positive, ...] = (0.5, 0.7, 1.0, 2.0, 4.0)
     """The log-sum-exp is stored at each of these, so top-k and tail mass are exact there."""
     hidden: Literal["none", "rows", "text"] = "rows"
+    """Final-layer states of no position, of the answer rows, or of every text position."""
     second_last: bool = False
     """Also the states before the last layer (LLAVADI, table 1: "last two layers")."""
     codec: Literal["float32", "float16", "bfloat16", "int8", "int4"] = "int8"
@@ -121,13 +133,13 @@ class SignalsConfig:
     calibration_samples: AtLeast1 = 64
     """Samples on which channel scales (int8, int4) and principal components are fitted."""
     sampled: Annotated[int, Field(ge=0, le=255)] = 0
-    """Random Sampling KD: this many draws with replacement a row (Anshumann et al., ACL 2025), at most 255 as
-    their counts are bytes; 0 stores none."""
+    """Random Sampling KD: draws with replacement a row (Anshumann et al., ACL 2025); counts are bytes. 0: none."""
     sampled_from: Literal["all", "tail"] = "all"
     """``tail`` draws outside the top-k only: exact head + unbiased tail."""
     visual: Literal["none", "states", "topk", "gram"] = "none"
     """Per distinct image: final-layer states, a top-k of the logits, or the relation Gram (LLaVA-KD) alone."""
     visual_top_k: AtLeast1 = 32
+    """With ``visual: topk``: tokens kept for an image position."""
     attention: bool = False
     """Attention of answer rows over the image positions in the last layer, mean over heads (LLAVADI, table 3)."""
     advantage: Literal["none", "blurred", "without"] = "none"
@@ -139,8 +151,11 @@ class SignalsConfig:
 class LayoutConfig:
     __pydantic_config__ = CHECKED
     shard_samples: AtLeast1 = 512
+    """Samples of a shard: what a kill loses, what is read ahead, what one worker makes."""
     chunk_kilobytes: AtLeast1 = 1024
+    """Size of the chunks inside an array, which other Zarr readers fetch at once."""
     compression: Literal["none", "zstd"] = "none"
+    """Of the arrays; quantised states hardly compress."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +169,19 @@ class SpeedConfig:
 
     __pydantic_config__ = CHECKED
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: a GPU where there is one."""
     answer_batch: AtLeast1 = 32
+    """Conversations answered together."""
     score_batch_tokens: AtLeast1 = 16384
+    """Tokens scored together, padding counted."""
     head_rows: AtLeast1 = 2048
     """Rows whose logits (rows × vocabulary, float32) exist at once."""
     gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """vLLM: share of the memory of a GPU that it may take."""
     tensor_parallel: AtLeast1 = 1
+    """vLLM: GPUs that share one copy of the teacher."""
     loader_threads: AtLeast1 = 4
+    """Threads that read and decode images ahead."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +190,7 @@ class CacheConfig:
 
     __pydantic_config__ = CHECKED
     output: str = ""
+    """Folder of the cache, or its address in an object store (``s3://bucket/cache``)."""
     data: DataConfig = field(default_factory=DataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
@@ -185,8 +207,7 @@ def load_config(cls: type[ConfigT], path: str | Path | None, overrides: Sequence
 
     Raises ``ConfigError``: naming the file, the key and the nearest key that exists, or the type that was expected.
     """
-    tree: dict[str, Any] = {}
-    where = "the command line"
+    tree, where = dict[str, Any](), "the command line"
     if path is not None:
         where = str(path)
         try:

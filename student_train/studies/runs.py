@@ -27,21 +27,23 @@ CPU_MARGIN = 1.25
 
 @dataclass(frozen=True)
 class ArmConfig:
-    """One row of the table. ``set`` lies over the file's ``base``; ``{seed}`` and ``{runs}`` in it are filled in.
-
-    ``prepare`` calls ``module:function`` with its other keys before training (to make a cache of a student's answers,
-    say). ``match_cpu``: so many steps more that this arm gets at least the CPU seconds of the named one, judged by what
-    its ``steps_like`` arm took, and a quarter on top for the noise of such times. ``needs``: arms whose runs must be
-    done before.
-    """
+    """One row of the table."""
 
     set: FitTree = field(default_factory=dict)
+    """Lies over the file's ``base``; ``{seed}`` and ``{runs}`` in it are filled in."""
     note: str = ""
+    """What the table says beside it."""
     prepare: dict[str, Any] = field(default_factory=dict)
+    """``call: module:function`` and its arguments: called before training (a cache of a student's answers)."""
     match_cpu: str = ""
+    """So many steps more that it gets at least this arm's CPU seconds, by what a step of ``steps_like`` took, and a
+    quarter on top for the noise of such times."""
     steps_like: str = ""
+    """The arm that says what a step costs."""
     needs: tuple[str, ...] = ()
+    """Arms that are trained before."""
     table: str = ""
+    """Heading of the part of the table that it stands in."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,21 @@ class AblationConfig:
 
     __pydantic_config__ = CHECKED
     output: str = ""
+    """Folder of the runs, the table and the picture."""
     title: str = ""
+    """Heading of the table."""
     base: FitTree = field(default_factory=dict)
     arms: dict[str, ArmConfig] = field(default_factory=dict)
+    """Rows of the table, by name."""
     baseline: str = ""
+    """The arm that the others are compared with, seed by seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    """Every arm is trained with each."""
     measure: str = ""
     """``module:function``; called with the model folder and ``measure_options``, returns metric → value (and may write
     predictions.jsonl beside it)."""
     measure_options: dict[str, Any] = field(default_factory=dict)
+    """What ``measure`` is given."""
     metrics: tuple[str, ...] = ()
     """Columns of the table; empty: all that the measuring function returns."""
     teacher: str = ""

@@ -34,8 +34,10 @@ class StagesConfig:
 
     __pydantic_config__ = CHECKED
     output: str = ""
+    """Folder of all stages."""
     base: FitTree = field(default_factory=dict)
     stages: dict[str, FitTree] = field(default_factory=dict)
+    """By name, in the order in which they are trained."""
 
 
 def fit_file(path: Path, overrides: Sequence[str], style: Style = "auto", stop: Stop | None = None) -> list[FitSummary]:
