@@ -36,7 +36,7 @@ def measure_student(model: str, world: str, split: str, cache: str = "") -> dict
     asked = [i for i, kind in enumerate(kinds) if kind in VISUAL_QUESTIONS]
     exist = [i for i, kind in enumerate(kinds) if kind in ("exist", "exist_more")]
     pope = yes_no([answers[i] for i in exist], [truths[i] for i in exist])
-    sure = certainty(student, [questions[i] for i in asked], [answers[i] for i in asked], images, "tiny")
+    sure = certainty(student, [questions[i] for i in asked], [answers[i] for i in asked], images)
     facts = {
         "vqa": 100 * found.vqa,
         "pope_f1": 100 * pope.f1,
