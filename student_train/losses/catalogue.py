@@ -38,6 +38,7 @@ class LossSpec:
     temperature_squared = False
     pool = 0
     advantage_share = 0.0
+    density = False
 
     if TYPE_CHECKING:  # each loss has its own settings
 
@@ -176,12 +177,11 @@ SETTINGS = {
         "row: every row (position, image) of the global batch weighs the same; sample: every sample does, as LLAVADI's "
         "code divides its distillation losses. Cross-entropy is the mean over rows there and here.",
     ),
+    "density": Setting(
+        bool, False, "Positions of an image weigh by how unlike its others they are: HEED.", ("tokens", ("all",))
+    ),
     "advantage_share": Setting(
-        Share,
-        0.0,
-        "Above 0: this share of each sample's rows, those whose token its image makes likeliest, weigh as much as all "
-        "its others together (arXiv:2605.21924); needs signals.advantage.",
-        ("tokens", ("answer",)),
+        Share, 0.0, "Of a sample's rows, those that its image helps most, to weigh half of it.", ("tokens", ("answer",))
     ),
     "beta": Setting(Share, 0.5, "The teacher's share of the mean distribution."),
     "head_ids": Setting(AtLeast1, 10, "How many of the teacher's most likely ids are the head."),
@@ -226,10 +226,13 @@ class Answers(Entry):
     usual = ("advantage_share",)
 
 
+_OF_PLACES = ("tokens", "rows", "pool", "density", "average", "advantage_share")
+
+
 class Logits(Entry):
     """(teacher logits, student logits, temperature, which count): (R, V), or those of the kept ids (R, k)."""
 
-    usual = ("source", "temperature", "temperature_squared", "tokens", "rows", "pool", "average", "advantage_share")
+    usual = ("source", "temperature", "temperature_squared", *_OF_PLACES)
     sources: ClassVar[Any] = Literal["topk", "exact"]
 
     def settings(self) -> dict[str, Setting]:
@@ -271,7 +274,7 @@ class Drawable(Distributions):
 class States(Entry):
     """(teacher states (R, d), projected student states (R, d))."""
 
-    usual = ("tokens", "layer", "rows", "pool", "average", "advantage_share")
+    usual = ("layer", *_OF_PLACES)
 
     def arrays(self, spec: LossSpec, signals: SignalsConfig) -> frozenset[str]:
         return frozenset({"hidden" if spec.layer == "last" else "hidden_second_last"})
@@ -306,7 +309,7 @@ class ImageLogits(Images):
     """What the loss called ``of`` is given, at every image position."""
 
     of: str = ""
-    usual = ("temperature", "temperature_squared", "pool", "average")
+    usual = ("temperature", "temperature_squared", "pool", "density", "average")
 
 
 CATALOGUE: dict[str, Entry] = {

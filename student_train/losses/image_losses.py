@@ -106,6 +106,21 @@ def teacher_gram(images: ImageTargets, space: Space, grid: tuple[int, int] | Non
     return logit_gram(states, head_square(_head(images, "relation loss on logits, from visual states")))
 
 
+def density_weights(states: Tensor) -> Tensor:
+    """(B, N) of mean 1 in each image: how unlike its other positions each one is, from the states (B, N, d).
+
+    1 − the mean cosine with the others, over its mean. HEED (Liang and Jha, 2026, arXiv:2605.17093) weighs a patch's
+    alignment by its self-dissimilarity, a stand-in for its density that needs no training: text and edges differ from
+    the rest, sky and walls do not. Ours, since the paper's equation was not at hand: the mean cosine, the final-layer
+    visual states (which a cache has), and the division by the mean.
+    """
+    unit = torch.nn.functional.normalize(wide(states), dim=-1)
+    others = max(unit.shape[-2] - 1, 1)
+    alike = ((unit * unit.sum(-2, keepdim=True)).sum(-1) - 1) / others
+    unlike = (1 - alike).clamp(min=torch.finfo(unit.dtype).eps)
+    return unlike / unlike.mean(-1, keepdim=True)
+
+
 def unpack_gram(packed: Tensor, scale: Tensor) -> Tensor:
     """Upper triangles, row by row (B, N·(N + 1)/2), times scale (B,) → symmetric (B, N, N) float32."""
     side = (math.isqrt(8 * packed.shape[-1] + 1) - 1) // 2

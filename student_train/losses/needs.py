@@ -26,15 +26,16 @@ def check_losses(specs: Sequence[LossSpec], manifest: Manifest, url: str) -> Non
     """Losses that this cache's settings cannot serve, before the first step."""
     hidden, visual, grid = (manifest.signals[name] for name in ("hidden", "visual", "temperatures"))
     for spec in specs:
-        wanted = spec.entry.visual or (("states",) if spec.tokens == "all" else ())
+        wanted = ("states",) if spec.tokens == "all" or spec.density else spec.entry.visual
         if spec.tokens != "answer" and hidden != "text":
             raise CacheError(
                 f"{url}: {spec.name} on {spec.tokens} tokens needs states of all text positions, the cache has "
                 f"signals.hidden={hidden}. Use tokens: answer, or build with signals.hidden=text"
             )
         if wanted and visual not in wanted:
+            how = " on all tokens" * (spec.tokens == "all") + " with density" * spec.density
             raise CacheError(
-                f"{url}: {spec.name}{' on all tokens' * (spec.tokens == 'all')} needs signals.visual="
+                f"{url}: {spec.name}{how} needs signals.visual="
                 f"{' or '.join(wanted)}, the cache has {visual}. Build one with that signal (teacher-cache plan prices "
                 "it), or leave the loss out"
             )

@@ -164,7 +164,7 @@ class DistilledStudent(nn.Module):
         places = [_Places(rows, replace(stored, lines=None), weight, batch.text_sample)]
         if spec.tokens == "all" and len(batch.visual_sample):
             images = decoded(self._image_states(spec, micro).flatten(0, 1))
-            weight = batch.image_token_weight.repeat_interleave(self._image_tokens)
+            weight = self._of_positions(spec, micro, batch.image_token_weight)
             owner = batch.visual_sample.repeat_interleave(self._image_tokens)
             places.append(_Places(self._visual(states, batch).flatten(0, 1), images, weight, owner))
         return places
@@ -218,7 +218,7 @@ class DistilledStudent(nn.Module):
         if not isinstance(spec.entry, ImageLogits):
             value = spec.entry.function(images, student, self._head, grid, **spec.own())
             return (value * batch.image_weight).sum()
-        weight = (batch.image_weight / self._image_tokens).repeat_interleave(self._image_tokens)
+        weight = self._of_positions(spec, micro, batch.image_weight / self._image_tokens)
         own = {name: getattr(spec, name) for name in ("temperature", "temperature_squared", *spec.own())}
         of_rows = LossSpec(spec.entry.of, source="topk" if images.states is None else "exact", **own)
         rows = relations.visual_rows(images, grid)
@@ -231,6 +231,13 @@ class DistilledStudent(nn.Module):
         grid = relations.pooled_grid(images.tokens, self._image_tokens, spec.pool)
         states = images.states.decode(slice(None))
         return states if grid is None else relations.pool_grid(states, *grid)
+
+    def _of_positions(self, spec: LossSpec, micro: _Micro, weight: Tensor) -> Tensor:
+        """(I·N,) what each image position counts, from what those of its image do in the mean (I,)."""
+        weight = weight[:, None].expand(-1, self._image_tokens)
+        if spec.density and len(weight):
+            weight = weight * relations.density_weights(self._image_states(spec, micro))
+        return weight.flatten()
 
     def _visual(self, hidden: Tensor, batch: StudentBatch) -> Tensor:
         """(I, N, d) the student's states at image positions."""

@@ -38,6 +38,9 @@ TERMS = [
     LossSpec("hidden_cosine", layer="second_last", tokens="text"),
     LossSpec("similarity_mse", tokens="text"),
     LossSpec("relation", space="hidden"),
+    LossSpec("visual_kl", density=True),
+    LossSpec("hidden_mse", tokens="all", density=True),
+    LossSpec("forward_kl", source="exact", tokens="all", density=True),
 ]
 
 

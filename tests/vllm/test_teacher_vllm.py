@@ -213,7 +213,7 @@ def both_caches(
     small = replace(
         config,
         data=replace(config.data, max_samples=200),
-        signals=replace(config.signals, codec="float32", hidden="text", visual="states", top_k=8),
+        signals=replace(config.signals, codec="float32", hidden="text", visual="states", top_k=8, advantage="blurred"),
     )
     folder = tmp_path_factory.mktemp("caches")
     for name, teacher in (("vllm", vllm_teacher), ("torch", torch_teacher)):

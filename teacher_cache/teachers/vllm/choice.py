@@ -69,8 +69,6 @@ def why_not_vllm(config: CacheConfig) -> str:
         return f"vLLM {version} does not know the architecture {architecture} of teacher.model={config.teacher.model}"
     if config.signals.attention:
         return "signals.attention needs attention maps, which vLLM does not hand out"
-    if config.signals.advantage != "none":
-        return "signals.advantage takes a second scoring pass, which torch alone has been tried with"
     if config.signals.second_last and not vllm_session.can_capture(architecture):
         return f"signals.second_last needs inner states, which vLLM {version} does not hand out for {architecture}"
     return ""

@@ -226,3 +226,18 @@ def test_what_the_cache_does_not_hold_is_refused() -> None:
         relations.visual_rows(cached("topk"), (4, 2))
     with pytest.raises(ValueError, match=r"needs the teacher's output head"):
         relations.teacher_gram(ImageTargets(TOKENS, states=decoded(TEACHER_STATES)), "logits")
+
+
+def test_density_is_how_unlike_a_position_is_to_the_others_of_its_image() -> None:
+    states = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    states[0, :4] = states[0, 0]
+    weights = relations.density_weights(states)
+    for image, found in zip(states, weights, strict=True):
+        unlike = []
+        for n in range(5):
+            cosines = [float(image[n] @ image[m] / (image[n].norm() * image[m].norm())) for m in range(5) if m != n]
+            unlike.append(1 - sum(cosines) / 4)
+        assert found.tolist() == pytest.approx([u / (sum(unlike) / 5) for u in unlike])
+    assert weights[0].argmax() == 4
+    assert relations.density_weights(torch.ones(1, 7, 3)).tolist() == [pytest.approx([1.0] * 7)]
+    assert relations.density_weights(torch.ones(1, 1, 3)).tolist() == [[1.0]]
