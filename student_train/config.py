@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import WithJsonSchema
 
-from student_train.losses.catalogue import DEFAULT_LOSS, Answers, Attention, LossSpec
+from student_train.losses.catalogue import DEFAULT_LOSS, Answers, Attention, Logits, LossSpec
 from teacher_cache.config import CHECKED, AtLeast0, AtLeast1, NotNegative, Positive, Seed, Share, check_settings
 from teacher_cache.errors import ConfigError
 
@@ -51,6 +51,13 @@ class SourceConfig:
     max_skipped: Share = 0.1
     """Of ``data``: the share of samples that may be left out (images that are missing or damaged, lines that are no
     conversation); they stand with their reasons in skipped.jsonl beside the run. More than that stops it."""
+    before: str = ""
+    """A cache of the teacher before it was tuned, over the same answers (``teacher.answerer``). Losses of exact logits
+    then learn what the tuning changed (Delta-KD, arXiv:2509.14526): logits of ``onto`` + ``shift`` · (``cache`` −
+    ``before``)."""
+    onto: str = ""
+    """What that is added to: a cache of the untrained student in the paper. Empty: ``cache`` itself."""
+    shift: Positive = 1.0
     share: Positive = 1.0
     """Part of this source seen in an epoch (0.5: a fresh half every epoch; 2: twice)."""
     max_samples: AtLeast0 = 0
@@ -227,6 +234,7 @@ def check_fit_config(config: FitConfig) -> None:
             "Cache those answers first (data.regenerate=none scores original answers), or keep "
             f"{DEFAULT_LOSS.name} alone"
         )
+    _check_shifts(config)
     for loss in config.losses:
         if isinstance(loss.entry, Attention) and config.student.attention != "eager":
             raise ConfigError(f"losses: {loss.name} needs the attention maps; set student.attention=eager")
@@ -247,3 +255,17 @@ def check_fit_config(config: FitConfig) -> None:
             f"train.mixed_precision={config.train.mixed_precision} says others. Set train.mixed_precision=auto, or "
             "student.dtype=float32"
         )
+
+
+def _check_shifts(config: FitConfig) -> None:
+    """What learns from a teacher's shift takes it from the full logits of answer rows: nothing else can be added up."""
+    for number, source in enumerate(config.sources):
+        if source.onto and not source.before:
+            raise ConfigError(f"sources[{number}].onto: nothing is added to it. Set before, or leave onto out")
+        for loss in config.losses if source.before else ():
+            of_logits = isinstance(loss.entry, Logits) and loss.source == "exact" and loss.tokens == "answer"
+            if not of_logits and not isinstance(loss.entry, Answers):
+                raise ConfigError(
+                    f"sources[{number}].before: {loss.label} would learn the teacher, not its shift, which only exact "
+                    "logits of answer rows have. Set source: exact and tokens: answer, or leave the loss out"
+                )

@@ -52,9 +52,32 @@ class CacheSource:
         self._check_names(visual, [s.name for s in self.cache.manifest.image_arrays])
         self._names, self._visual = list(names), list(visual)
         self._image_tokens = self._check_images([*visual, *({"attention"} & set(names))])
+        named = [name for name in ("before", "onto") if getattr(config, name)]
+        self.others = {name: self._other(config, name, tokenizer, chat) for name in named}
+        """Over the same answers, for a teacher's shift."""
+        self.shift = config.shift
         self._size = min(config.max_samples or len(self.cache), len(self.cache))
         self._room = _shards_in(config.prefetch_gigabytes, self.cache)
         self._begun: frozenset[int] = frozenset()
+
+    def _other(self, config: SourceConfig, name: str, tokenizer: Any, chat: Chat | None) -> TeacherCache:
+        """The cache ``config.before`` or ``onto``; refused where it has other samples, or no states of their rows."""
+        url = str(getattr(config, name))
+        cache = open_cache(self._with_folder(replace(config, cache=url)), tokenizer, chat, ["hidden"])
+        weakref.finalize(self, cache.close)
+        signals = cache.manifest.signals_config
+        if signals.hidden != "rows" or signals.pca or signals.codec == "int4":
+            found = f"hidden={signals.hidden}, codec={signals.codec}, pca={signals.pca}"
+            raise CacheError(
+                f"sources[…].{name}: {url} has signals {found}; expected hidden=rows in int8 or floats, whose logits "
+                "can be subtracted. Build it so"
+            )
+        both = zip(self.cache.sample_ids(), cache.sample_ids(), strict=False)
+        differing = next((pair for pair in both if pair[0] != pair[1]), None)
+        if differing or len(cache) != len(self.cache):
+            found = f"sample {differing[1]} where that has {differing[0]}" if differing else f"{len(cache):,} samples"
+            raise CacheError(f"sources[…].{name}: {url} is not over the samples of {config.cache}: {found}. {_SAME}")
+        return cache
 
     @property
     def leaves_out(self) -> bool:
@@ -98,7 +121,7 @@ class CacheSource:
             loss_mask=loss_mask,
             images=[known_images(*i, self._embedded) for i in zip(batch.image_ids, batch.image_checksums, strict=True)],
             placeholders=[runs[:, 1].astype(np.int64) for runs in batch.split("runs", "run")],
-            arrays={name: self._signal(name, batch) for name in self._names},
+            arrays={name: self._signal(name, batch) for name in self._names} | self._of_others(indices, batch),
             row_index=np.concatenate(row_index) if row_index else np.zeros(0, np.int64),
             visual=self._visual_signals(batch),
         )
@@ -112,6 +135,21 @@ class CacheSource:
         grid = np.zeros((len(shown), self._image_tokens), stored.dtype)
         grid[shown] = stored.reshape(-1, self._image_tokens)
         return grid
+
+    def _of_others(self, indices: Sequence[int], batch: RecordBatch) -> dict[str, Array]:
+        """States of the same rows, the cache's name before theirs."""
+        arrays: dict[str, Array] = {}
+        for name, cache in self.others.items():
+            stored = {spec.name for spec in cache.manifest.arrays} & {"hidden", "hidden_scale"}
+            found = cache.read(indices, ["input_ids", "loss_mask", *stored])
+            answers, theirs = (b.arrays["input_ids"][b.arrays["loss_mask"]] for b in (batch, found))
+            if not np.array_equal(batch.counts["row"], found.counts["row"]) or not np.array_equal(answers, theirs):
+                raise CacheError(
+                    f"sources[…].{name}: {cache.storage.url} holds other answers than {self.cache.storage.url} for a "
+                    f"sample among {', '.join(batch.sample_ids[:3])}, … {_SAME}"
+                )
+            arrays |= {f"{name}/{array}": found.arrays[array] for array in stored}
+        return arrays
 
     def _visual_signals(self, batch: RecordBatch) -> dict[str, Array]:
         """(I, N, …) or (I, …) of the batch's images."""
@@ -172,6 +210,10 @@ class CacheSource:
         return n
 
 
+_SAME = (
+    "Its model must score this cache's answers: build it from the same data and generation settings, with "
+    "teacher.answerer naming the model that wrote them"
+)
 _ALWAYS = ("input_ids", "loss_mask", "runs")
 
 

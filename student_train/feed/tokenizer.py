@@ -34,7 +34,9 @@ def check_tokenizer(
         raise CacheError(
             f"{url}: the cache was made with the tokenizer of {teacher['model']}, the student's is another: "
             f"{found.never}. Logits can be distilled only between models of one vocabulary: use a student with the "
-            "teacher's tokenizer, or cache a teacher that has the student's"
+            "teacher's tokenizer, or cache a teacher that has the student's. (States of aligned text spans could cross "
+            "over, arXiv:2606.06021, with where each token stands in its answer's text on both sides and a projector "
+            "fitted for the pair; neither is here)"
         )
     if chat is not None and (end := int(teacher["end_token"])) not in chat.ends:
         raise CacheError(

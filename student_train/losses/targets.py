@@ -78,14 +78,25 @@ class RowTargets:
     head: Tensor | None = None
     vocabulary: int | None = None
     rule: LogitRule = AS_THEY_ARE
+    factor: float = 1.0
+    others: tuple[tuple[float, RowTargets], ...] = ()
+    """Of other caches, each with a factor: exact logits are ``factor`` times its own plus theirs (``CacheSource``)."""
 
     def answers(self, rows: slice) -> Tensor:
         """(rows,) int64 the answer tokens."""
         return _present(self.answer_ids, "answer tokens", "answers")[rows]
 
     def exact_logits(self, rows: slice, shared: int | None = None) -> Tensor:
-        """(rows, V) float32: the teacher's full-vocabulary logits, formed from the states and the head; of the first
-        ``shared`` ids where the two sides have different numbers of them.
+        """(rows, V) float32: the teacher's full-vocabulary logits; of the first ``shared`` ids where the two sides have
+        different numbers of them."""
+        logits = self._own_logits(rows, shared)
+        if not self.others:
+            return logits
+        ids = logits.shape[-1]
+        return self.factor * logits + sum(f * other.exact_logits(rows, ids)[:, :ids] for f, other in self.others)
+
+    def _own_logits(self, rows: slice, shared: int | None) -> Tensor:
+        """(rows, V) float32, formed from the states and the head.
 
         Of coarse states (int4, principal components) they give the tail alone; the head is the stored top-k's.
         """
@@ -172,6 +183,9 @@ class TeacherSide:
     vocabulary: int | None = None
     rule: LogitRule = AS_THEY_ARE
     head_square: Tensor | None = None
+    factor: float = 1.0
+    others: tuple[tuple[str, float, TeacherSide], ...] = ()
+    """Other caches over the same rows: before the names of their arrays, their factors (``RowTargets.others``)."""
 
     @classmethod
     def of(
@@ -214,6 +228,8 @@ class TeacherSide:
             head=self.head,
             vocabulary=self.vocabulary,
             rule=self.rule,
+            factor=self.factor,
+            others=tuple((f, side.rows(_of(name, arrays), None)) for name, f, side in self.others),
         )
 
     def images(self, arrays: Mapping[str, Tensor]) -> ImageTargets:
@@ -269,6 +285,11 @@ def _present(value: Found | None, name: str, wanted: str) -> Found:
             "(signals.top_k, signals.hidden, signals.sampled, signals.advantage)."
         )
     return value
+
+
+def _of(name: str, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of another cache, by their own names."""
+    return {key.removeprefix(name): array for key, array in arrays.items() if key.startswith(name)}
 
 
 def _ids(values: Tensor | None) -> Tensor | None:

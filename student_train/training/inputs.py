@@ -84,10 +84,23 @@ def side_of(config: FitConfig, source: Source, model: Any, device: torch.device)
     check_shared(config.losses, manifest.shape.vocabulary, vocabulary, visual, url)
     dtype = getattr(torch, config.student.dtype)  # in which the student's products are formed
     head = any(loss.needs_head for loss in config.losses) and HEAD in manifest.files
-    side = TeacherSide.of(source.cache, vocabulary, device, dtype, head)
+    side = _shifted(TeacherSide.of(source.cache, vocabulary, device, dtype, head), source, vocabulary)
     if side.head is None or not reads_head_square(config.losses, visual):
         return side
     return dataclasses.replace(side, head_square=head_square(side.head[:shared]))
+
+
+def _shifted(side: TeacherSide, source: CacheSource, vocabulary: int) -> TeacherSide:
+    """``side`` with the caches of the source's shift: onto + shift · (cache − before), by default onto cache itself."""
+    if not source.others or side.head is None:
+        return side
+    shift, head = source.shift, side.head
+    factors = {"before": -shift, "onto": 1.0}
+    others = tuple(
+        (f"{name}/", factors[name], TeacherSide.of(cache, vocabulary, head.device, head.dtype, True))
+        for name, cache in source.others.items()
+    )
+    return dataclasses.replace(side, factor=shift if "onto" in source.others else 1.0 + shift, others=others)
 
 
 def skipped_file(folder: Path, sources: list[Source], main: bool) -> SkippedFile:
