@@ -27,6 +27,8 @@ class ExpectedSize:
     """Distinct ones."""
     image_share: Share = 1.0
     """Samples with an image."""
+    positions_per_image: AtLeast0 = 0
+    """In the teacher, on average; 0: as many as LLaVA-1.5's configuration says. Other processors count by size."""
 
 
 @dataclass(frozen=True)

@@ -83,9 +83,8 @@ class ChatReader:
         answer, asked = (self.chat.end,), Conversation("", ("", ""), ("", ""))
         one, two = (len(self.chat.unexpanded(asked, [answer] * turns)[0]) for turns in (1, 2))
         turns = np.minimum(rows, tokens - rows)  # each has a token of its answer, and one around it
-        return np.asarray(
-            tokens + one + two * turns + np.where(images > 0, np.maximum(images, 1) * self._widest(), 0.0)
-        )
+        shown = np.where(images > 0, np.maximum(images, 1) * self._widest(), 0.0)
+        return np.asarray(tokens + one + two * turns + shown)
 
     def _widest(self) -> float:
         """No image takes more positions, texts between them counted; infinite where the processor does not say."""

@@ -43,7 +43,7 @@ def source_manifest(source: SourceConfig) -> Manifest:
     if source.made_with:
         teacher = load_model_config(phase_one.teacher.model, phase_one.teacher.revision)
         text = teacher.get_text_config()
-        shape, image_tokens = TeacherShape(text.hidden_size, text.vocab_size), image_tokens_of(teacher)
+        shape, image_tokens = TeacherShape(text.hidden_size, text.vocab_size), _image_positions(teacher, source)
         facts = {"shape": dataclasses.asdict(shape), "model": phase_one.teacher.model}
     with_image = round(expected.samples * expected.image_share)
     counts = {
@@ -58,6 +58,20 @@ def source_manifest(source: SourceConfig) -> Manifest:
     }
     manifest = new_manifest(phase_one, facts, {}, expected.samples)
     return dataclasses.replace(manifest, counts=counts)
+
+
+def _image_positions(teacher: Any, source: SourceConfig) -> int:
+    """What an image takes in a teacher of this configuration; not asked for where no sample has one."""
+    expected = source.expected
+    if expected.positions_per_image or not expected.image_share or teacher.get_text_config() is teacher:
+        return expected.positions_per_image
+    if teacher.model_type != "llava":
+        raise ConfigError(
+            f"{source.cache}: how many positions an image takes in a {teacher.model_type} model is known to its "
+            "processor alone. Give their mean as sources[…].expected.positions_per_image (teacher-cache plan counts "
+            "them; Qwen2.5-VL: 391 for 640 × 480 pixels)"
+        )
+    return image_tokens_of(teacher)
 
 
 @dataclass(frozen=True)

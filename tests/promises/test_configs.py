@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ from student_train.studies.runs import AblationConfig, plan_runs
 from student_train.training.stages import StagesConfig, stage_configs
 from teacher_cache.build.build import check_config
 from teacher_cache.cli import app as cache_app
-from teacher_cache.config import CacheConfig, build_config, load_config
+from teacher_cache.config import CacheConfig, DataConfig, build_config, load_config
 from teacher_cache.errors import CacheError, ConfigError
 from teacher_cache.models.model_config import load_model_config, shipped_models
 from teacher_cache.models.model_sizes import GB
+from teacher_cache.plan.cache_plan import plan_cache
 from tests.fixtures.store import synthetic_cache
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +100,58 @@ def test_shipped_file_loads_and_names_its_command(path: Path) -> None:
         assert all(check_fit_config(c) is None for _, c in stage_configs(load_config(StagesConfig, path)))
     else:
         check_fit_config(load_config(FitConfig, path))
+
+
+FAMILY_PLANS = {
+    "qwen2_5_vl": (8.29e9, 3.75e9, 391),
+    "qwen3_vl": (8.77e9, 2.13e9, 300),
+    "internvl3": (7.94e9, 2.09e9, 3328),
+    "gemma3": (12.19e9, 4.30e9, 256),
+    "llava_onevision": (8.03e9, 0.89e9, 3700),
+    "tinyllava": (8.29e9, 0.92e9, 729),
+    "llama3": (8.03e9, 1.24e9, 0),
+}
+"""Folder → parameters of teacher and student as published, and positions of an image in the student."""
+
+
+@pytest.mark.parametrize("name", FAMILY_PLANS)
+def test_a_family_to_copy_plans_its_cache_and_its_student(name: str, tmp_path: Path) -> None:
+    """Without weights, processors and network: shapes, bytes, memory of one GPU, hours."""
+    teacher, student, positions = FAMILY_PLANS[name]
+    fit = load_config(FitConfig, f"pipelines/{name}/distill.yaml")
+    (source,) = fit.sources
+    lines = [{"id": str(n), "conversations": [{"from": "human", "value": "What is it? " * 9}]} for n in range(64)]
+    lines = [{**line, "conversations": [*line["conversations"], {"from": "gpt", "value": "It is. "}]} for line in lines]
+    (tmp_path / "data.json").write_text(json.dumps(lines))
+    cache = load_config(CacheConfig, source.made_with)
+    assert cache.output == source.cache
+    data = DataConfig(path=str(tmp_path / "data.json"))
+    planned = plan_cache(dataclasses.replace(cache, data=data, output=str(tmp_path / "cache")))
+    assert planned.samples == 64
+    assert planned.memory.weights == pytest.approx(2 * teacher, rel=0.02)
+    assert planned.memory.sequences(80 * GB) > 0
+    assert planned.gpu_hours > 0
+    run = plan_fit(fit)
+    assert run.parameters == pytest.approx(student, rel=0.02)
+    assert run.image_tokens == positions
+    assert run.steps == -(-source.expected.samples // 128)
+    assert 0 < run.sharded_bytes < 80 * GB
+    assert run.cache_bytes > source.expected.samples * source.expected.rows_per_sample * planned_width(cache)
+    assert 0 < run.gpu_hours < run.online_hours or name in ("gemma3", "qwen2_5_vl")
+    assert "memory of one GPU" in dict(run.lines())
+
+
+def planned_width(cache: CacheConfig) -> int:
+    """Bytes of a row: int8 states."""
+    return load_model_config(cache.teacher.model).get_text_config().hidden_size
+
+
+def test_positions_of_an_image_that_no_configuration_says_are_asked_for() -> None:
+    fit = load_config(FitConfig, "pipelines/qwen2_5_vl/distill.yaml", ["sources=[]"])
+    expected = ExpectedSize(samples=10, rows_per_sample=3, tokens_per_sample=9, images=10)
+    source = SourceConfig(cache="none", made_with="pipelines/qwen2_5_vl/cache.yaml", expected=expected)
+    with pytest.raises(ConfigError, match=r"in a qwen2_5_vl model is known to its processor.*positions_per_image"):
+        plan_fit(dataclasses.replace(fit, sources=(source,)))
 
 
 def test_llavadis_students_plan_to_the_papers_steps_and_fit_their_gpus() -> None:

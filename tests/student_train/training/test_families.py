@@ -362,7 +362,7 @@ def test_no_sample_takes_more_positions_than_a_student_is_taken_to_need(
     most = reader.most_positions(source.lengths, source.rows, source.image_counts)
     lengths = np.array([run.dataset.batch([index]).input_ids.shape[1] for index in range(len(source))])
     assert (lengths <= most).all()
-    assert np.isfinite(most).all()
+    assert np.isfinite(most).all() == (name != "smolvlm")  # whose processor does not say; all are read
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llama3", "qwen3"])
