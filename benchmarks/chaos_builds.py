@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.utils.logging import disable_progress_bar
 
 from pipelines.tiny.prepare import TEACHER
 from pipelines.tiny.world import write_world
@@ -62,6 +63,7 @@ class Stage:
 
     @classmethod
     def make(cls, folder: Path, seed: int, images: int = 24) -> Stage:
+        disable_progress_bar()  # tqdm's lock is shared with forked processes: one killed under it stops all others
         write_world(folder / "world", train_images=images, dev_images=1, test_images=1, seed=7)
         for number, path in enumerate(sorted((folder / "world/images").glob("train-*"))[::6]):
             BREAKS[number % len(BREAKS)](path)
