@@ -7,7 +7,7 @@ WORLD ?=
 V := .venv/bin
 TINY := pipelines/tiny
 
-.PHONY: demo cache-teacher distill ablate ablate-llava-kd tiny-teacher tiny-starts world lock test test-fast test-portable test-vllm test-lmms check bench bench-gpu break-promises schemas chaos fuzz clean help
+.PHONY: demo cache-teacher distill ablate ablate-llava-kd tiny-teacher tiny-starts world site lock test test-fast test-portable test-vllm test-lmms check bench bench-gpu break-promises schemas chaos fuzz clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -80,6 +80,9 @@ tiny-teacher: .venv/ready ## train the shipped teacher again (about ten minutes)
 
 tiny-starts: .venv/ready ## train again what the tiny students start from (about 35 minutes)
 	$(V)/python -m pipelines.tiny.train_start --out $(TINY)/starts
+
+site: .venv/ready ## the documents as a site with a search, and the reference, into runs/site/html
+	$(V)/python -m pipelines.site
 
 # --- quality --------------------------------------------------------------------------------------------------------
 
