@@ -109,7 +109,7 @@ check: .venv/ready ## lint, format, types, tests
 
 schemas: .venv/ready ## the JSON schemas that the shipped configurations name
 	$(V)/teacher-cache schema > pipelines/schemas/cache.json
-	for file in fit stages ablation; do $(V)/student-train schema --file $$file > pipelines/schemas/$$file.json; done
+	for file in fit stages rounds ablation; do $(V)/student-train schema --file $$file > pipelines/schemas/$$file.json; done
 
 bench: .venv/ready .venv-vllm/ready ## every benchmark that two CPU cores can run; prints ratios
 	$(V)/python -m pip install --quiet --requirement pipelines/locks/bench.txt

@@ -24,6 +24,7 @@ import typer.cli
 
 from student_train.cli import app as phase_two
 from student_train.config import FitConfig
+from student_train.studies.rounds import RoundsConfig
 from student_train.studies.runs import AblationConfig
 from student_train.training.stages import StagesConfig
 from teacher_cache.cli import app as phase_one
@@ -35,6 +36,7 @@ MODELS = (
     (CacheConfig, "a cache: `teacher-cache build FILE`"),
     (FitConfig, "a student: `student-train fit FILE`"),
     (StagesConfig, "a student in stages: `student-train fit FILE`"),
+    (RoundsConfig, "a student in rounds: `student-train rounds FILE`"),
     (AblationConfig, "many students: `student-train ablate FILE`"),
 )
 NAVIGATION: dict[str, tuple[str, ...]] = {

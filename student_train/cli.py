@@ -38,6 +38,17 @@ def fit(config: Path, sets: Sets = None, as_json: Json = False) -> None:
         _show(dataclasses.asdict(summary), as_json)
 
 
+@app.command()
+def rounds(config: Path, sets: Sets = None, as_json: Json = False) -> None:
+    """Train, let the student answer and the teacher score, train on: distillation on the student's answers, cached."""
+    from student_train.studies.rounds import RoundsConfig, train_rounds
+
+    with calm_errors() as stop:
+        found = train_rounds(load_config(RoundsConfig, config, sets or []), "json" if as_json else "auto", stop)
+    for summary in found:
+        _show(dataclasses.asdict(summary), as_json)
+
+
 def _printed(command: Callable[..., Any]) -> Callable[..., None]:
     """``command`` with an option ``--json`` more: the facts that it returns are printed."""
 
@@ -141,6 +152,7 @@ def report(
 class ConfigFile(enum.StrEnum):
     FIT = "fit"
     STAGES = "stages"
+    ROUNDS = "rounds"
     ABLATION = "ablation"
 
 
@@ -148,10 +160,11 @@ class ConfigFile(enum.StrEnum):
 def print_schema(file: ConfigFile = ConfigFile.FIT) -> None:
     """The JSON schema of configuration files, with which editors complete and check them."""
     from student_train.config import FitConfig
+    from student_train.studies.rounds import RoundsConfig
     from student_train.studies.runs import AblationConfig
     from student_train.training.stages import StagesConfig
 
-    of = {ConfigFile.FIT: FitConfig, ConfigFile.STAGES: StagesConfig, ConfigFile.ABLATION: AblationConfig}
+    of = dict(zip(ConfigFile, (FitConfig, StagesConfig, RoundsConfig, AblationConfig), strict=True))
     say(json.dumps(schema(of[file]), indent=1))
 
 

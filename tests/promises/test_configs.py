@@ -28,9 +28,10 @@ from student_train.config import (
 from student_train.students.on_meta import student_on_meta
 from student_train.studies.plan_file import plan_ablation, plan_file, plan_stages
 from student_train.studies.plan_sources import source_manifest
+from student_train.studies.rounds import RoundsConfig
 from student_train.studies.run_plan import IN_FLOAT32, plan_fit
 from student_train.studies.runs import AblationConfig, plan_runs
-from student_train.training.stages import StagesConfig, stage_configs
+from student_train.training.stages import StagesConfig, merge, stage_configs
 from teacher_cache.build.build import check_config
 from teacher_cache.cli import app as cache_app
 from teacher_cache.config import CacheConfig, DataConfig, build_config, load_config
@@ -62,7 +63,7 @@ def validator(path: Path) -> Draft202012Validator:
     return Draft202012Validator(read[path.name], registry=files)
 
 
-@pytest.mark.parametrize("name", ["cache", "fit", "stages", "ablation"])
+@pytest.mark.parametrize("name", ["cache", "fit", "stages", "rounds", "ablation"])
 def test_the_schemas_in_the_tree_are_those_of_the_code(name: str) -> None:
     cli, file = (cache_app, ()) if name == "cache" else (app, ("--file", name))
     printed = CliRunner().invoke(cli, ["schema", *file])
@@ -96,6 +97,8 @@ def test_shipped_file_loads_and_names_its_command(path: Path) -> None:
         check_config(load_config(CacheConfig, path))
     elif "arms" in sections:
         assert plan_runs(load_config(AblationConfig, path))
+    elif "rounds" in sections:
+        check_fit_config(build_config(FitConfig, merge(load_config(RoundsConfig, path).fit, {"output": "x"}), "fit"))
     elif "stages" in sections:
         assert all(check_fit_config(c) is None for _, c in stage_configs(load_config(StagesConfig, path)))
     else:

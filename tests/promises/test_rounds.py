@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.rounds import student_cache, train_rounds
-from student_train.config import LossSpec, StudentConfig
+from student_train.config import FitConfig, LossSpec, StudentConfig
+from student_train.studies.rounds import RoundsConfig, student_cache, train_rounds
 from teacher_cache.build.answers import read_answers
 from teacher_cache.build.build import open_teacher
-from teacher_cache.config import CacheConfig, DataConfig, SignalsConfig, load_config
+from teacher_cache.config import CacheConfig, DataConfig, SignalsConfig, as_plain, load_config
 from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.sample_reader import read_conversations
-from teacher_cache.errors import DataError, TeacherError
+from teacher_cache.errors import ConfigError, DataError, TeacherError
 from teacher_cache.store.reader import TeacherCache
 from tests.fixtures.online import TEACHER, Oracle, build, fit_config, student_folder, world
 from tests.fixtures.rounding import MODEL, within
@@ -108,12 +108,28 @@ def test_answerer_with_another_tokenizer_is_refused(tmp_path: Path, phase_one: P
         open_teacher(config, [])
 
 
+def rounds_of(config: FitConfig, phase_one: Path, output: Path, rounds: int) -> RoundsConfig:
+    tree = as_plain(config)
+    tree["losses"] = [{"name": loss.name} for loss in config.losses]
+    return RoundsConfig(str(output), tree, str(phase_one), ("data.max_samples=8",), rounds)
+
+
+def test_a_phase_one_that_fails_ends_the_rounds(
+    tmp_path: Path, phase_one: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match="phase one ended with exit code 1"):
+        student_cache(str(phase_one), student_folder(), str(tmp_path / "cache"), sets=["data.path=nowhere.json"])
+    assert "nowhere.json: no such data file" in capfd.readouterr().err
+    with pytest.raises(ConfigError, match="needs output, fit"):
+        train_rounds(RoundsConfig(output=str(tmp_path), cache=str(phase_one)))
+
+
 def test_later_rounds_of_a_cut_student_train_on_from_what_it_learnt(tmp_path: Path, phase_one: Path) -> None:
     """Not from the teacher's layers again."""
     first = build(SIGNALS, max_samples=8)
     config = fit_config([LossSpec("cross_entropy")], "", cache=first, max_steps=1)
     config = dataclasses.replace(config, student=StudentConfig(layers_from=str(TEACHER), layers=1))
-    summaries = train_rounds(config, str(phase_one), tmp_path, rounds=1, sets=["data.max_samples=8"])
+    summaries = train_rounds(rounds_of(config, phase_one, tmp_path, 1))
     began = json.loads((tmp_path / "round-1" / "run.json").read_text())["config"]["student"]
     assert (began["model"], began["layers_from"], began["layers"]) == (summaries[0].model, "", 0)
 
@@ -122,7 +138,7 @@ def test_rounds_train_on_from_the_student_that_answered(tmp_path: Path, phase_on
     first = build(SIGNALS, max_samples=8)
     config = fit_config([LossSpec("cross_entropy"), LossSpec("forward_kl")], "", cache=first, max_steps=2)
     config = dataclasses.replace(config, student=dataclasses.replace(config.student, attention="sdpa"))
-    summaries = train_rounds(config, str(phase_one), tmp_path, rounds=2, sets=["data.max_samples=8"])
+    summaries = train_rounds(rounds_of(config, phase_one, tmp_path, 2))
     assert [Path(s.model).parent.name for s in summaries] == ["round-0", "round-1", "round-2"]
     with TeacherCache.open(str(tmp_path / "round-2" / "cache")) as cache:
         assert cache.manifest.data["answerer"] == "model"

@@ -1,4 +1,4 @@
-"""The site is built strictly; its reference holds every key, command and name that there is, and none is kept by hand."""
+"""The site is built strictly; its reference holds every key, command and name there is, and none is kept by hand."""
 
 from __future__ import annotations
 
