@@ -60,6 +60,7 @@ class SourceConfig:
     onto: str = ""
     """What that is added to: a cache of the untrained student in the paper. Empty: ``cache`` itself."""
     shift: Positive = 1.0
+    """How much of it."""
     share: Positive = 1.0
     """Part of this source seen in an epoch (0.5: a fresh half every epoch; 2: twice)."""
     max_samples: AtLeast0 = 0
