@@ -120,7 +120,7 @@ bench: .venv/ready .venv-vllm/ready ## every benchmark that two CPU cores can ru
 test-portable: .venv/ready ## the numeric tests with other processors' instructions, and with two threads
 	$(V)/python -m benchmarks.portable
 
-break-promises: .venv/ready ## break every promise in a copy of the project and see its tests fail
+break-promises: .venv/ready .venv-vllm/ready ## break every promise in a copy of the project and see its tests fail
 	$(V)/python -m benchmarks.break_promises
 
 bench-gpu: .venv/ready ## step time, memory and phase-one cost on a GPU

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+VLLM = ROOT / ".venv-vllm/bin/python"
+"""What runs the tests in tests/vllm."""
 COPIED = ("teacher_cache", "student_train", "pipelines", "benchmarks", "tests", "pyproject.toml")
 
 
@@ -519,9 +521,49 @@ BREAKS = (
         9,
         "a build begins without trying its teacher",
         "teacher_cache/build/prove.py",
-        "return teacher.prove(AnswerRequest(shown, 0))",
-        "return True",
+        "    teacher.prove(list(requests.values()))",
+        "    pass",
         "tests/teacher_cache/teachers/test_torch_teacher.py",
+    ),
+    Break(
+        10,
+        "vLLM may read other tokens than the model's processor writes",
+        "teacher_cache/teachers/vllm/checks.py",
+        "if np.array_equal(expected, read):",
+        "if True:",
+        "tests/vllm/test_families.py -k reads_other_tokens",
+    ),
+    Break(
+        9,
+        "vLLM's logits are compared without the logit rule",
+        "teacher_cache/teachers/vllm/checks.py",
+        'of.logit_rule.apply(torch.einsum("rd,rkd->rk", rows.float(), head[ids].float()))',
+        'torch.einsum("rd,rkd->rk", rows.float(), head[ids].float())',
+        "tests/vllm/test_families.py -k granite",
+    ),
+    Break(
+        9,
+        "vLLM's second pass is not compared with torch's",
+        "teacher_cache/teachers/vllm/vllm_teacher.py",
+        "if self._extracts or not requests:",
+        "if True:",
+        "tests/vllm/test_families.py -k second_pass",
+    ),
+    Break(
+        10,
+        "vLLM makes pixels with an image processor of its own",
+        "teacher_cache/teachers/vllm/session.py",
+        "if reader is not None and image_processor is not None:",
+        "if False:",
+        "tests/vllm/test_families.py -k qwen2_5_vl",
+    ),
+    Break(
+        9,
+        "the final norm is taken as x·w for every family",
+        "teacher_cache/models/weights.py",
+        "    return norm\n",
+        "    return torch.nn.RMSNorm(norm.weight.shape, getattr(norm, 'eps', 1e-6)).requires_grad_(False)\n",
+        "tests/teacher_cache/models/test_weights.py",
     ),
     Break(
         10,
@@ -817,7 +859,8 @@ def tried(broken: Break) -> tuple[str, float]:
                 f"{broken.file}: {broken.old!r} stands there {text.count(broken.old)} times, expected once"
             )
         target.write_text(text.replace(broken.old, broken.new), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *broken.tests.split()]
+        python = VLLM if broken.tests.startswith("tests/vllm") else sys.executable
+        command = [str(python), "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *broken.tests.split()]
         environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]

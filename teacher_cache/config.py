@@ -87,8 +87,8 @@ class TeacherConfig:
     """Settings in place of its image processor's own: ``{size: {shortest_edge: 3136, longest_edge: 602112}}``.
     LLaVA-1.5 as in its paper, padded to a square, is ``{image_processor_type: LlavaImageProcessor, do_pad: true}``."""
     max_length: AtLeast1 = 2048
-    """Tokens of a whole conversation, image tokens counted; a longer sample is skipped with its length. Torch counts no
-    further than the model's own positions; vLLM refuses to start where they are too few for the samples."""
+    """Tokens of a whole conversation, image tokens counted; a longer sample is skipped with its length. No more
+    than the model's own positions count, under vLLM three less."""
     answerer: str = ""
     """A student (folder or hub name, same tokenizer) that writes the new answers in the teacher's place; the teacher
     scores them. LLAVADI's "data from student"."""

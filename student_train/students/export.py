@@ -13,9 +13,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from teacher_cache.errors import ConfigError
 from teacher_cache.models.weights import rename_vision_weights
 
-_HUB_NAMES = ("llava", "llava_next", "llava_onevision")
-"""Model types whose towers' weights Transformers 5 saves by other names than the hub's, which vLLM reads."""
-
 
 def save_student(model: PreTrainedModel, processor: Any, folder: Path, ends: Sequence[int]) -> None:
     """Weights (safetensors, with the hub's names), processor, tokenizer, template; complete or not at all.
@@ -32,8 +29,7 @@ def save_student(model: PreTrainedModel, processor: Any, folder: Path, ends: Seq
     )
     model.save_pretrained(temporary)
     processor.save_pretrained(temporary)
-    if model.config.model_type in _HUB_NAMES:
-        rename_vision_weights(temporary)
+    rename_vision_weights(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

@@ -6,21 +6,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from student_train.config import StudentConfig
 from student_train.students.student import choose_trainable, composed_config, composed_vocabulary, keep_layers
 from teacher_cache.models.model_config import load_model_config
-from teacher_cache.models.pretrained import check_tower, model_class
+from teacher_cache.models.pretrained import check_tower, without_weights
 
 
 @lru_cache(maxsize=8)
 def student_on_meta(config: StudentConfig) -> PreTrainedModel:
     """The student without weights: shapes, and what is trained of it. To be read only: arms of one shape share it."""
     architecture = student_architecture(config)
-    with torch.device("meta"):
-        model = model_class("student", config.model or config.layers_from, architecture)._from_config(architecture)
+    model = without_weights("student", config.model or config.layers_from, architecture)
     if getattr(model.config, "tie_word_embeddings", False):
         model.tie_weights()
     choose_trainable(model, config)

@@ -24,6 +24,7 @@ from student_train.students.chat_reader import ChatReader
 from student_train.students.reader import Reader
 from student_train.training.objective import vision_features
 from teacher_cache.errors import ConfigError
+from teacher_cache.models.parts import other_layers
 from teacher_cache.progress import note
 from teacher_cache.store.manifest import digest
 from teacher_cache.store.reader import TeacherCache
@@ -32,16 +33,12 @@ from teacher_cache.store.writer import HEAD
 
 def check_packing(config: FitConfig, model: Any) -> None:
     """Raises ``ConfigError``: a layer that is no attention goes on from one sample of a line to the next."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
-    other = sorted({kind for kind in kinds if kind not in _ATTENTION})
+    other = other_layers(model.config)
     if config.train.pack and other:
         raise ConfigError(
             f"train.pack: the student has layers of {', '.join(other)}, which do not see where a sample of a line "
             "ends. Set train.pack=false"
         )
-
-
-_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 def tower_features(

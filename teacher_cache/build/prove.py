@@ -12,6 +12,7 @@ from teacher_cache.data.conversations import Conversation, Skipped
 from teacher_cache.data.images import Picture
 from teacher_cache.data.spool import Sample
 from teacher_cache.errors import ConversationError
+from teacher_cache.models.probe import TOKENS
 from teacher_cache.teachers.teacher import AnswerRequest, Teacher
 
 LOOKED_AT = 512
@@ -25,7 +26,7 @@ KINDS: tuple[Callable[[Conversation], bool], ...] = (
 
 
 def prove(config: CacheConfig, teacher: Teacher, samples: Sequence[Sample]) -> None:
-    """Try the teacher on the first usable sample of each kind: ``Chat.check`` and ``Teacher.prove``.
+    """Try the teacher on the first usable sample of each kind: ``Chat.check``, then ``Teacher.prove`` on all of them.
 
     Raises
     ------
@@ -34,16 +35,21 @@ def prove(config: CacheConfig, teacher: Teacher, samples: Sequence[Sample]) -> N
     TeacherError
         What it would be scored as is not what it says.
     """
+    requests: dict[str, AnswerRequest] = {}
     for of_kind in KINDS:
-        missing = [_compared, _scored]
+        compared = asked = False
         for sample in islice(samples, LOOKED_AT):
             if isinstance(sample, Skipped) or not of_kind(sample):
                 continue
             pictures = pictures_or_reason(sample, config.data.image_folder)
-            if not isinstance(pictures, Skipped):
-                missing = [trial for trial in missing if not trial(teacher, sample, pictures)]
-            if not missing:
+            if isinstance(pictures, Skipped):
+                continue
+            compared = compared or _compared(teacher, sample, pictures)
+            if not asked and (request := _request(teacher, sample, pictures)) is not None:
+                requests[sample.sample_id], asked = request, True
+            if compared and asked:
                 break
+    teacher.prove(list(requests.values()))
 
 
 def _compared(teacher: Teacher, sample: Conversation, pictures: tuple[Picture, ...]) -> bool:
@@ -52,8 +58,10 @@ def _compared(teacher: Teacher, sample: Conversation, pictures: tuple[Picture, .
     return False
 
 
-def _scored(teacher: Teacher, sample: Conversation, pictures: tuple[Picture, ...]) -> bool:
+def _request(teacher: Teacher, sample: Conversation, pictures: tuple[Picture, ...]) -> AnswerRequest | None:
+    """Its first question; None where it cannot be shown, or no positions are left for an answer."""
     with suppress(ConversationError):
         shown = ReadSample.read(teacher.chat, sample, pictures, original=False).shown((), ask=True)
-        return teacher.prove(AnswerRequest(shown, 0))
-    return False
+        if teacher.positions is None or shown.sample.length + TOKENS <= teacher.positions:
+            return AnswerRequest(shown, 0)
+    return None

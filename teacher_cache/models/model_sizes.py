@@ -52,17 +52,14 @@ def size_of(config: Any) -> ModelSize:
 
 @lru_cache(maxsize=8)
 def _size_of(plain: str) -> ModelSize:
-    import torch
     from transformers import AutoConfig
 
     from teacher_cache.models.parts import parts_of
-    from teacher_cache.models.pretrained import model_class
+    from teacher_cache.models.pretrained import without_weights
 
     fields = json.loads(plain)
     kind = fields.pop("model_type")
-    config = AutoConfig.for_model(kind, **fields)
-    with torch.device("meta"):
-        made = model_class("model_type", kind, config)._from_config(config)
+    made = without_weights("model_type", kind, AutoConfig.for_model(kind, **fields))
     decoder, ends = parts_of(made).decoder, (made.get_input_embeddings(), made.get_output_embeddings())
     ids = {id(end.weight) for end in ends}
     parts = {"linear": 0, "embeddings": 0, "vision": 0}

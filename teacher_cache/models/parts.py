@@ -49,6 +49,12 @@ def lora_targets(model: nn.Module) -> list[str]:
     return [f"{decoder}.{name}" for name, m in model.get_submodule(decoder).named_modules() if isinstance(m, nn.Linear)]
 
 
+def other_layers(config: Any) -> list[str]:
+    """The kinds of a configuration's layers that are no attention: convolutions, linear attention, Mamba."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or []
+    return sorted({kind for kind in kinds if kind not in ("full_attention", "sliding_attention", "chunked_attention")})
+
+
 def check_head(setting: str, name: str, model: Any) -> None:
     """Refuse a model whose logits are not made by one matrix from the final states.
 

@@ -94,6 +94,14 @@ def model_class(setting: str, name: str, config: Any) -> Any:
     )
 
 
+def without_weights(setting: str, name: str, config: Any) -> Any:
+    """The model of a Transformers configuration on the ``meta`` device: its modules and shapes, no storage."""
+    import torch
+
+    with torch.device("meta"):
+        return model_class(setting, name, config)._from_config(config)
+
+
 def load_model(setting: str, name: str, revision: str = "", **arguments: Any) -> Any:
     """The model of ``name`` by its own class, every weight from its checkpoint; its head is one matrix.
 

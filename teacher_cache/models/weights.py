@@ -17,9 +17,13 @@ _HEAD = ("language_model.lm_head.weight", "lm_head.weight")
 _EMBEDDING = (
     "language_model.model.embed_tokens.weight",
     "model.language_model.embed_tokens.weight",
+    "model.text_model.embed_tokens.weight",
     "model.embed_tokens.weight",
 )
-_FINAL_NORM = ("language_model.model.norm.weight", "model.language_model.norm.weight", "model.norm.weight")
+_FINAL_NORM = ("language_model.model.norm.", "model.language_model.norm.", "model.text_model.norm.", "model.norm.")
+_HUB_NAMES = ("llava", "llava_next", "llava_onevision")
+_NAMED_TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""Model types and their towers whose weights Transformers 5 saves by other names than the hub's, which vLLM reads."""
 
 
 def checkpoint_folder(model: str, revision: str = "") -> Path:
@@ -46,9 +50,22 @@ def output_head(folder: Path) -> torch.Tensor:
     return _first_tensor(folder, (*_HEAD, *_EMBEDDING), "output head")
 
 
-def final_norm(folder: Path) -> torch.Tensor:
-    """(d,) the weight of the language model's last RMSNorm."""
-    return _first_tensor(folder, _FINAL_NORM, "final norm")
+def final_norm(model: Any, folder: Path) -> torch.nn.Module:
+    """The module behind the last layer of ``model`` (which may have no storage), with its weights in float32.
+
+    Llama's is ``x · w``, Gemma's ``x · (1 + w)``, Cohere's a LayerNorm.
+    """
+    norm: torch.nn.Module | None = getattr(model.get_decoder(), "norm", None)
+    if norm is None:
+        raise TeacherError(
+            f"{folder}: a {type(model).__name__}, whose decoder has no module named norm behind its last layer, which "
+            "states out of vLLM must go through. Set teacher.backend=torch"
+        )
+    norm = norm.to_empty(device="cpu").float().requires_grad_(False)
+    with torch.no_grad():
+        for name, parameter in norm.named_parameters():
+            parameter.copy_(_first_tensor(folder, tuple(prefix + name for prefix in _FINAL_NORM), "final norm"))
+    return norm
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -61,11 +78,15 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def unknown_vision_names(folder: Path) -> list[str]:
-    """Weights whose names vLLM does not know: transformers 5 saves CLIP towers without ``vision_model``.
+    """Weights whose names vLLM does not know: transformers 5 saves CLIP and SigLIP towers without ``vision_model``.
 
     The hub's LLaVA folders say ``vision_tower.vision_model.X``; transformers 5 reads both and writes
-    ``vision_tower.X``, for which vLLM 0.32 has no parameter.
+    ``vision_tower.X``, for which vLLM 0.32 has no parameter. Other families' towers have one name everywhere.
     """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tower = (config.get("vision_config") or {}).get("model_type", _NAMED_TOWERS[0])
+    if config.get("model_type") not in _HUB_NAMES or tower not in _NAMED_TOWERS:
+        return []
     return [name for name in tensor_files(folder) if _hub_name(name) != name]
 
 

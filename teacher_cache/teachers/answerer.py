@@ -56,8 +56,9 @@ class AnsweringStudent:
         limits = [limit for limit in (self.teacher.positions, self.student.positions) if limit is not None]
         return min(limits, default=None)
 
-    def prove(self, request: AnswerRequest) -> bool:
-        return self.student.prove(request) and self.teacher.prove(request)
+    def prove(self, requests: Sequence[AnswerRequest]) -> None:
+        self.student.prove(requests)
+        self.teacher.prove(requests)
 
     def answers(self, requests: Sequence[AnswerRequest], then: Then | None = None) -> Iterator[tuple[int, Answer]]:
         return self.student.answers(requests, then)

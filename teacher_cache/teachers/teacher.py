@@ -139,7 +139,7 @@ Then = Callable[[AnswerRequest, Answer], AnswerRequest | None]
 
 
 class Teacher(Protocol):
-    """A model that answers and scores. Implementations: ``teacher_torch``, ``teacher_vllm``."""
+    """A model that answers and scores. Implementations: ``TorchTeacher``, ``VllmTeacher``, ``AnsweringStudent``."""
 
     @property
     def description(self) -> TeacherDescription: ...
@@ -167,8 +167,9 @@ class Teacher(Protocol):
         """Whether answering and scoring take turns on the device, each with a start of its own."""
         ...
 
-    def prove(self, request: AnswerRequest) -> bool:
-        """Whether ``request`` could be tried; refuses a model that scores otherwise than it answers."""
+    def prove(self, requests: Sequence[AnswerRequest]) -> None:
+        """Try it on ``requests``, before anything is cached: ``TeacherError`` where it scores otherwise than it answers
+        or than torch does."""
         ...
 
     def answers(self, requests: Sequence[AnswerRequest], then: Then | None = None) -> Iterator[tuple[int, Answer]]:

@@ -17,7 +17,7 @@ from teacher_cache.models.model_config import position_limit
 from teacher_cache.models.open_chat import load_processor, open_chat
 from teacher_cache.models.parts import media_tokens
 from teacher_cache.models.pretrained import load_model
-from teacher_cache.models.probe import TOKENS, probe
+from teacher_cache.models.probe import probe
 from teacher_cache.teachers.description import describe_teacher
 from teacher_cache.teachers.teacher import (
     OVERFLOW,
@@ -94,13 +94,11 @@ class TorchTeacher:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def prove(self, request: AnswerRequest) -> bool:
-        """See ``models.probe``; False where the model has no positions left behind the prompt."""
-        fields = self._fields(request.shown)
-        if self.positions is not None and len(fields["input_ids"]) + TOKENS > self.positions:
-            return False
-        probe("teacher.model", self._name, self._model, fields, self._pad, self._description.logit_rule)
-        return True
+    def prove(self, requests: Sequence[AnswerRequest]) -> None:
+        """See ``models.probe``."""
+        for request in requests:
+            fields = self._fields(request.shown)
+            probe("teacher.model", self._name, self._model, fields, self._pad, self._description.logit_rule)
 
     def answers(self, requests: Sequence[AnswerRequest], then: Then | None = None) -> Iterator[tuple[int, Answer]]:
         return answers_in_rounds(self.answer, requests, then)

@@ -5,7 +5,7 @@ An engine takes 20 to 40 seconds to start on two cores, so the tests share one w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,30 @@ from teacher_cache.data.sample_reader import read_conversations
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 from teacher_cache.teachers.vllm.jobs import VllmOptions
 from teacher_cache.teachers.vllm.vllm_teacher import VllmTeacher
+from tests.fixtures.families import FAMILIES, Family, make_family
 
 TEACHER = Path(__file__).resolve().parents[2] / "pipelines" / "tiny" / "teacher"
 TEXT_ONLY_EACH = 10
+
+
+@pytest.fixture(scope="session")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """As ``family_folder``, with one head of 32: the attention of vLLM's CPU build knows none of 8."""
+    base, made = tmp_path_factory.mktemp("wide"), dict[str, Path]()
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = make_family(wide(FAMILIES[name]), base / name)
+        return made[name]
+
+    return folder
+
+
+def wide(family: Family) -> Family:
+    text: dict[str, Any] = {**family.text, "head_dim": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
+    if "mrope_section" in (rope := text.get("rope_parameters", {})):
+        text["rope_parameters"] = {**rope, "mrope_section": [4, 4, 8]}
+    return replace(family, text=text)
 
 
 @pytest.fixture(scope="session")

@@ -36,19 +36,17 @@ from teacher_cache.models.weights import rename_vision_weights, tensor_files
 from teacher_cache.store.reader import TeacherCache
 from teacher_cache.teachers.teacher import Answer, AnswerRequest, SampleStates, Shown, Teacher, Wanted, pick
 from teacher_cache.teachers.torch_teacher import TorchTeacher
-from teacher_cache.teachers.vllm.choice import check_context, choose
+from teacher_cache.teachers.vllm.choice import choose
 from teacher_cache.teachers.vllm.jobs import Mode, VllmOptions
 from teacher_cache.teachers.vllm.processes import environment
-from teacher_cache.teachers.vllm.session import VllmSession
+from teacher_cache.teachers.vllm.session import LENGTH_MARGIN, VllmSession
 from teacher_cache.teachers.vllm.vllm_teacher import VllmTeacher
 from tests.fixtures.building import asked, build_of
-from tests.fixtures.rounding import MODEL, within
 from tests.fixtures.training import tiny_fit, weights
 from tests.fixtures.waiting import PATIENCE, until
+from tests.vllm.caches import CLOSE, assert_same_caches
 from tests.vllm.conftest import TEACHER, make_config
 
-CLOSE = within(operations=MODEL)
-"""Of states and logits of about 1 and above: two engines sum in another order."""
 WANTED = Wanted(text=True, visual=True)
 TEMPERATURES = (0.5, 1.0, 2.0)
 
@@ -290,7 +288,9 @@ def test_a_wrong_output_head_is_caught(
     vllm_teacher: VllmTeacher, config: CacheConfig, conversations: list[Conversation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = longest_request(vllm_teacher, config, conversations)
-    monkeypatch.setattr(vllm_teacher, "_norm", vllm_teacher._norm * 1.01)
+    norm = vllm_teacher._norm
+    assert norm is not None
+    monkeypatch.setattr(vllm_teacher, "_norm", lambda states: norm(states) * 1.01)
     with pytest.raises(
         TeacherError, match=r"answer row 0 of \d+: the captured state does not give the engine's logits"
     ):
@@ -372,25 +372,6 @@ def test_a_model_class_without_inner_states_answers_then_scores(
         assert build_cache(halves, teacher=teacher, style="quiet").shards_made == 3
     assert started == ["plain", "states"]
     assert_same_caches(Path(halves.output), Path(whole.output))
-
-
-def assert_same_caches(one: Path, other: Path, differing: int = 0) -> None:
-    """The same samples and ids, and every array of numbers within :data:`CLOSE` (float16: a unit in the last place).
-    At most ``differing`` samples may have another answer."""
-    with TeacherCache.open(one) as ours, TeacherCache.open(other) as oracle:
-        assert list(ours.sample_ids()) == list(oracle.sample_ids())
-        for index in range(len(oracle)):
-            mine, theirs = ours[index].arrays, oracle[index].arrays
-            assert mine.keys() == theirs.keys()
-            if differing and not np.array_equal(mine["input_ids"], theirs["input_ids"]):
-                differing -= 1
-                continue
-            for array in ("input_ids", "loss_mask"):
-                np.testing.assert_array_equal(mine[array], theirs[array])
-            for array in mine.keys() - {"input_ids", "loss_mask", "topk_ids"}:  # ids of equal logits may change places
-                stored = within(torch.float16, 2) if mine[array].dtype == np.float16 else CLOSE
-                left, right = mine[array].astype(float), theirs[array].astype(float)
-                np.testing.assert_allclose(left, right, **stored, err_msg=array)
 
 
 def test_killed_engine_then_killed_driver_in_a_run_of_1000_samples(config: CacheConfig, tmp_path: Path) -> None:
@@ -492,13 +473,13 @@ def test_weight_names_of_transformers_5_are_refused_and_can_be_renamed(world: Pa
     VllmTeacher(config, [])
 
 
-def test_a_context_too_short_names_the_samples(world: Path, tmp_path: Path, conversations: list[Conversation]) -> None:
-    config = make_config(world, tmp_path, teacher={"max_length": 4096}, generation={"max_new_tokens": 400})
-    with pytest.raises(
-        TeacherError, match=r"context too short: \d+ samples.*\(\d+ over\).*teacher.max_length to at most"
-    ):
-        VllmTeacher(config, conversations)
-    check_context({"a": 10}, 10)
+def test_what_outgrows_the_models_positions_counts_as_too_long(config: CacheConfig, vllm_teacher: VllmTeacher) -> None:
+    """Not by an engine that dies: it never holds more than the model's positions and the room that vLLM needs."""
+    long = VllmTeacher(replace(config, teacher=replace(config.teacher, max_length=4096)), [])
+    positions = long._text.max_position_embeddings
+    assert long._arguments()["max_model_len"] == positions
+    assert long.positions == vllm_teacher.positions == positions - LENGTH_MARGIN - 1
+    assert vllm_teacher._arguments()["max_model_len"] == config.teacher.max_length + 1 + LENGTH_MARGIN
 
 
 def test_attention_maps_are_refused(world: Path, tmp_path: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from teacher_cache.config import CacheConfig
 from teacher_cache.errors import TeacherError
-from teacher_cache.models.probe import LOGIT_TOLERANCE
-from teacher_cache.teachers.teacher import TeacherDescription
+from teacher_cache.models.probe import LOGIT_TOLERANCE, compare
+from teacher_cache.teachers.teacher import SampleStates, Shown, TeacherDescription, Wanted
+from teacher_cache.teachers.torch_teacher import TorchTeacher
 from teacher_cache.teachers.vllm.jobs import Outcome
 
 
@@ -22,9 +27,36 @@ def check_ids(name: str, expected: npt.NDArray[np.int64], read: npt.NDArray[np.i
     ours, theirs = (int(ids[first]) if first < len(ids) else None for ids in (expected, read))
     raise TeacherError(
         f"{name}: the engine read {len(read)} tokens, expected {len(expected)}; first difference at position {first}: "
-        f"it read {theirs}, ours is {ours}. Does the checkpoint's processor expand <image> to another number of "
-        "tokens than its configuration says? Set teacher.backend=torch."
+        f"it read {theirs}, ours is {ours}. Does vLLM write an image out as another number of tokens than the model's "
+        "own processor? Set teacher.backend=torch."
     )
+
+
+COMPARED = 8
+"""Text positions at a prompt's end, behind its images, whose logits are compared."""
+
+
+def torch_states(config: CacheConfig, shown: Sequence[Shown], wanted: Wanted) -> dict[int, SampleStates]:
+    """What the torch teacher gives for ``shown``, by place: on the GPU, which it leaves; on the CPU where the model is
+    one for several GPUs."""
+    several = config.speed.tensor_parallel > 1
+    speed = replace(config.speed, device="cpu" if several else config.speed.device)
+    teacher = TorchTeacher(config.teacher, config.generation, speed)
+    try:
+        scored = list(teacher.score(shown, wanted))
+        return {place: state for places, states in scored for place, state in zip(places, states, strict=True)}
+    finally:
+        teacher.close()
+
+
+def check_states(
+    name: str, given: SampleStates, expected: SampleStates, head: torch.Tensor, of: TeacherDescription
+) -> None:
+    """The states that the engine gave for the text of a prompt, against torch's: their logits at its end."""
+    text = [states.text for states in (given, expected) if states.text is not None]
+    ours, theirs = (of.logit_rule.apply((states[-COMPARED:].to(head) @ head.T).float()) for states in text)
+    what = f"{name}: vLLM's states give another logit than torch's"
+    compare(what, ours, theirs, of.dtype, "Does vLLM run this model otherwise here? Set teacher.backend=torch")
 
 
 def check_logits(name: str, rows: torch.Tensor, head: torch.Tensor, outcome: Outcome, of: TeacherDescription) -> None:

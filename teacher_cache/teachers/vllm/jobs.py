@@ -42,7 +42,7 @@ class VllmOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """One request: its place among the caller's, the ids with one placeholder, and as the model will read them."""
+    """One request: its place among the caller's, the ids with one placeholder an image, and as the model reads them."""
 
     place: int
     sample_id: str
@@ -59,9 +59,9 @@ class Job:
 class Outcome:
     """What the engine gave for a job, states only where they were captured.
 
-    states (S, layers, d), before the final norm (after it in mode ``states``) · read_ids (S,): the ids at these
-    positions · top_ids, top_logits (n, k): the engine's most likely ids for each of the n answer tokens, and their
-    raw logits.
+    states (S, layers, d), before the final norm (after it in mode ``states``) · read_ids: the ids that it read, of the
+    prompt, and of the answer too where states were captured · top_ids, top_logits (n, k): the engine's most likely ids
+    for each of the n answer tokens, and their raw logits.
     """
 
     token_ids: tuple[int, ...]

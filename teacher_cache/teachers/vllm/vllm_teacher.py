@@ -1,10 +1,11 @@
 """The teacher under vLLM: answers, and the final-layer states of the whole sequence, out of one pass.
 
-The engine hands out the residual stream before the final norm (``vllm_session.py`` says how); the norm is applied here,
-in float32, with the checkpoint's weight. Top-k and statistics are formed from these states and the output head like
-those of every other teacher; the engine's own logits serve to check them. Each captured answer must satisfy
-``head(norm(h)) = the engine's logits`` and ``the ids the engine read = ours with the image expanded``: that catches a
-wrong layer, a shifted row, another norm or a stale cache block before anything is stored.
+The engine hands out the residual stream before the final norm (``session.py`` says how); the norm, the model's own
+module, is applied here in float32. Top-k and statistics are formed from these states and the output head like those of
+every other teacher; the engine's own logits serve to check them. Each captured answer must satisfy
+``rule(head(norm(h))) = the engine's logits``: that catches a wrong layer, a shifted row or a stale cache block before
+anything is stored. What a second pass hands out has no logits beside it: it is compared with torch's once, before the
+build. Of every request, ``the ids the engine read = ours with each image written out``.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as PillowImage
 
 from teacher_cache.config import CacheConfig
-from teacher_cache.data.conversations import IMAGE_TAG, Conversation, Skipped
-from teacher_cache.data.images import AnyImage, decoded, image_tokens_of
+from teacher_cache.data.conversations import Conversation, Skipped
+from teacher_cache.data.images import AnyImage
+from teacher_cache.data.tokenization import Ids
 from teacher_cache.errors import TeacherError
 from teacher_cache.models.chat import Chat
-from teacher_cache.models.open_chat import load_processor, open_chat
+from teacher_cache.models.model_config import position_limit
+from teacher_cache.models.open_chat import load_processor, open_chat, read_teacher_config
+from teacher_cache.models.parts import check_head, media_tokens
+from teacher_cache.models.pretrained import without_weights
 from teacher_cache.models.weights import checkpoint_folder, final_norm, output_head
 from teacher_cache.teachers.description import describe_teacher
 from teacher_cache.teachers.teacher import (
@@ -37,13 +41,11 @@ from teacher_cache.teachers.teacher import (
     pick,
 )
 from teacher_cache.teachers.vllm import session as vllm_session
-from teacher_cache.teachers.vllm.checks import check_ids, check_logits
+from teacher_cache.teachers.vllm.checks import check_ids, check_logits, check_states, torch_states
 from teacher_cache.teachers.vllm.choice import (
     architecture_of,
     check_context,
     check_weight_names,
-    context_length,
-    model_config_of,
     samples_rightly,
     why_not_vllm,
 )
@@ -52,19 +54,19 @@ from teacher_cache.teachers.vllm.session import LENGTH_MARGIN, VllmSession
 
 
 class VllmTeacher:
-    """A LLaVA under vLLM as :class:`~teacher_cache.teachers.teacher.Teacher`; ``with`` (or ``close``) frees its device.
+    """A ``Teacher`` of any model class that vLLM has of its own; ``with`` or ``close`` frees its device.
 
     The engine starts with the first request, and again after :class:`TeacherCrashed`. Model classes that cannot hand
     out inner states answer first; then that engine is stopped and another, a ``token_embed`` pooler, scores.
 
     Raises ``TeacherError``: vLLM is missing, does not know the architecture or the weight names; the processor is
-    missing; the context is too short; there is no memory for the KV cache. Each says what to set.
+    missing; the head has a bias; there is no memory for the KV cache. Each says what to set.
     """
 
     def __init__(
         self, config: CacheConfig, samples: Sequence[Conversation | Skipped], options: VllmOptions | None = None
     ) -> None:
-        """``samples``: the data that will come; they decide how much context the engine is given."""
+        """``samples``: the data that will come; the engine is told how many images they have at most."""
         teacher = config.teacher
         self._config, self._options = config, options or VllmOptions()
         self._processor, self._tokenizer = load_processor(teacher)
@@ -73,15 +75,18 @@ class VllmTeacher:
             raise TeacherError(f"teacher.backend=vllm: {problem}. Set teacher.backend=torch.")
         self._description = describe_teacher(teacher, self._processor, self._chat)
         self._folder = checkpoint_folder(teacher.model, teacher.revision)
-        model = model_config_of(teacher)
-        self._text = model.get_text_config()
+        self._model = read_teacher_config(teacher)
+        self._text = self._model.get_text_config()
+        skeleton = without_weights("teacher.model", teacher.model, self._model)
+        check_head("teacher.model", teacher.model, skeleton)
         self._extracts = self._options.capture and vllm_session.can_capture(architecture_of(teacher))
         self._captures = self._extracts and samples_rightly(config)
-        self._limit = context_length(config, samples, self._chat, image_tokens_of(model), self._positions)
+        self._limit = min([teacher.max_length, *filter(None, [self.positions])]) + 1
+        """Tokens of the longest sequence; the one beyond tells that a sample is too long."""
         self._images = max([1, *(len(s.images) for s in samples if isinstance(s, Conversation))])
         check_weight_names(teacher, self._folder)
         self._device = torch.device("cpu" if vllm_session.on_cpu() else "cuda")
-        self._norm = final_norm(self._folder).to(self._device, torch.float32)
+        self._norm = final_norm(skeleton, self._folder).to(self._device) if self._extracts else None
         self._head = output_head(self._folder).to(self._device, self._dtype)
         self._session: VllmSession | None = None
         self.last_cached_tokens = 0
@@ -107,7 +112,9 @@ class VllmTeacher:
 
     @property
     def positions(self) -> int | None:
-        return self._positions
+        """Some less than the model's own: vLLM needs room behind every sequence."""
+        limit = position_limit(self._model)
+        return limit - LENGTH_MARGIN - 1 if limit else None
 
     @property
     def one_pass(self) -> bool:
@@ -138,9 +145,16 @@ class VllmTeacher:
         """The connector's files that nobody has read yet."""
         return self._session.scratch_files() if self._session is not None else []
 
-    def prove(self, request: AnswerRequest) -> bool:
-        """Nothing to try by itself: every captured answer is compared with the engine's own logits."""
-        return True
+    def prove(self, requests: Sequence[AnswerRequest]) -> None:
+        """Compare a second pass with torch's. States of one pass need no trial: each answer is compared with the
+        engine's own logits."""
+        if self._extracts or not requests:
+            return
+        shown, wanted = [request.shown for request in requests], Wanted(text=True)
+        expected = torch_states(self._config, shown, wanted)
+        for (place,), (state,) in self.score(shown, wanted):
+            name = f"teacher.model={self._config.teacher.model}: sample {shown[place].sample.sample_id}"
+            check_states(name, state, expected[place], self._head, self._description)
 
     def answer(self, requests: Sequence[AnswerRequest]) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(requests)
@@ -168,6 +182,8 @@ class VllmTeacher:
         jobs = [self._answer_job(place, request) for place, request in asked.items()]
         for job, outcome in self._run(self._answering_mode, jobs, follow if then is not None else None):
             hidden = self._checked(job, outcome)[0].cpu() if job.capture else None
+            if not job.capture:
+                check_ids(job.sample_id, job.expanded, outcome.read_ids)
             self.last_cached_tokens = outcome.cached_tokens
             given[job.place] = Answer(outcome.token_ids, outcome.finish_reason, hidden)
             yield job.place, given[job.place]
@@ -193,9 +209,9 @@ class VllmTeacher:
         job = Job(
             place,
             f"{request.sample_id}, turn {request.turn}",
-            tuple(sample.input_ids.tolist()),
+            self._unexpanded(request.shown),
             sample.expanded(self._chat.image_token),
-            request.shown.images[: len(sample.runs)],
+            _images_of(request.shown),
             room,
             request.seed if self._config.generation.temperature > 0 else None,
             request.capture,
@@ -203,12 +219,17 @@ class VllmTeacher:
         return self._fitting(job)
 
     def _score_job(self, place: int, shown: Shown) -> Job:
-        sample, images = shown.sample, shown.images[: len(shown.sample.runs)]
-        ids, expanded = tuple(sample.input_ids[:-1].tolist()), sample.expanded(self._chat.image_token)[:-1]
-        return self._fitting(Job(place, sample.sample_id, ids, expanded, images, 1, None, True))
+        ids, expanded = self._unexpanded(shown)[:-1], shown.sample.expanded(self._chat.image_token)[:-1]
+        return self._fitting(Job(place, shown.sample.sample_id, ids, expanded, _images_of(shown), 1, None, True))
+
+    def _unexpanded(self, shown: Shown) -> Ids:
+        """With one placeholder an image, which the engine writes out itself: in some families as several runs."""
+        if not shown.sees:
+            return tuple(shown.sample.input_ids.tolist())
+        return self._chat.unexpanded(shown.conversation, shown.answers, shown.ask)[0]
 
     def _fitting(self, job: Job) -> Job:
-        check_context({job.sample_id: len(job.expanded) + max(job.max_tokens, 1)}, self._limit)
+        check_context(job.sample_id, len(job.expanded) + max(job.max_tokens, 1), self._limit)
         return job
 
     def _run(
@@ -228,8 +249,8 @@ class VllmTeacher:
             self.close()
             layers = int(self._text.num_hidden_layers)
             captured = [layers - 1, layers] if self._second_last else [layers]
-            arguments = self._arguments()
-            self._session = VllmSession(mode, arguments, self._sampling(), self._options, captured, self._show)
+            arguments, eyes = self._arguments(), getattr(self._processor, "image_processor", None)
+            self._session = VllmSession(mode, arguments, self._sampling(), self._options, captured, eyes)
         return self._session
 
     def _arguments(self) -> dict[str, Any]:
@@ -245,7 +266,7 @@ class VllmTeacher:
             "max_model_len": self._limit + LENGTH_MARGIN,
             "max_num_seqs": options.max_sequences,
             "max_num_batched_tokens": options.prefill_tokens or None,
-            "limit_mm_per_prompt": {"image": self._images},
+            "limit_mm_per_prompt": {"image": self._images, "video": 0} if self._chat.image_token >= 0 else None,
             "generation_config": "vllm",  # the folder's own sampling defaults are not ours
             "num_gpu_blocks_override": options.cache_blocks or None,
             "block_size": options.block_tokens or None,
@@ -270,14 +291,15 @@ class VllmTeacher:
         return arguments
 
     def _sampling(self) -> dict[str, Any]:
-        """What all requests share. Only the template's end token ends an answer."""
-        generation = self._config.generation
+        """What all requests share. Only the template's end token ends an answer; one with an image's token in it could
+        never be read again."""
+        generation, never = self._config.generation, list(media_tokens(self._model))
         return {
             "temperature": generation.temperature,
             "top_p": generation.top_p if generation.temperature > 0 else 1.0,
             "ignore_eos": True,
             "stop_token_ids": [self._description.end_token],
-            "bad_words": [IMAGE_TAG],  # an answer with a placeholder in it could never be read again
+            "bad_words": self._tokenizer.convert_ids_to_tokens(never) or None,
             "detokenize": False,
         }
 
@@ -291,36 +313,18 @@ class VllmTeacher:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
         return int(max(256 << 20, min(needed, free // 4)))
 
-    def _show(self, image: AnyImage) -> PillowImage.Image:
-        """The image as the engine gets it: resized, cropped or padded by Pillow, as for the torch teacher.
-
-        vLLM's processor resizes with torchvision wherever that is installed, whose pixels differ by a level or two;
-        an image that has the right size already goes through it unchanged.
-        """
-        processor = self._processor.image_processor
-        pixels = processor([decoded(image)], do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][
-            0
-        ]
-        return PillowImage.fromarray(np.asarray(pixels).round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
-
     def _checked(self, job: Job, outcome: Outcome) -> tuple[torch.Tensor, torch.Tensor | None]:
         """States after the final norm (S, d) and those before the last layer, once they have been checked."""
         assert outcome.states is not None
         read = np.concatenate([job.expanded, np.asarray(outcome.token_ids[:-1], np.int64)])
         check_ids(job.sample_id, read, outcome.read_ids)
         raw = outcome.states.to(self._device)
-        if not self._extracts:  # token_embed rows have gone through the norm already
+        if self._norm is None:  # rows of a second pass have gone through it already
             return raw[:, 0].to(self._dtype), None
-        hidden = self._normed(raw[:, -1])
+        hidden = self._norm(raw[:, -1].float()).to(self._dtype)
         rows = hidden[len(job.expanded) - 1 :]
         check_logits(job.sample_id, rows, self._head, outcome, self._description)
         return hidden, raw[:, 0] if self._second_last else None
-
-    def _normed(self, raw: torch.Tensor) -> torch.Tensor:
-        """RMSNorm in float32, then the teacher's dtype."""
-        wide = raw.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + float(self._text.rms_norm_eps))
-        return (wide * scale * self._norm).to(self._dtype)
 
     @property
     def _answering_mode(self) -> Mode:
@@ -339,6 +343,8 @@ class VllmTeacher:
         dtype: torch.dtype = getattr(torch, self._config.teacher.dtype)
         return dtype
 
-    @property
-    def _positions(self) -> int:
-        return int(self._text.max_position_embeddings)
+
+def _images_of(shown: Shown) -> Sequence[AnyImage]:
+    """Those that stand in what is shown: later turns' are not."""
+    runs = shown.sample.runs
+    return shown.images[: int(runs[:, 1].max()) + 1 if len(runs) else 0]

@@ -6,15 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from teacher_cache.config import CacheConfig
-from teacher_cache.data.conversations import Conversation
-from teacher_cache.models.open_chat import open_chat
-from teacher_cache.teachers.vllm.choice import context_length
 from teacher_cache.teachers.vllm.processes import dismiss, environment, kill_when_orphaned, last_error, start_error
 from tests.fixtures.waiting import until
 
@@ -81,12 +76,3 @@ def test_the_last_error_is_the_cause_not_what_followed_from_it() -> None:
     cause = "(Worker pid=3) ERROR 11-22 10:00:00 [a.py:1] KeyError: 'a'"
     assert last_error(f"x\n{cause}\nRuntimeError: Engine core initialization failed.") == "KeyError: 'a'"
     assert last_error("nothing of note") == "nothing"
-
-
-def test_the_context_holds_the_end_tokens_of_answers_that_were_cut_off(cache_config: CacheConfig) -> None:
-    """Six turns, every answer as long as allowed: what the template writes behind each is counted too."""
-    chat, room = open_chat(cache_config.teacher), 3
-    config = replace(cache_config, generation=replace(cache_config.generation, max_new_tokens=room))
-    sample = Conversation("six", ("what color is it",) * 6, ("red",) * 6)
-    whole = chat.prompt(sample).sample([(7,) * room] * 6)
-    assert context_length(config, [sample], chat, 4, 4096) == len(whole.input_ids)
