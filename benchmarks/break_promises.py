@@ -553,8 +553,8 @@ BREAKS = (
         10,
         "vLLM makes pixels with an image processor of its own",
         "teacher_cache/teachers/vllm/session.py",
-        "if reader is not None and image_processor is not None:",
-        "if False:",
+        "        processor.image_processor = image_processor\n",
+        "",
         "tests/vllm/test_families.py -k qwen2_5_vl",
     ),
     Break(

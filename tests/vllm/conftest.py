@@ -19,7 +19,7 @@ from teacher_cache.data.sample_reader import read_conversations
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 from teacher_cache.teachers.vllm.jobs import VllmOptions
 from teacher_cache.teachers.vllm.vllm_teacher import VllmTeacher
-from tests.fixtures.families import FAMILIES, Family, make_family
+from tests.fixtures.families import FAMILIES, LINES, Family, make_family
 
 TEACHER = Path(__file__).resolve().parents[2] / "pipelines" / "tiny" / "teacher"
 TEXT_ONLY_EACH = 10
@@ -42,7 +42,8 @@ def wide(family: Family) -> Family:
     text: dict[str, Any] = {**family.text, "head_dim": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
     if "mrope_section" in (rope := text.get("rope_parameters", {})):
         text["rope_parameters"] = {**rope, "mrope_section": [4, 4, 8]}
-    return replace(family, text=text)
+    lines = LINES if family.name == "gemma3" else ()  # vLLM's class looks them up in the vocabulary
+    return replace(family, text=text, control=family.control + lines)
 
 
 @pytest.fixture(scope="session")

@@ -362,7 +362,7 @@ def test_a_model_class_without_inner_states_answers_then_scores(
             started.append(mode)
             super().__init__(mode, *rest)
 
-    monkeypatch.setattr("teacher_cache.teachers.vllm.session.can_capture", lambda architecture: False)
+    monkeypatch.setattr("teacher_cache.teachers.vllm.registry.can_capture", lambda architecture: False)
     monkeypatch.setattr("teacher_cache.teachers.vllm.vllm_teacher.VllmSession", Counted)
     assert not choose(config).one_pass
     halves = replace(small, output=str(tmp_path / "two-passes"))

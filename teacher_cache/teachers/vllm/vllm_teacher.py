@@ -40,7 +40,7 @@ from teacher_cache.teachers.teacher import (
     Wanted,
     pick,
 )
-from teacher_cache.teachers.vllm import session as vllm_session
+from teacher_cache.teachers.vllm import registry
 from teacher_cache.teachers.vllm.checks import check_ids, check_logits, check_states, torch_states
 from teacher_cache.teachers.vllm.choice import (
     architecture_of,
@@ -79,13 +79,13 @@ class VllmTeacher:
         self._text = self._model.get_text_config()
         skeleton = without_weights("teacher.model", teacher.model, self._model)
         check_head("teacher.model", teacher.model, skeleton)
-        self._extracts = self._options.capture and vllm_session.can_capture(architecture_of(teacher))
+        self._extracts = self._options.capture and registry.can_capture(architecture_of(teacher))
         self._captures = self._extracts and samples_rightly(config)
         self._limit = min([teacher.max_length, *filter(None, [self.positions])]) + 1
         """Tokens of the longest sequence; the one beyond tells that a sample is too long."""
         self._images = max([1, *(len(s.images) for s in samples if isinstance(s, Conversation))])
         check_weight_names(teacher, self._folder)
-        self._device = torch.device("cpu" if vllm_session.on_cpu() else "cuda")
+        self._device = torch.device("cpu" if registry.on_cpu() else "cuda")
         self._norm = final_norm(skeleton, self._folder).to(self._device) if self._extracts else None
         self._head = output_head(self._folder).to(self._device, self._dtype)
         self._session: VllmSession | None = None
@@ -272,7 +272,7 @@ class VllmTeacher:
             "block_size": options.block_tokens or None,
             "kv_cache_memory_bytes": options.cache_bytes or None,
         }
-        if vllm_session.on_cpu():
+        if registry.on_cpu():
             arguments |= self._cpu_arguments()
         return {name: value for name, value in arguments.items() if value is not None}
 
