@@ -21,9 +21,8 @@ _EMBEDDING = (
     "model.embed_tokens.weight",
 )
 _FINAL_NORM = ("language_model.model.norm.", "model.language_model.norm.", "model.text_model.norm.", "model.norm.")
-_HUB_NAMES = ("llava", "llava_next", "llava_onevision")
-_NAMED_TOWERS = ("clip_vision_model", "siglip_vision_model")
-"""Model types and their towers whose weights Transformers 5 saves by other names than the hub's, which vLLM reads."""
+_RENAMED_TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""Whose weights Transformers 5 saves by other names than the hub's, which vLLM reads: LLaVA's, Gemma 3's."""
 
 
 def checkpoint_folder(model: str, revision: str = "") -> Path:
@@ -80,12 +79,11 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 def unknown_vision_names(folder: Path) -> list[str]:
     """Weights whose names vLLM does not know: transformers 5 saves CLIP and SigLIP towers without ``vision_model``.
 
-    The hub's LLaVA folders say ``vision_tower.vision_model.X``; transformers 5 reads both and writes
-    ``vision_tower.X``, for which vLLM 0.32 has no parameter. Other families' towers have one name everywhere.
+    The hub's folders say ``vision_tower.vision_model.X``; transformers 5 reads both and writes ``vision_tower.X``, for
+    which vLLM 0.32 has no parameter. Other towers (Pixtral's) have one name everywhere.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tower = (config.get("vision_config") or {}).get("model_type", _NAMED_TOWERS[0])
-    if config.get("model_type") not in _HUB_NAMES or tower not in _NAMED_TOWERS:
+    vision = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vision_config") or {}
+    if vision.get("model_type", _RENAMED_TOWERS[0]) not in _RENAMED_TOWERS:
         return []
     return [name for name in tensor_files(folder) if _hub_name(name) != name]
 

@@ -16,6 +16,7 @@ from pipelines.tiny.world import write_world
 from teacher_cache.config import CacheConfig, build_config
 from teacher_cache.data.conversations import Conversation
 from teacher_cache.data.sample_reader import read_conversations
+from teacher_cache.models.weights import rename_vision_weights
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 from teacher_cache.teachers.vllm.jobs import VllmOptions
 from teacher_cache.teachers.vllm.vllm_teacher import VllmTeacher
@@ -33,6 +34,7 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     def folder(name: str) -> Path:
         if name not in made:
             made[name] = make_family(wide(FAMILIES[name]), base / name)
+            rename_vision_weights(made[name])
         return made[name]
 
     return folder

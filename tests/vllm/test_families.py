@@ -127,9 +127,7 @@ def test_logits_that_are_not_the_states_by_the_models_rule_are_refused(
         teacher.answer([asked(teacher, Conversation("a", ("Are you there?",), ("",)), capture=True)])
 
 
-def test_a_second_pass_that_is_not_what_torch_gives_is_refused_before_anything_is_written(
-    wide_folder: Folder, tmp_path: Path
-) -> None:
+def test_an_engine_whose_states_are_not_torchs_is_refused_before_a_build(wide_folder: Folder, tmp_path: Path) -> None:
     """vLLM's CPU build drops Gemma 3's attention from one part of an image to all others, without a word."""
     config = config_of("gemma3", wide_folder("gemma3"), tmp_path)
     config = replace(config, teacher=replace(config.teacher, backend="vllm", max_length=400))

@@ -4,8 +4,8 @@ The engine hands out the residual stream before the final norm (``session.py`` s
 module, is applied here in float32. Top-k and statistics are formed from these states and the output head like those of
 every other teacher; the engine's own logits serve to check them. Each captured answer must satisfy
 ``rule(head(norm(h))) = the engine's logits``: that catches a wrong layer, a shifted row or a stale cache block before
-anything is stored. What a second pass hands out has no logits beside it: it is compared with torch's once, before the
-build. Of every request, ``the ids the engine read = ours with each image written out``.
+anything is stored. That the engine runs the model as Transformers does is tried before the build, on a sample of each
+kind. Of every request, ``the ids the engine read = ours with each image written out``.
 """
 
 from __future__ import annotations
@@ -113,8 +113,7 @@ class VllmTeacher:
     @property
     def positions(self) -> int | None:
         """Some less than the model's own: vLLM needs room behind every sequence."""
-        limit = position_limit(self._model)
-        return limit - LENGTH_MARGIN - 1 if limit else None
+        return limit - LENGTH_MARGIN - 1 if (limit := position_limit(self._model)) else None
 
     @property
     def one_pass(self) -> bool:
@@ -146,9 +145,10 @@ class VllmTeacher:
         return self._session.scratch_files() if self._session is not None else []
 
     def prove(self, requests: Sequence[AnswerRequest]) -> None:
-        """Compare a second pass with torch's. States of one pass need no trial: each answer is compared with the
-        engine's own logits."""
-        if self._extracts or not requests:
+        """Score the prompts with torch too. One pass of a model that torch cannot take alike (quantised here, or on
+        several GPUs) goes without: each of its answers is compared with the engine's own logits."""
+        apart = self._config.teacher.quantization or self._config.speed.tensor_parallel > 1
+        if (self._extracts and apart) or not requests:
             return
         shown, wanted = [request.shown for request in requests], Wanted(text=True)
         expected = torch_states(self._config, shown, wanted)

@@ -29,8 +29,8 @@ def test_head_and_final_norm_are_the_models_own(name: str, family_folder: Callab
     assert torch.equal(final_norm(skeleton, folder)(states), model.get_decoder().norm(states))
 
 
-@pytest.mark.parametrize(("name", "renamed"), [("llava_next", True), ("mistral3", False), ("gemma3", False)])
-def test_only_llavas_towers_have_other_names_in_vllm(
+@pytest.mark.parametrize(("name", "renamed"), [("llava_next", True), ("mistral3", False), ("gemma3", True)])
+def test_only_towers_of_clip_and_siglip_have_other_names_in_vllm(
     name: str, renamed: bool, family_folder: Callable[[str], Path]
 ) -> None:
     assert bool(unknown_vision_names(family_folder(name))) == renamed
