@@ -21,13 +21,13 @@ import torch
 from teacher_cache.config import CacheConfig
 from teacher_cache.data.conversations import Conversation, Skipped
 from teacher_cache.data.images import AnyImage
-from teacher_cache.data.tokenization import Ids
 from teacher_cache.errors import TeacherError
 from teacher_cache.models.chat import Chat
 from teacher_cache.models.model_config import position_limit
 from teacher_cache.models.open_chat import load_processor, open_chat, read_teacher_config
 from teacher_cache.models.parts import check_head, media_tokens
 from teacher_cache.models.pretrained import without_weights
+from teacher_cache.models.slots import Ids
 from teacher_cache.models.weights import checkpoint_folder, final_norm, output_head
 from teacher_cache.teachers.description import describe_teacher
 from teacher_cache.teachers.teacher import (
