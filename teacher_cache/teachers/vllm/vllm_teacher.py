@@ -305,10 +305,7 @@ class VllmTeacher:
 
     def _cpu_cache_bytes(self) -> int:
         """Room for ``max_sequences`` sequences of full length, between 256 MiB and a quarter of the free memory."""
-        text = self._text
-        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        values = 2 * text.num_hidden_layers * kv_heads * head_size + 2 * text.hidden_size
+        values = 2 * (self._text.num_hidden_layers + 1) * self._text.hidden_size  # at most, of a token
         needed = values * torch.finfo(self._dtype).bits // 8 * self._options.max_sequences * (self._limit + 32)
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
         return int(max(256 << 20, min(needed, free // 4)))
