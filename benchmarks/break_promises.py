@@ -547,7 +547,7 @@ BREAKS = (
         "teacher_cache/teachers/vllm/vllm_teacher.py",
         "if (self._extracts and apart) or not requests:",
         "if True:",
-        "tests/vllm/test_families.py -k not_torchs",
+        "tests/vllm/test_families.py::test_an_engine_whose_states_or_tokens_are_not_torchs_is_refused_before_a_build",
     ),
     Break(
         10,

@@ -34,7 +34,7 @@ from teacher_cache.teachers.vllm.vllm_teacher import VllmTeacher
 from teacher_cache.trust.verify import verify_cache
 from tests.fixtures.building import asked
 from tests.fixtures.families import FAMILIES, make_config, make_tokenizer
-from tests.fixtures.vllm_ways import WAYS
+from tests.fixtures.vllm_ways import REFUSED, WAYS
 from tests.teacher_cache.build.test_build import contents
 from tests.teacher_cache.build.test_families import config_of
 from tests.vllm.caches import assert_same_caches
@@ -130,14 +130,16 @@ def test_logits_that_are_not_the_states_by_the_models_rule_are_refused(
         teacher.answer([asked(teacher, Conversation("a", ("Are you there?",), ("",)), capture=True)])
 
 
-def test_an_engine_whose_states_are_not_torchs_is_refused_before_a_build(wide_folder: Folder, tmp_path: Path) -> None:
-    """vLLM's CPU build drops Gemma 3's attention from one part of an image to all others, without a word."""
-    config = config_of("gemma3", wide_folder("gemma3"), tmp_path)
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_engine_whose_states_or_tokens_are_not_torchs_is_refused_before_a_build(
+    name: str, wide_folder: Folder, tmp_path: Path
+) -> None:
+    config = config_of(name, wide_folder(name), tmp_path)
     config = replace(config, teacher=replace(config.teacher, backend="vllm", max_length=400))
     samples = list(read_conversations(config.data))
     with (
         VllmTeacher(config, samples, VllmOptions(environment=ALONE)) as teacher,
-        pytest.raises(TeacherError, match=r"sample s0: vLLM's states give another logit than torch's: .*=torch"),
+        pytest.raises(TeacherError, match=rf"{REFUSED[name]}.*\bSet teacher\.backend=torch"),
     ):
         prove(config, teacher, samples)
 
