@@ -145,9 +145,10 @@ class VllmTeacher:
         return self._session.scratch_files() if self._session is not None else []
 
     def prove(self, requests: Sequence[AnswerRequest]) -> None:
-        """Score the prompts with torch too. One pass of a model that torch cannot take alike (quantised here, or on
-        several GPUs) goes without: each of its answers is compared with the engine's own logits."""
-        apart = self._config.teacher.quantization or self._config.speed.tensor_parallel > 1
+        """Score the prompts with torch too. One pass of a model that torch cannot take alike (quantised, or on several
+        GPUs) goes without: each of its answers is compared with the engine's own logits."""
+        quantised = self._config.teacher.quantization or getattr(self._model, "quantization_config", None)
+        apart = quantised or self._config.speed.tensor_parallel > 1
         if (self._extracts and apart) or not requests:
             return
         shown, wanted = [request.shown for request in requests], Wanted(text=True)
