@@ -14,6 +14,7 @@ BENCHMARKS = (
     "benchmarks.head_loss",
     "benchmarks.visual_loss",
     "benchmarks.training",
+    "benchmarks.own_loop",
 )
 
 

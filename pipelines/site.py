@@ -187,11 +187,13 @@ def _described(thing: Any, name: str, mark: str) -> Iterator[str]:
 def _indented(text: str) -> str:
     """reStructuredText as our docstrings use it, in Markdown."""
     text = re.sub(r"^(\w[\w ]*)\n-{3,}$", r"**\1**", text, flags=re.M)
+    text = re.sub(r"(^>>> .*(?:\n.+)*)", r"~~~pycon\n\1\n~~~", text, flags=re.M)
     return re.sub(r":\w+:`([^`]+)`", r"`\1`", text.replace("``", "`"))
 
 
 def _flowing(text: str) -> str:
-    return " ".join(_indented(text).split())
+    """One paragraph, without the examples."""
+    return " ".join(_indented(text.partition(">>>")[0]).split())
 
 
 def results() -> list[str]:

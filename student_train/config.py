@@ -33,7 +33,11 @@ class ExpectedSize:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Where samples come from: a teacher cache, or plain LLaVA data (cross-entropy only)."""
+    """Where samples come from: a teacher cache, or plain LLaVA data (cross-entropy only).
+
+    >>> SourceConfig(cache="runs/tiny/cache", image_folder="runs/tiny/world/images").answers
+    'cached'
+    """
 
     __pydantic_config__ = CHECKED
     cache: str = ""
@@ -82,6 +86,9 @@ class StudentConfig:
 
     Beside ``model``, ``language_model`` and ``vision_tower`` say what that folder was put together from: a plan reads
     their configurations while the folder is not there yet.
+
+    >>> StudentConfig(model="runs/tiny/students/0", train="lora").lora_rank
+    16
     """
 
     model: str = ""
@@ -130,7 +137,11 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How it is trained; LLaVA-1.5's recipe by default."""
+    """How it is trained; LLaVA-1.5's recipe by default.
+
+    >>> TrainConfig(max_steps=600, global_batch=32).schedule
+    'cosine'
+    """
 
     __pydantic_config__ = CHECKED
     epochs: Positive = 1.0
@@ -193,7 +204,11 @@ FitTree = Annotated[dict[str, Any], WithJsonSchema({"schema file": "fit.json"})]
 
 @dataclass(frozen=True)
 class FitConfig:
-    """One stage of training, whole."""
+    """One stage of training, whole; ``fit`` trains it.
+
+    >>> FitConfig(output="runs/mine", losses=(LossSpec("hidden_mse", weight=10),)).losses[0].label
+    'hidden_mse'
+    """
 
     __pydantic_config__ = CHECKED
     output: str = ""

@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import functools
 import json
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from teacher_cache.errors import ConfigError
+from teacher_cache.files import read_yaml
 
 CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 """Of every section of a configuration: unknown keys, other types and infinite numbers are refused."""
@@ -186,7 +186,11 @@ class SpeedConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Phase one, whole."""
+    """Phase one, whole; ``load_config`` reads a file of it, and whoever uses it checks it (``ConfigError``).
+
+    >>> CacheConfig(output="runs/mine").signals.top_k
+    64
+    """
 
     __pydantic_config__ = CHECKED
     output: str = ""
@@ -206,6 +210,9 @@ def load_config(cls: type[ConfigT], path: str | Path | None, overrides: Sequence
     """Read ``path`` (YAML) over the defaults of ``cls``, then apply ``a.b=c`` overrides, left to right.
 
     Raises ``ConfigError``: naming the file, the key and the nearest key that exists, or the type that was expected.
+
+    >>> load_config(CacheConfig, "pipelines/tiny/cache.yaml", ["signals.top_k=4"]).signals.top_k
+    4
     """
     tree, where = dict[str, Any](), "the command line"
     if path is not None:
@@ -334,17 +341,3 @@ def _put(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> No
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {override}: {key} is not a section")
     tree[keys[-1]] = value
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML's safe subset, in which 1e-3 is a number as everywhere else."""
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def read_yaml(text: str) -> Any:
-    """``text`` as plain data."""
-    return yaml.load(text, _Yaml)

@@ -1,6 +1,13 @@
 """The errors that both command lines print calmly: each says what, where, expected and found, and what to do next.
 
 Each is also the builtin that a caller would catch. Everything else that is raised is a fault of ours and a traceback.
+
+>>> import teacher_cache as tc
+>>> try:
+...     tc.open("runs/no-cache")
+... except tc.errors.CacheError as error:
+...     print(isinstance(error, ValueError))
+True
 """
 
 from __future__ import annotations

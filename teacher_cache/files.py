@@ -1,4 +1,5 @@
-"""Files that appear whole, are opened without risk, and are asked for again when what stands in the way may pass."""
+"""Files that appear whole, are opened without risk, and are asked for again when what stands in the way may pass; and
+what YAML is read as."""
 
 from __future__ import annotations
 
@@ -6,10 +7,13 @@ import contextlib
 import errno
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
+
+import yaml
 
 T = TypeVar("T")
 TRIES = 5
@@ -66,3 +70,17 @@ def open_checked(path: Path, check: Callable[[os.stat_result], object]) -> Binar
         file.close()
         raise
     return file
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML's safe subset, in which 1e-3 is a number as everywhere else."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """``text`` as plain data."""
+    return yaml.load(text, _Yaml)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from student_train.feed.raw import RawBatch
+from student_train.losses.catalogue import LossSpec
+from student_train.losses.targets import RowTargets
 from student_train.students.lines import Line
 from teacher_cache.data.rows import Positions, expand, positions_of
 from teacher_cache.models import collate as fields_of
@@ -178,6 +180,19 @@ def first_rows(row_sample: Tensor, row_position: Tensor) -> Tensor:
     """(R,) bool: rows of first answer tokens, where a row's position does not follow the one before it."""
     follows = (row_sample[1:] == row_sample[:-1]) & (row_position[1:] == row_position[:-1] + 1)
     return torch.cat([torch.ones_like(row_sample[:1], dtype=torch.bool), ~follows])
+
+
+def weighed_by(spec: LossSpec) -> tuple[str, str, float]:
+    """The settings that decide what a row counts."""
+    return spec.rows, spec.average, spec.advantage_share
+
+
+def row_weights(spec: LossSpec, batch: StudentBatch, targets: RowTargets) -> Tensor:
+    """(R,) what each answer row counts: nothing, where the spec leaves out the first of each answer."""
+    weight = batch.row_weight
+    if spec.advantage_share:
+        weight = weight * targets.advantage_factors(batch.row_owner, spec.advantage_share)
+    return weight if spec.rows == "predicting" else weight * ~first_rows(batch.row_sample, batch.row_position)
 
 
 def _tensor(array: Array) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from teacher_cache.data.vocabulary import Comparison, compare, describe_vocabulary
+from teacher_cache.data.vocabulary import Comparison
 from teacher_cache.errors import CacheError
 from teacher_cache.models.chat import Chat
 from teacher_cache.store.reader import TeacherCache
@@ -29,15 +29,7 @@ def check_tokenizer(
     """
     teacher, url = cache.manifest.teacher, cache.storage.url
     begins = chat is None and "bos_token" in teacher["chat_template"]
-    found = compare(teacher["vocabulary"], describe_vocabulary(tokenizer), "the student", begins)
-    if found.never:
-        raise CacheError(
-            f"{url}: the cache was made with the tokenizer of {teacher['model']}, the student's is another: "
-            f"{found.never}. Logits can be distilled only between models of one vocabulary: use a student with the "
-            "teacher's tokenizer, or cache a teacher that has the student's. (States of aligned text spans could cross "
-            "over, arXiv:2606.06021, with where each token stands in its answer's text on both sides and a projector "
-            "fitted for the pair; neither is here)"
-        )
+    found = cache.compare_tokenizer(tokenizer, begins)
     if chat is not None and (end := int(teacher["end_token"])) not in chat.ends:
         raise CacheError(
             f"{url}: {teacher['model']} ends its answers with token {end}, and the student's with "

@@ -23,7 +23,9 @@ from teacher_cache.errors import ConfigError
 
 @dataclass(frozen=True)
 class LossSpec:
-    """One term of the loss. ``LossSpec("forward_kl", temperature=2.0)`` makes one of that loss's own settings class."""
+    """One term of the loss: (R,) values. Raises ``ConfigError``: no such loss, or a setting that it does not read.
+    >>> hot = LossSpec("forward_kl", temperature=2.0)  # of that loss's own settings class
+    """
 
     name: str
     weight: float = field(default=1.0, metadata={"description": "What the term is multiplied with."})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from student_train.feed.batch import StudentBatch, first_rows
+from student_train.feed.batch import StudentBatch, row_weights, weighed_by
 from student_train.losses import image_losses as relations
 from student_train.losses.catalogue import (
     Answers,
@@ -131,9 +131,9 @@ class DistilledStudent(nn.Module):
         rows = student.last[batch.row_sample, batch.row_position]
         specs = [spec for spec in self._specs if _on_answer_logits(spec)]
         total, parts = rows.sum() * 0.0, dict[str, Tensor]()
-        for key in sorted({_weighed(s) for s in specs}):
-            group = [s for s in specs if _weighed(s) == key]
-            weight = _row_weight(group[0], batch.averaged(group[0].average), targets)
+        for key in sorted({weighed_by(s) for s in specs}):
+            group = [s for s in specs if weighed_by(s) == key]
+            weight = row_weights(group[0], batch.averaged(group[0].average), targets)
             value, sums = self._head_losses(rows, targets, group, weight)
             total = total + value
             parts.update(sums)
@@ -158,7 +158,7 @@ class DistilledStudent(nn.Module):
         assert stored is not None
         if spec.tokens == "answer":
             rows = states[batch.row_sample, batch.row_position]
-            return [_Places(rows, stored, _row_weight(spec, batch, targets), batch.row_sample)]
+            return [_Places(rows, stored, row_weights(spec, batch, targets), batch.row_sample)]
         weight = batch.text_token_weight if spec.tokens == "all" else batch.position_weight
         rows = states[batch.text_sample, batch.text_position]
         places = [_Places(rows, replace(stored, lines=None), weight, batch.text_sample)]
@@ -299,19 +299,6 @@ class _Places:
 
 def _on_answer_logits(spec: LossSpec) -> bool:
     return isinstance(spec.entry, (Answers, Logits)) and spec.tokens == "answer"
-
-
-def _weighed(spec: LossSpec) -> tuple[str, str, float]:
-    """The settings that decide what a row counts."""
-    return spec.rows, spec.average, spec.advantage_share
-
-
-def _row_weight(spec: LossSpec, batch: StudentBatch, targets: RowTargets) -> Tensor:
-    """(R,) what each answer row counts: nothing, where the spec leaves out the first of each answer."""
-    weight = batch.row_weight
-    if spec.advantage_share:
-        weight = weight * targets.advantage_factors(batch.row_owner, spec.advantage_share)
-    return weight if spec.rows == "predicting" else weight * ~first_rows(batch.row_sample, batch.row_position)
 
 
 def vision_features(llava: Any, pixels: Tensor) -> Tensor:

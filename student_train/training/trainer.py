@@ -59,9 +59,22 @@ def fit(config: FitConfig, style: Style = "auto", stop: Stop | None = None) -> F
     A signal ends it after the step in progress, with a checkpoint; ``stop``: the caller's handling of signals, if it
     has one.
 
-    Raises ``ConfigError``, ``CacheError``, ``DataError``: before the first step, saying what to change.
-    ``TrainingError``: at a step whose numbers are not finite; the last checkpoint stands and nothing is exported.
-    ``Stopped``: a signal came.
+    Raises
+    ------
+    ConfigError, CacheError, DataError
+        Before the first step, saying what to change.
+    TrainingError
+        At a step whose numbers are not finite; the last checkpoint stands and nothing is exported.
+    Stopped
+        A signal came.
+
+    Examples
+    --------
+    >>> from student_train import FitConfig, SourceConfig, StudentConfig, TrainConfig, fit
+    >>> source = SourceConfig(cache="runs/tiny/cache", image_folder="runs/tiny/world/images")
+    >>> student, train = StudentConfig(model="runs/tiny/students/0"), TrainConfig(max_steps=2, global_batch=4)
+    >>> fit(FitConfig("runs/two-steps", (source,), student, train=train), style="quiet").steps
+    2
     """
     check_fit_config(config)
     check_tracker(config.train.tracker)

@@ -92,6 +92,13 @@ def build_cache(
     ------
     ConfigError, DataError, TeacherError, CacheError, StorageError
         Each says what, where, what was expected and what to do. Shards that were committed stay.
+
+    Examples
+    --------
+    >>> import teacher_cache as tc
+    >>> config = tc.load_config(tc.CacheConfig, "pipelines/tiny/cache.yaml", ["data.max_samples=4", "output=runs/four"])
+    >>> tc.build_cache(config, style="quiet").samples
+    4
     """
     check_config(config)
     storage, chat = Storage(config.output, options), teacher.chat if teacher is not None else None

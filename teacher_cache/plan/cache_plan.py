@@ -104,6 +104,10 @@ def plan_cache(config: CacheConfig, *, answer_factor: float = 1.0, throughput: T
     lie in ``config.output`` already are counted, not estimated.
 
     Raises ``DataError``, ``ConfigError``: the data cannot be read, or the teacher's configuration cannot be found.
+
+    >>> import teacher_cache as tc
+    >>> tc.plan_cache(tc.load_config(tc.CacheConfig, "pipelines/tiny/cache.yaml")).fits
+    True
     """
     model, shape = _teacher(config)
     chat = read_chat(config)

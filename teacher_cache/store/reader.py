@@ -13,13 +13,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from teacher_cache.data.vocabulary import Comparison, compare, describe_vocabulary
 from teacher_cache.errors import CacheError
 from teacher_cache.store.arrays import load_safetensors_array as load_safetensors_array
 from teacher_cache.store.batches import ImageBatch, RecordBatch, SampleTexts, image_batch, record_batch, sample_texts
@@ -42,11 +43,7 @@ _INDEX_BYTES = 1 << 30
 
 
 class TeacherCache:
-    """A complete, readable cache.
-
-    >>> with TeacherCache.open("runs/tiny/cache") as cache:          # doctest: +SKIP
-    ...     batch = cache.read([5, 0, 17])
-    """
+    """A complete, readable cache; ``teacher_cache.open`` gives it with a way into PyTorch (``door.py``)."""
 
     def __init__(
         self,
@@ -79,12 +76,12 @@ class TeacherCache:
         cls,
         url: str | Path,
         *,
-        tokenizer_fingerprint: str | None = None,
+        tokenizer: Any = None,
         checked: bool = True,
         options: Mapping[str, Any] | None = None,
         prefetch_folder: str | Path | None = None,
         prefetch_gigabytes: float = 20.0,
-    ) -> TeacherCache:
+    ) -> Self:
         """Open the cache at ``url`` (a folder, or ``s3://``, ``gs://``, ``memory://`` with fsspec ``options``).
 
         A remote cache is read through ``prefetch_folder`` (default: a temporary one of this process's own), which
@@ -93,8 +90,7 @@ class TeacherCache:
         Raises
         ------
         CacheError
-            No cache, not complete, another format version, changed files, or a tokenizer (given by its
-            ``vocabulary.tokenizer_fingerprint``) other than the teacher's.
+            No cache, not complete, another format version, changed files, or a ``tokenizer`` of other ids.
         """
         cache = cls(
             Storage(url, options),
@@ -102,19 +98,24 @@ class TeacherCache:
             prefetch_folder=prefetch_folder,
             prefetch_gigabytes=prefetch_gigabytes,
         )
-        if tokenizer_fingerprint is not None:
-            cache.check_tokenizer(tokenizer_fingerprint)
+        if tokenizer is not None:
+            cache.compare_tokenizer(tokenizer)
         return cache
 
-    def check_tokenizer(self, fingerprint: str) -> None:
-        """Refuse a student whose token ids mean other text than the teacher's."""
-        if fingerprint != self.manifest.teacher["tokenizer"]:
+    def compare_tokenizer(self, tokenizer: Any, begins: bool = False) -> Comparison:
+        """How a student's differs, in what cached ids may not depend on; ``begins``: its texts open with a begin token.
+
+        Raises ``CacheError``: its ids mean other text than the teacher's.
+        """
+        teacher = self.manifest.teacher
+        found = compare(teacher["vocabulary"], describe_vocabulary(tokenizer), "the student", begins)
+        if found.never:
             raise CacheError(
-                f"{self.storage.url}: the cache was made with the tokenizer of {self.manifest.teacher['model']} "
-                f"(fingerprint {self.manifest.teacher['tokenizer'][:12]}), the student's is another "
-                f"({fingerprint[:12]}). Logits can be distilled only between models of one tokenizer: use a student "
-                "with the teacher's tokenizer, or cache a teacher that has the student's"
+                f"{self.storage.url}: the cache was made with the tokenizer of {teacher['model']}, the student's is "
+                f"another: {found.never}. Use a student with the teacher's, or cache a teacher that has the student's "
+                "(states of aligned text spans could cross over, arXiv:2606.06021: docs/decisions.md)"
             )
+        return found
 
     def __enter__(self) -> TeacherCache:
         return self
@@ -131,9 +132,8 @@ class TeacherCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         storage, checked, folder, gigabytes = state["arguments"]
-        self.__init__(  # type: ignore[misc]
-            storage, checked=checked, prefetch_folder=folder, prefetch_gigabytes=gigabytes
-        )
+        given = {"checked": checked, "prefetch_folder": folder, "prefetch_gigabytes": gigabytes}
+        self.__init__(storage, **given)  # type: ignore[misc]
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -33,16 +33,17 @@ class Storage:
     """A cache's root folder. Names are relative, with ``/``."""
 
     def __init__(self, url: str | Path, options: Mapping[str, Any] | None = None) -> None:
-        self._address = str(url).rstrip("/")
+        #: the whole address, passwords included
+        self.address = str(url).rstrip("/")
         #: what messages and files may say: the address without passwords and signatures
-        self.url = without_secrets(self._address)
-        self._options = dict(options or {})
+        self.url = without_secrets(self.address)
+        self.options = dict(options or {})
         self._connect()
         self.local: Path | None = Path(self._root) if "file" in _protocols(self._open_fs) else None
 
     def _connect(self) -> None:
         try:
-            self._open_fs, self._root = fsspec.core.url_to_fs(self._address, **self._options)
+            self._open_fs, self._root = fsspec.core.url_to_fs(self.address, **self.options)
         except (ValueError, ImportError) as error:  # an unknown protocol, or one whose library is not installed
             raise StorageError(
                 f"{self.url}: {without_secrets(str(error))}. Name a folder, or s3:// or gs:// (extras s3, gcs)"
@@ -59,7 +60,7 @@ class Storage:
         return self._open_fs
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self._address, "options": self._options}
+        return {"url": self.address, "options": self.options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["url"], state["options"])  # type: ignore[misc]

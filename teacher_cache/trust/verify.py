@@ -13,6 +13,7 @@ import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -102,9 +103,16 @@ class VerifyReport:
         return [*map(str, self.problems), f"{len(self.problems)} problems in {looked}; {advice}"]
 
 
-def verify_cache(storage: Storage, *, deep: bool = False) -> VerifyReport:
-    """Check the cache at ``storage``; what is wrong is reported, never raised."""
-    check = _Check(storage, deep)
+def verify_cache(cache: Storage | str | Path, *, deep: bool = False) -> VerifyReport:
+    """Check a cache; what is wrong is reported. ``deep``: every checksum, every number and the row rule.
+
+    Raises nothing but ``StorageError`` for an address of no store.
+
+    >>> import teacher_cache as tc
+    >>> tc.verify_cache("runs/tiny/cache", deep=True).problems
+    ()
+    """
+    check = _Check(cache if isinstance(cache, Storage) else Storage(cache), deep)
     check.run()
     return VerifyReport(
         tuple(check.problems), check.shards, check.samples, check.skipped, check.bytes_read, deep, check.is_cache

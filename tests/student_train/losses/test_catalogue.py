@@ -15,8 +15,9 @@ from student_train.losses.catalogue import CATALOGUE, DEFAULT_LOSS, SPECS, Answe
 from student_train.losses.needs import needed_arrays
 from student_train.studies.plan_sources import source_manifest
 from student_train.studies.run_plan import plan_fit
-from teacher_cache.config import as_plain, build_config, read_yaml, schema
+from teacher_cache.config import as_plain, build_config, schema
 from teacher_cache.errors import ConfigError
+from teacher_cache.files import read_yaml
 from tests.promises.test_offline_online import TERMS
 
 NAMES = list(CATALOGUE)

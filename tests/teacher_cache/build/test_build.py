@@ -224,11 +224,6 @@ def test_not_order_locked(cache_folder: Path) -> None:
         assert whole.sample_ids == [cache[int(i)].sample_id for i in order]
 
 
-def test_another_tokenizer_is_refused(cache_folder: Path) -> None:
-    with pytest.raises(CacheError, match="made with the tokenizer of teacher"):
-        TeacherCache.open(cache_folder, tokenizer_fingerprint="0" * 64)
-
-
 def test_other_images_are_a_matter_of_the_folder_only(
     cache_config: CacheConfig, cache_folder: Path, teacher: TorchTeacher
 ) -> None:
