@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,26 @@ from tests.fixtures.threads import THREADS
 torch.set_num_threads(THREADS)
 settings.register_profile("same", derandomize=True)  # examples that do not change from day to day
 settings.load_profile("same")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The tests are for a CPU; those marked ``gpu`` see a GPU when they are asked for by that name."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """On which a test marked ``gpu`` runs."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def cuda(device: str) -> str:
+    """For what a CPU cannot show."""
+    if device == "cpu":
+        pytest.skip("needs a CUDA device: pytest -m gpu on a machine that has one")
+    return device
 
 
 @pytest.fixture(scope="session")

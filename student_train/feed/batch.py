@@ -8,9 +8,9 @@ token r.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,16 @@ from student_train.students.lines import Line
 from teacher_cache.data.rows import Positions, expand, positions_of
 from teacher_cache.models import collate as fields_of
 from teacher_cache.store.records import Array
+
+
+class ImageSpan(NamedTuple):
+    """Where one image, its line's rows and its line's text positions stand in a batch: known to the host, so that
+    nobody has to ask the device for it."""
+
+    line: int
+    start: int
+    rows: slice
+    text: slice
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,7 @@ class StudentBatch:
     arrays: dict[str, Tensor]  # the teacher's signals, as stored
     visual: dict[str, Tensor]  # per image with signals, as stored
     per_sample: dict[str, Tensor]
+    spans: tuple[ImageSpan, ...]
 
     @property
     def input_ids(self) -> Tensor:
@@ -82,7 +93,7 @@ class StudentBatch:
         def changed(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: change(tensor) for name, tensor in value.items()}
-            return None if value is None else change(value)
+            return change(value) if isinstance(value, Tensor) else value
 
         return StudentBatch(**{f.name: changed(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
@@ -136,7 +147,16 @@ def collate(
         visual={name: _tensor(array) for name, array in raw.visual.items()},
         **_weight_tensors([weights[sample] for sample in samples], rows, texts, images),
         per_sample=_weight_tensors(shares, rows, texts, images),
+        spans=tuple(_spans(places, found)),
     )
+
+
+def _spans(places: Sequence[tuple[int, int]], found: Sequence[Positions]) -> Iterator[ImageSpan]:
+    rows = text = 0
+    for (line, first), positions in zip(places, found, strict=True):
+        own = slice(rows, rows + len(positions.rows)), slice(text, text + len(positions.text))
+        yield from (ImageSpan(line, first + int(start), *own) for start in positions.images)
+        rows, text = own[0].stop, own[1].stop
 
 
 def _fields(

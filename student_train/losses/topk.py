@@ -134,7 +134,7 @@ def tail_mass(head_logprobs: Tensor, vocabulary: int, inside: Tensor | None = No
     head = head_logprobs.exp()
     tiny = torch.finfo(head.dtype).tiny
     if inside is None:
-        least, others = head.amin(-1, keepdim=True), torch.tensor(vocabulary - head.shape[-1], device=head.device)
+        least, others = head.amin(-1, keepdim=True), torch.full_like(head[..., :1], vocabulary - head.shape[-1])
     else:
         least = head.where(inside, 1.0).amin(-1, keepdim=True)
         others = vocabulary - inside.sum(-1, keepdim=True)

@@ -1,7 +1,7 @@
 """What all ranks agree on once a step, before the weights change: the loss, the gradient's norm, time and signals.
 
-One reduction and one copy to the host, of a vector as long as the number of loss terms and a few more. It is what the
-log shows, so looking costs nothing beside it.
+One reduction and one copy to the host, of a vector as long as the number of loss terms and a few more: the only time in
+a step that the host waits for the device. It is what the log shows, so looking costs nothing beside it.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def exchange(accelerator: Accelerator, sums: Mapping[str, Tensor], norm: Any, cp
     names = sorted(sums)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)  # FSDP's norm is spread
     device = accelerator.device
-    own = torch.tensor([cpu_seconds, *(float(asked == number) for number in SIGNALS)], device=device)
-    values = torch.stack([*(sums[name].float() for name in names), norm.float().to(device), *own.unbind()])
-    found: list[float] = accelerator.reduce(values, "sum").tolist()
+    own = torch.tensor([cpu_seconds, *(float(asked == number) for number in SIGNALS)])
+    values = torch.stack([*(sums[name].float() for name in names), norm.float().to(device)])
+    found: list[float] = accelerator.reduce(torch.cat([values, own.to(device, non_blocking=True)]), "sum").tolist()
     ranks, count = accelerator.num_processes, len(names)
     signals = [int(number) for number, times in zip(SIGNALS, found[count + 2 :], strict=True) if times]
     parts = dict(zip(names, found[:count], strict=True))

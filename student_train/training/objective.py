@@ -158,15 +158,14 @@ class DistilledStudent(nn.Module):
         assert stored is not None
         if spec.tokens == "answer":
             rows = states[batch.row_sample, batch.row_position]
-            return [_Places(rows, stored, row_weights(spec, batch, targets), batch.row_sample)]
+            return [_Places(rows, stored, row_weights(spec, batch, targets))]
         weight = batch.text_token_weight if spec.tokens == "all" else batch.position_weight
         rows = states[batch.text_sample, batch.text_position]
-        places = [_Places(rows, replace(stored, lines=None), weight, batch.text_sample)]
+        places = [_Places(rows, replace(stored, lines=None), weight)]
         if spec.tokens == "all" and len(batch.visual_sample):
             images = decoded(self._image_states(spec, micro).flatten(0, 1))
             weight = self._of_positions(spec, micro, batch.image_token_weight)
-            owner = batch.visual_sample.repeat_interleave(self._image_tokens)
-            places.append(_Places(self._visual(states, batch).flatten(0, 1), images, weight, owner))
+            places.append(_Places(self._visual(states, batch).flatten(0, 1), images, weight))
         return places
 
     def _states_term(self, spec: LossSpec, micro: _Micro) -> Tensor:
@@ -192,9 +191,8 @@ class DistilledStudent(nn.Module):
         assert attention is not None
         assert stored is not None
         total = micro.student.last.sum() * 0.0
-        for sample, start in zip(batch.visual_sample, batch.visual_start, strict=True):
-            mine = batch.row_sample == sample
-            rows = attention[sample][batch.row_position[mine]][:, start : start + self._image_tokens]
+        for line, start, mine, _ in batch.spans:
+            rows = attention[line][batch.row_position[mine], start : start + self._image_tokens]
             value = spec.entry.function(stored[mine], rows, **spec.own())
             total = total + (value * batch.row_weight[mine]).sum()
         return total
@@ -205,8 +203,8 @@ class DistilledStudent(nn.Module):
         images, student = self._image_states(spec, micro), self._visual(micro.student.last, batch)
         (places,) = self._places(spec, micro)
         text = places.teacher.decode(slice(None))
-        for image, sample in enumerate(batch.visual_sample):
-            mine = places.owner == sample
+        for image, span in enumerate(batch.spans):
+            mine = span.rows if spec.tokens == "answer" else span.text
             sides = (images[image], text[mine], student[image], places.student[mine])
             total = total + (spec.entry.function(*sides, **spec.own()) * places.weight[mine]).sum()
         return total
@@ -289,12 +287,11 @@ class _Micro:
 
 @dataclass(frozen=True)
 class _Places:
-    """P positions: the student's states (P, d) and the teacher's, what each counts (P,), the line it is in (P,)."""
+    """P positions: the student's states (P, d) and the teacher's, what each counts (P,)."""
 
     student: Tensor
     teacher: StoredStates
     weight: Tensor
-    owner: Tensor
 
 
 def _on_answer_logits(spec: LossSpec) -> bool:

@@ -134,7 +134,7 @@ class Run:
         student = DistilledStudent(
             model, config.losses, teachers, head_rows=train.head_rows, image_tokens=reader.image_tokens
         )
-        optimizer = make_optimizer(student, train, student.multimodal_projector)
+        optimizer = make_optimizer(student, train, student.multimodal_projector, accelerator.device.type == "cuda")
         student, optimizer = accelerator.prepare(student, optimizer)
         start_tracker(accelerator, config)
         return cls(
