@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +94,19 @@ class Case:
         self.targets = replace(t, topk_logprobs=t.topk_logprobs.double(), stats=stats, head=t.head.double())
         return self
 
+    def on(self, device: str) -> Case:
+        t, case = self.targets, copy.copy(self)
+
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        case.hidden, case.head, case.row_weight = map(moved, (self.hidden, self.head, self.row_weight))
+        assert t.hidden is not None
+        stats = {name: column.to(device) for name, column in t.stats.items()}
+        parts = {f.name: moved(getattr(t, f.name)) for f in fields(t)} | {"stats": stats}
+        case.targets = RowTargets(**{**parts, "hidden": decoded(t.hidden.codes.to(device))})
+        return case
+
     def leaves(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         return self.hidden.to(dtype, copy=True).requires_grad_(), self.head.to(dtype, copy=True).requires_grad_()
 
@@ -108,9 +123,10 @@ def weights_of(specs: list[LossSpec]) -> dict[str, float]:
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float = half_the_digits()) -> bool:
-    return torch.allclose(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
+    return torch.allclose(got.cpu().double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.gpu
 @settings(max_examples=120, deadline=None)
 @given(
     rows=st.integers(0, 13),
@@ -121,11 +137,18 @@ def close(got: Tensor, expected: Tensor, tolerance: float = half_the_digits()) -
     data=st.data(),
 )
 def test_loss_and_gradients_equal_the_dense_ones_for_any_shape(
-    rows: int, vocabulary: int, chunk_rows: int, specs: list[LossSpec], sampled_from: str, data: st.DataObject
+    rows: int,
+    vocabulary: int,
+    chunk_rows: int,
+    specs: list[LossSpec],
+    sampled_from: str,
+    data: st.DataObject,
+    device: str,
 ) -> None:
     k = data.draw(st.integers(1, vocabulary - (sampled_from == "tail")))
     case = Case(rows, vocabulary, k, seed=data.draw(st.integers(0, 99)), sampled_from=sampled_from)
     total, sums, hidden_gradient, head_gradient = case.dense(specs)
+    case = case.on(device)
     hidden, head = case.leaves()
     got, got_sums = head_losses(hidden, head, case.targets, specs, weights_of(specs), case.row_weight, chunk_rows)
     (got * 0.25).backward()  # as a division by the rows of the global batch does

@@ -29,10 +29,11 @@ def moved(config: FitConfig) -> float:
     run = Run.prepare(config)
     run.train("quiet")
     after = dict(run.student.model.named_parameters())
-    changed = sum(int((after[name] != tensor).sum()) for name, tensor in before.items())
+    changed = sum(int((after[name].cpu() != tensor).sum()) for name, tensor in before.items())
     return changed / sum(tensor.numel() for tensor in before.values())
 
 
+@pytest.mark.gpu
 def test_as_many_weights_move_as_in_float32(tmp_path: Path, cache_folder: Path, world: Path) -> None:
     """Kept in bfloat16, a twentieth did."""
     settings: dict[str, Any] = {"max_steps": 60, "learning_rate": 2e-5, "checkpoint_every": 0, "global_batch": 4}
@@ -59,6 +60,7 @@ def test_what_is_trained_is_float32_and_what_is_frozen_is_not(
         assert torch.equal(model.lm_head.weight, head)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("train", ["full", "lora", "projector"])
 def test_a_bfloat16_student_has_the_losses_of_a_float32_one_and_is_exported_in_bfloat16(
     tmp_path: Path, cache_folder: Path, world: Path, train: Any

@@ -14,7 +14,7 @@ from torch import nn
 
 from student_train.config import FitConfig, LossSpec, StudentConfig, TrainConfig, check_fit_config
 from student_train.feed.batch import StudentBatch, pack_lines
-from student_train.feed.loader import make_loader
+from student_train.feed.loader import make_loader, on_device
 from student_train.feed.step_plan import MicroBatch
 from student_train.training.schedule import step_seed
 from student_train.training.setup import make_optimizer
@@ -64,6 +64,31 @@ def assert_same(config: FitConfig, other: FitConfig) -> None:
     for name, gradient in gradients.items():
         close = within(operations=2 * MODEL, scale=gradient.abs().max())
         torch.testing.assert_close(other_gradients[name], gradient, **close)
+
+
+def tensors(batch: StudentBatch) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    batch.map(lambda tensor: found.append(tensor) or tensor)
+    return found
+
+
+@pytest.mark.gpu
+def test_batches_arrive_on_the_device_as_the_loader_made_them(config: FitConfig, device: str) -> None:
+    run = Run.prepare(variant(config, "arrived"))
+    loader = make_loader(run.dataset, run.plan, range(run.plan.steps), 0, 1, 0, device == "cuda")
+    for (micro, arrived), (asked, made) in zip(on_device(loader, torch.device(device)), batches(run), strict=True):
+        assert micro == asked
+        for there, here in zip(tensors(arrived), tensors(made), strict=True):
+            assert there.device.type == device
+            assert torch.equal(there.cpu(), here)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_wait_for_the_device_in_pinned_memory(config: FitConfig, cuda: str, workers: int) -> None:
+    run = Run.prepare(variant(config, f"pinned-{workers}"))
+    for _, batch in make_loader(run.dataset, run.plan, range(run.plan.steps), 0, 1, workers, True):
+        assert all(tensor.is_pinned() for tensor in tensors(batch) if tensor.numel())
 
 
 ALL_TOKENS = (

@@ -23,11 +23,12 @@ def _logits(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(0, 4, (rows, vocabulary)).astype(np.float32))
 
 
+@pytest.mark.gpu
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 6), st.integers(2, 50), st.integers(1, 60), st.integers(0, 99))
-def test_row_signals_equal_dense_float64(rows, vocabulary, k, seed):
+@given(rows=st.integers(1, 6), vocabulary=st.integers(2, 50), k=st.integers(1, 60), seed=st.integers(0, 99))
+def test_row_signals_equal_dense_float64(rows, vocabulary, k, seed, device):
     logits = _logits(rows, vocabulary, seed)
-    found = row_signals(logits, min(k, vocabulary), GRID)
+    found = {n: a.cpu() for n, a in row_signals(logits.to(device), min(k, vocabulary), GRID).items()}
     dense = logits.double().numpy()
     lse = np.log(np.exp(dense).sum(-1))
     order = np.argsort(-dense, axis=-1, kind="stable")[:, : min(k, vocabulary)]

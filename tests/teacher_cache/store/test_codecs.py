@@ -43,22 +43,24 @@ def kl(states: np.ndarray, decoded: np.ndarray, head: np.ndarray) -> float:
     return float((exact.exp() * (exact - other)).sum(-1).mean())
 
 
+@pytest.mark.gpu
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(CODECS),
-    st.lists(st.integers(0, 4), min_size=1, max_size=2),
-    st.integers(1, 70),
-    st.booleans(),
-    st.integers(0, 99),
+    codec=st.sampled_from(CODECS),
+    lead=st.lists(st.integers(0, 4), min_size=1, max_size=2),
+    width=st.integers(1, 70),
+    pca=st.booleans(),
+    seed=st.integers(0, 99),
 )
-def test_torch_and_numpy_decode_the_same(codec, lead, width, pca, seed):
+def test_torch_and_numpy_decode_the_same(codec, lead, width, pca, seed, device):
     random = np.random.default_rng(seed)
     calibration = peaked_states(width + 5, width, seed)
     scales = fit_channel_scales(calibration, codec, max(1, width // 2) if pca else 0)
-    states = torch.from_numpy((random.normal(size=(*lead, width)) * 3).astype(np.float32))
+    states = torch.from_numpy((random.normal(size=(*lead, width)) * 3).astype(np.float32)).to(device)
     codes, row_scale = encode(states, codec, scales)
-    plain = decode(codes.numpy(), None if row_scale is None else row_scale.numpy(), codec, scales)
-    on_device = decode(codes, row_scale, codec, scales).numpy()
+    bare = codes.view(torch.int16).cpu().view(codes.dtype) if codec == "bfloat16" else codes.cpu()
+    plain = decode(bare.numpy(), None if row_scale is None else row_scale.cpu().numpy(), codec, scales)
+    on_device = decode(codes, row_scale, codec, scales).cpu().numpy()
     assert plain.shape == on_device.shape == (*lead, width)
     assert plain.dtype == on_device.dtype == np.float32
     np.testing.assert_allclose(on_device, plain, **within(operations=1 + width, scale=np.abs(plain).max(initial=1)))

@@ -1,4 +1,4 @@
-"""What is captured does not depend on how samples were batched: ``score_batch_tokens`` only changes speed."""
+"""What is captured does not depend on how samples were batched, nor on the device: both only change speed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ STORED = ("topk_logprobs", "hidden", "visual")
 """In float16: a value on a rounding border may fall to the other side."""
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("budget", [1, 300, 100_000])
 def test_capture_does_not_change_with_score_batch_tokens(
-    cache_config: CacheConfig, cache_folder: Path, tmp_path: Path, budget: int
+    cache_config: CacheConfig, cache_folder: Path, tmp_path: Path, budget: int, device: str
 ) -> None:
-    speed = replace(cache_config.speed, score_batch_tokens=budget, head_rows=1 + budget // 7)
+    speed = replace(cache_config.speed, device=device, score_batch_tokens=budget, head_rows=1 + budget // 7)
     data = replace(cache_config.data, max_samples=20)
     config = replace(cache_config, output=str(tmp_path / "cache"), speed=speed, data=data)
     build_cache(config, style="quiet")
