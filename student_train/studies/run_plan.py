@@ -25,7 +25,7 @@ from student_train.students.processor import check_image_mode, image_mode
 from student_train.studies.plan_sources import distils, epoch_of, source_manifest
 from teacher_cache.data.images import image_tokens_of
 from teacher_cache.data.units import bytes_text
-from teacher_cache.models.model_sizes import FLOAT32_FLOPS, HALF_FLOPS, NF4, parameter_bytes
+from teacher_cache.models.model_sizes import CARD, NF4, parameter_bytes
 from teacher_cache.models.parts import lora_targets, parts_of
 from teacher_cache.store.manifest import Manifest
 
@@ -78,11 +78,11 @@ class RunPlan:
 
     @property
     def gpu_hours(self) -> float:
-        return self.flops / (HALF_FLOPS if self.half else FLOAT32_FLOPS) / 3600
+        return self.flops / (CARD.half_flops if self.half else CARD.float32_flops) / 3600
 
     @property
     def online_hours(self) -> float:
-        return self.teacher_flops / HALF_FLOPS / 3600
+        return self.teacher_flops / CARD.half_flops / 3600
 
     def lines(self) -> list[tuple[str, Any]]:
         shape = f"width {self.width:,}, {self.layers} layers, {self.vocabulary:,} ids, {self.image_tokens} image tokens"
@@ -108,8 +108,8 @@ class RunPlan:
 
 ASSUMPTION = (
     "assumption",
-    f"{HALF_FLOPS / 1e12:.0f} TFLOP/s a GPU in 16 bits, {FLOAT32_FLOPS / 1e12:g} in float32 (an A100 at 40 %); 2, 4 "
-    "and 2 FLOP a parameter and token forward, backward and for checkpointing; no loss, loader or evaluation time",
+    f"{CARD.half_flops / 1e12:.0f} TFLOP/s a GPU in 16 bits, {CARD.float32_flops / 1e12:g} in float32 ({CARD.basis}); "
+    "2, 4 and 2 FLOP a parameter and token forward, backward and for checkpointing; no loss, loader or evaluation time",
 )
 IN_FLOAT32 = " in float32 (train.mixed_precision=bf16 takes a sixteenth)"
 

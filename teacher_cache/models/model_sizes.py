@@ -10,10 +10,34 @@ from typing import Any
 GB = 10**9
 GPU_SIZES = (16, 24, 40, 48, 80, 141)
 """GB of GPUs that people have."""
-HALF_FLOPS, FLOAT32_FLOPS = 0.4 * 312e12, 0.4 * 19.5e12
-"""Of one A100 at 40 % of its arithmetic: what training, and reading by a teacher, are counted with."""
-READ_BYTES_PER_SECOND = 0.55 * 2e12
-"""Of one A100's memory, at 55 %: what writing answers is bound by."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A second of one GPU: FLOP in 16 bits and in float32, with which training, and reading by a teacher, are counted;
+    bytes read of its memory, which writing answers is bound by. ``date``: of the measurement, or of the data sheet."""
+
+    name: str
+    half_flops: float
+    float32_flops: float
+    read_bytes: float
+    source: str
+    date: str
+
+    @property
+    def basis(self) -> str:
+        return f"one {self.name}, {self.source} ({self.date})"
+
+
+CARD = Card(
+    name="A100 SXM 80 GB",
+    half_flops=0.4 * 312e12,
+    float32_flops=0.4 * 19.5e12,
+    read_bytes=0.55 * 2.039e12,
+    source="not measured: its data sheet at 40 % of arithmetic and 55 % of memory",
+    date="June 2021",
+)
+"""What the hours of both plans are counted with."""
 
 GROUPS_OF_128 = 0.5 + (2 + 0.5) / 128
 """Bytes of a weight in AWQ and GPTQ: four bits; a float16 scale and four bits of zero point for every 128."""

@@ -12,10 +12,9 @@ from teacher_cache.data.rows import expanded_length
 from teacher_cache.data.units import bytes_text
 from teacher_cache.errors import ConfigError
 from teacher_cache.models.model_sizes import (
+    CARD,
     GB,
     GPU_SIZES,
-    HALF_FLOPS,
-    READ_BYTES_PER_SECOND,
     parameter_bytes,
     size_of,
 )
@@ -43,12 +42,11 @@ class Throughput:
 
 
 def assumed_throughput(weights: int) -> Throughput:
-    """An A100 that reads at 40 % of its arithmetic, and writes 64 answers at once at 55 % of its memory bandwidth. For
-    13B: 4,800 and 2,700 tokens/s."""
+    """:data:`CARD`, which writes 64 answers at once. For 13B: 4,800 and 2,800 tokens/s."""
     return Throughput(
-        read_tokens_per_second=HALF_FLOPS / (2 * weights),
-        write_tokens_per_second=READ_BYTES_PER_SECOND / (2 * weights) * 64,
-        source="assumed for one A100, batches of 64; plan --like takes what a cache of yours took",
+        read_tokens_per_second=CARD.half_flops / (2 * weights),
+        write_tokens_per_second=CARD.read_bytes / (2 * weights) * 64,
+        source=f"{CARD.basis}, batches of 64; plan --like takes what a cache of yours took",
     )
 
 
