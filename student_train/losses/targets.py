@@ -5,7 +5,6 @@ States stay quantised until a chunk of rows is asked for, so a batch's targets t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -126,15 +125,17 @@ class RowTargets:
         sample without an image, or of which one group would be all, keeps the weights it has.
         """
         advantage = _present(self.advantage, "advantage", "advantage_share")
-        factors = torch.ones_like(advantage)
-        for sample in torch.unique(owner):
-            mine = (owner == sample).nonzero().squeeze(-1)
-            order = mine[advantage[mine].argsort(descending=True, stable=True)]
-            high = math.ceil(share * len(mine))
-            if high < len(mine) and advantage[mine].any():
-                factors[order[:high]] = len(mine) / (2 * high)
-                factors[order[high:]] = len(mine) / (2 * (len(mine) - high))
-        return factors
+        falling = advantage.argsort(descending=True, stable=True)
+        order = falling[owner[falling].argsort(stable=True)]  # sample by sample, without a loop that asks the device
+        owners, image = owner[order], (advantage[order] != 0).cumsum(0)
+        first, after = torch.searchsorted(owners, owners), torch.searchsorted(owners, owners, right=True)
+        rows = (after - first).double()
+        high = (share * rows).ceil()
+        place = torch.arange(len(owners), device=owners.device) - first
+        sees = image[after - 1] - image[first] + (advantage[order][first] != 0) > 0
+        halved = torch.where(place < high, rows / (2 * high), rows / (2 * (rows - high)))
+        factors = torch.where(sees & (high < rows), halved, 1.0).to(advantage.dtype)
+        return torch.empty_like(advantage).scatter_(0, order, factors)
 
     def draws(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Of these rows: sampled ids, their counts, and the teacher's entropy (nats)."""
