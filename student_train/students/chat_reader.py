@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import LlavaProcessor
 
 from student_train.students.lines import Ints, Line
 from teacher_cache.data.conversations import Conversation
@@ -88,6 +89,8 @@ class ChatReader:
 
     def _widest(self) -> float:
         """No image takes more positions, texts between them counted; infinite where the processor does not say."""
+        if isinstance(self.chat.processor, LlavaProcessor):  # shows all in one size
+            return float(self.image_tokens)
         count = getattr(self.chat.processor, "_get_num_multimodal_tokens", None)  # vLLM asks this, too
         shapes = [[4096, 4096], [3072, 4096], [4096, 3072]]
         return 1.25 * max(count(image_sizes=shapes)["num_image_tokens"]) if count is not None else math.inf

@@ -25,7 +25,7 @@ from teacher_cache.store.reader import TeacherCache
 from teacher_cache.teachers.answerer import with_answerer
 from teacher_cache.teachers.torch_teacher import TorchTeacher
 from tests.fixtures.online import fit_config
-from tests.fixtures.tokenizers import SPECIAL, byte_level, metaspace
+from tests.fixtures.tiny_tokenizers import SPECIAL, byte_level, metaspace
 
 
 def copy_of(folder: Path, added: tuple[str, ...] = (), **settings: Any) -> Path:

@@ -24,7 +24,7 @@ from teacher_cache.errors import ConversationError, TemplateError
 from teacher_cache.models.chat import CAPTIONS, TEMPLATES, Chat, Sample
 from teacher_cache.models.pretrained import read_processor, read_tokenizer
 from tests.fixtures.families import FAMILIES, PALIGEMMA, Family, make_tokenizer
-from tests.fixtures.tokenizers import CONVERSATION, SPECIAL, byte_level, metaspace
+from tests.fixtures.tiny_tokenizers import CONVERSATION, SPECIAL, byte_level, metaspace
 
 Folder = Callable[[str], Path]
 PICTURES = [
