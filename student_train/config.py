@@ -123,6 +123,9 @@ class StudentConfig:
     student then takes that of its caches, whose ids it reads as they are."""
     template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
     """What is given to its chat template (``enable_thinking: false``)."""
+    image_processor: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Settings in place of its image processor's own, exported with it, as ``teacher.image_processor``:
+    ``{size: {shortest_edge: 3136, longest_edge: 602112}}``."""
     image_mode: Literal["auto", "pad", "crop"] = "auto"
     """``pad``: to a square with the mean colour, as LLaVA-1.5; ``crop``: what its processor does otherwise (CLIP's cuts
     the centre out). ``auto``: as the caches' teacher saw them; without a cache, as the student's processor does."""

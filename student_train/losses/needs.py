@@ -39,11 +39,25 @@ def check_losses(specs: Sequence[LossSpec], manifest: Manifest, url: str) -> Non
                 f"{' or '.join(wanted)}, the cache has {visual}. Build one with that signal (teacher-cache plan prices "
                 "it), or leave the loss out"
             )
+        if spec.pool and not _shows_squares(manifest):
+            raise ConfigError(
+                f"losses: {spec.label} with pool: {spec.pool}: the teacher of {url} reads images in grids of their own "
+                "shape, and only a square one can be pooled. Leave pool out, and take a student with the teacher's "
+                "image processor"
+            )
         if isinstance(spec.entry, Logits) and spec.source == "topk" and spec.temperature not in grid:
             raise ConfigError(
                 f"losses: {spec.name} at temperature {spec.temperature:g} from top-k is exact only on the cache's grid "
                 f"{grid}. Take one of these, or source: exact"
             )
+
+
+def _shows_squares(manifest: Manifest) -> bool:
+    """Whether the teacher's processor makes one square of every image; a plan's manifest does not say."""
+    image = manifest.teacher.get("processor", {}).get("image", {})
+    size = image.get("crop_size") or image.get("size") or {"height": 0, "width": 0}
+    several = ("crop_to_patches", "image_grid_pinpoints", "do_image_splitting", "do_pan_and_scan")
+    return "height" in size and size["height"] == size.get("width") and not any(image.get(name) for name in several)
 
 
 def check_shared(specs: Sequence[LossSpec], teacher: int, student: int, visual: str, url: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from student_train.config import FitConfig, StudentConfig
 from student_train.losses.catalogue import LossSpec
 from teacher_cache.errors import CacheError, ConfigError, TemplateError
 from teacher_cache.models.chat import Chat
+from teacher_cache.models.processor_settings import processor_settings
 from teacher_cache.store.manifest import Manifest
 
 _IMAGE_SETTINGS = (
@@ -64,6 +66,28 @@ def check_image_mode(specs: Sequence[LossSpec], mode: str, manifest: Manifest, u
             f"positions that {', '.join(on_images)} compare show different parts of the image. Set "
             f"student.image_mode={seen}, or leave these losses out"
         )
+
+
+_COLOURS = {"do_convert_rgb", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample"}
+"""Settings that do not change which part of an image a position shows."""
+
+
+def check_same_images(specs: Sequence[LossSpec], processor: Any, manifest: Manifest, url: str) -> None:
+    """Refuse to compare image positions, one by one, of two processors that cut images in another way: of as many
+    positions, too, those of a row of 8 x 32 are not those of a square."""
+    theirs = manifest.teacher.get("processor", {}).get("image", {})
+    on_images = [spec.label for spec in specs if spec.on_images]
+    if not (on_images and theirs and hasattr(processor, "image_processor")):
+        return
+    ours = processor_settings(processor)["image"]
+    for name in sorted({*ours, *theirs} - _COLOURS):
+        one, other = (re.sub("(Pil|Fast)$", "", str(side.get(name, "none"))) for side in (theirs, ours))
+        if one != other:
+            raise CacheError(
+                f"{url}: its teacher's image processor has {name}: {one}, the student's {other}, so the image "
+                f"positions that {', '.join(on_images)} compare need not show the same parts of the image. Set "
+                "student.image_processor as the teacher's, or leave these losses out"
+            )
 
 
 def own_image_mode(image_processor: Any) -> str:

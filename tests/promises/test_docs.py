@@ -15,6 +15,7 @@ import typer
 
 from student_train.cli import app as student_app
 from teacher_cache.cli import app as cache_app
+from tests.fixtures.families import family_table
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -85,3 +86,7 @@ def test_the_walks_of_the_design_pass_what_is_there() -> None:
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         defined = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
         assert set(re.findall(r"\w+", names)) <= defined, (file, names)
+
+
+def test_the_families_of_the_how_to_are_those_of_the_tests() -> None:
+    assert family_table() in (ROOT / "docs" / "how-to.md").read_text(encoding="utf-8"), family_table()
