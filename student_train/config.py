@@ -67,6 +67,8 @@ class SourceConfig:
     """How much of it."""
     share: Positive = 1.0
     """Part of this source seen in an epoch (0.5: a fresh half every epoch; 2: twice)."""
+    weight: Positive = 1.0
+    """What one of its samples counts in every loss, beside one of another source."""
     max_samples: AtLeast0 = 0
     """The first so many samples; 0 takes all."""
     prefetch_folder: str = ""

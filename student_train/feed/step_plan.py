@@ -47,12 +47,19 @@ class StepPlan:
     """The order of training: which (source, sample) make each global batch, for all epochs."""
 
     def __init__(
-        self, sources: Sequence[Source], shares: Sequence[float], config: TrainConfig, image_tokens: int
+        self,
+        sources: Sequence[Source],
+        shares: Sequence[float],
+        config: TrainConfig,
+        image_tokens: int,
+        weights: Sequence[float] = (),
     ) -> None:
+        """``shares``: how much of each source an epoch sees; ``weights``: what one of its samples counts (1)."""
         self._config, self._shares, self._image_tokens = config, list(shares), image_tokens
         self._sources = list(sources)
         self._sizes = [len(s) for s in sources]
         self._offsets = np.concatenate([[0], np.cumsum(self._sizes)])
+        self._source_weights = np.repeat(np.array(weights or [1.0] * len(sources)), self._sizes)
         self._rows = np.concatenate([s.rows for s in sources])
         self._positions = np.concatenate([s.positions for s in sources])
         self._images = np.concatenate([s.image_counts for s in sources])
@@ -159,12 +166,12 @@ class StepPlan:
         return chunks
 
     def _weights(self, numbers: Ints) -> dict[int, Weights]:
-        rows, positions = self._rows[numbers], self._positions[numbers]
-        images = self._images[numbers]
-        tokens = positions + images * self._image_tokens
-        row, position, image, token = (1.0 / max(int(c.sum()), 1) for c in (rows, positions, images, tokens))
-        each = Weights(row, position, image, token, sample=1.0 / len(numbers))
-        return {int(n): each for n in numbers}
+        """Of each sample of a global batch: its source's weight, over what all that is counted in the batch weighs."""
+        own = self._source_weights[numbers]  # (samples,)
+        rows, positions, images = self._rows[numbers], self._positions[numbers], self._images[numbers]
+        counts = (rows, positions, images, positions + images * self._image_tokens, np.ones_like(rows))
+        each = [1.0 / total if (total := float(own @ count)) else 1.0 for count in counts]
+        return {int(n): Weights(*(weight * x for x in each)) for n, weight in zip(numbers, own.tolist(), strict=True)}
 
     def _source_of(self, number: int) -> int:
         return int(np.searchsorted(self._offsets, number, side="right")) - 1

@@ -217,6 +217,18 @@ def test_one_source_twice_gives_the_same_gradients_as_once(tmp_path: Path) -> No
     assert_close(found, expected)  # every sample comes twice among twice as many rows
 
 
+def test_a_sample_of_weight_three_counts_as_much_as_three_of_it(tmp_path: Path) -> None:
+    """Beside samples of another source, in losses of rows, of samples, of text and image positions."""
+    specs = [LossSpec("cross_entropy"), LossSpec("forward_kl", average="sample"), LossSpec("hidden_mse", tokens="all")]
+    config = fit_config(specs, tmp_path, global_batch=128)
+    other, some = config.sources[0], dataclasses.replace(config.sources[0], max_samples=13)
+    found = []
+    for source in (dataclasses.replace(some, weight=3.0), dataclasses.replace(some, share=3.0)):
+        run = Run.prepare(dataclasses.replace(config, sources=(source, other)))
+        found.append(offline_gradients(run)[1])
+    assert_close(*found)
+
+
 def test_share_of_a_source_is_drawn_anew_each_epoch(tmp_path: Path) -> None:
     config = fit_config([LossSpec("cross_entropy")], tmp_path, global_batch=128)
     source = config.sources[0]
