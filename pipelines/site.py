@@ -1,12 +1,13 @@
 """The site: every page of ``docs``, and a reference made of the code itself. Nothing of it is kept.
 
-    make site            # python -m pipelines.site runs/site; open runs/site/html/index.html
+    make site            # then: python -m http.server --directory runs/site/html
 
 Configuration keys come from the pydantic models, Python names from ``__all__`` and docstrings, commands from typer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
@@ -53,6 +54,7 @@ def main(folder: Path = Path("runs/site")) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     write_pages(folder / "pages")
     build(folder)
+    typer.echo(f"{folder}/html: python -m http.server --directory {folder}/html")
 
 
 def write_pages(folder: Path) -> None:
@@ -162,7 +164,7 @@ def python_names() -> str:
     parts = ["# Python"]
     for package in ("teacher_cache", "student_train"):
         module = importlib.import_module(package)
-        parts += [f"## {package}", inspect.cleandoc(module.__doc__ or "")]
+        parts += [f"## {package}", _markdown(inspect.getdoc(module) or "")]
         for name in getattr(module, "__all__", ()):
             thing = getattr(module, name)
             if not isinstance(thing, str):
@@ -172,28 +174,28 @@ def python_names() -> str:
 
 def _described(thing: Any, name: str, mark: str) -> Iterator[str]:
     yield f"{mark} {name}"
-    if callable(thing):
+    with contextlib.suppress(TypeError, ValueError):  # a module has none, nor has a subclass of dict
         yield f"```python\n{name.rpartition('.')[2]}{inspect.signature(thing)}\n```"
-    yield _indented(inspect.getdoc(thing) or "")
-    if not inspect.isclass(thing):
-        return
-    for method, value in vars(thing).items():
-        if not method.startswith("_") and (callable(value) or isinstance(value, property | classmethod)):
-            value = value.fget if isinstance(value, property) else getattr(thing, method)
-            if inspect.getdoc(value):
-                yield from _described(value, f"{name}.{method}", mark + "#")
+    yield _markdown(inspect.getdoc(thing) or "")
+    for inner, value in vars(thing).items() if inspect.isclass(thing) or inspect.ismodule(thing) else ():
+        if inspect.ismodule(thing) and getattr(value, "__module__", "") != thing.__name__:
+            continue
+        value = value.fget if isinstance(value, property) else getattr(thing, inner)
+        if not inner.startswith("_") and callable(value) and inspect.getdoc(value):
+            yield from _described(value, f"{name}.{inner}", mark + "#")
 
 
-def _indented(text: str) -> str:
-    """reStructuredText as our docstrings use it, in Markdown."""
-    text = re.sub(r"^(\w[\w ]*)\n-{3,}$", r"**\1**", text, flags=re.M)
-    text = re.sub(r"(^>>> .*(?:\n.+)*)", r"~~~pycon\n\1\n~~~", text, flags=re.M)
-    return re.sub(r":\w+:`([^`]+)`", r"`\1`", text.replace("``", "`"))
+def _markdown(text: str) -> str:
+    """reStructuredText as our docstrings use it, in Markdown: sections, errors and when they are raised, examples."""
+    text = re.sub(r":\w+:`([^`]+)`", r"`\1`", text.replace("``", "`"))
+    text = re.sub(r"^(\w[\w ]*)\n-{3,}$", r"**\1**\n", text, flags=re.M)
+    text = re.sub(r"^([A-Z]\w*(?:, \w+)*)\n    (?=\S)", r"\n`\1`: ", text, flags=re.M)
+    return re.sub(r"^>>> .*?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", text, flags=re.M | re.S)
 
 
 def _flowing(text: str) -> str:
     """One paragraph, without the examples."""
-    return " ".join(_indented(text.partition(">>>")[0]).split())
+    return " ".join(_markdown(text.partition(">>>")[0]).split())
 
 
 def results() -> list[str]:
