@@ -160,7 +160,7 @@ def block(run: Run, first: int, steps: int) -> Cost:
     """Steps ``first`` … of the trainer's own loop, its loader included."""
     train = replace(run.config.train, max_steps=first + steps)
     sources = run.dataset.sources
-    run.plan = StepPlan(sources, [1.0] * len(sources), train, run.dataset.reader.image_tokens)
+    run.plan = StepPlan(sources, run.config.sources, train, run.dataset.reader.image_tokens)
     run.step, run.seconds, run.waiting = first, 0.0, 0.0
     wall, cpu = time.perf_counter(), time.process_time()
     run.train("quiet")

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from student_train.config import TrainConfig
+from student_train.config import SourceConfig, TrainConfig
 from student_train.feed.batch import NOTHING, Weights
 from student_train.feed.order import BLOCK_SHARDS, Order, Samples, epoch_batches, rank_part, shards_of, steps_per_epoch
 from student_train.feed.raw import Source
@@ -47,19 +47,13 @@ class StepPlan:
     """The order of training: which (source, sample) make each global batch, for all epochs."""
 
     def __init__(
-        self,
-        sources: Sequence[Source],
-        shares: Sequence[float],
-        config: TrainConfig,
-        image_tokens: int,
-        weights: Sequence[float] = (),
+        self, sources: Sequence[Source], settings: Sequence[SourceConfig], config: TrainConfig, image_tokens: int
     ) -> None:
-        """``shares``: how much of each source an epoch sees; ``weights``: what one of its samples counts (1)."""
-        self._config, self._shares, self._image_tokens = config, list(shares), image_tokens
+        self._config, self._shares, self._image_tokens = config, [s.share for s in settings], image_tokens
         self._sources = list(sources)
         self._sizes = [len(s) for s in sources]
         self._offsets = np.concatenate([[0], np.cumsum(self._sizes)])
-        self._source_weights = np.repeat(np.array(weights or [1.0] * len(sources)), self._sizes)
+        self._source_weights = np.repeat([s.weight for s in settings], self._sizes)  # (samples,)
         self._rows = np.concatenate([s.rows for s in sources])
         self._positions = np.concatenate([s.positions for s in sources])
         self._images = np.concatenate([s.image_counts for s in sources])

@@ -82,7 +82,7 @@ class CacheDataset(Dataset[Sample]):
             sources = open_sources(config, reader)
             reader = with_own_images(config, sources, reader)
         if not isinstance(reader, ChatReader):  # which looks at each sample that it writes
-            plan = StepPlan(sources, [1.0], config.train, reader.image_tokens)
+            plan = StepPlan(sources, config.sources, config.train, reader.image_tokens)
             plan.check_positions(position_limit(facts.config))
         (source,) = sources
         assert isinstance(source, CacheSource)

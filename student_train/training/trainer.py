@@ -126,8 +126,7 @@ class Run:
         reader = with_own_images(config, sources, reader)
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
-        shares, weights = [s.share for s in config.sources], [s.weight for s in config.sources]
-        plan = StepPlan(sources, shares, train, reader.image_tokens, weights)
+        plan = StepPlan(sources, config.sources, train, reader.image_tokens)
         if not isinstance(reader, ChatReader):  # which looks at each sample that it writes
             plan.check_positions(position_limit(model.config))
         features = tower_features(config, model, sources, reader, accelerator)
