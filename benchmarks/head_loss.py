@@ -2,7 +2,7 @@
 
     python -m benchmarks.head_loss                 # a 100M-parameter student, V = 32,000, 4,096 rows for the memory
     python -m benchmarks.head_loss --small         # seconds, any machine
-    python -m benchmarks.head_loss --device cuda
+    python -m benchmarks.head_loss --device cuda   # on a GPU: beside Liger Kernel's fused losses (benchmarks/liger.py)
 
 All variants run in one process, interleaved; memory is measured in a fresh process a
 variant. Targets are as a cache stores them: top-64 in float16, states of a teacher twice as wide in int8.
@@ -273,8 +273,14 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps({"bytes": measure(*arguments.measure, sizes, arguments.device, dtype)}))
         return
-    name = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {name}, {arguments.dtype} products, float32 sums")
+    if arguments.device == "cuda":
+        from benchmarks.liger import table  # which measures as we do here
+
+        for line in table("cuda", dtype):
+            print(line, flush=True)
+        return
     step_times(sizes, arguments.device, dtype)
     head_times(sizes, arguments.device, dtype)
     memory_table(sizes, arguments)

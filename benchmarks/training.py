@@ -2,23 +2,25 @@
 
     python -m benchmarks.training                  # 2 CPU cores: the tiny world, then a 100M student with V = 32,000
     python -m benchmarks.training --only tiny
-    python -m benchmarks.gpu                       # the same on a GPU: a 13B-shaped teacher, 2.7B and 1.4B students
+    python -m benchmarks.gpu                       # its parts on a GPU, at the papers' sizes
 
 One process, one student, one optimiser and one data set serve all arms, whose blocks of steps take turns; a ratio is
 the median over the rounds of (this arm's block / the cross-entropy block of the same round). A block is the trainer's
 own loop with a loader of its own, so loading counts in full, the first batch's too. Peak memory and the share of time
 spent waiting for data come from fresh processes, an arm each, of one longer run.
 
-    cross-entropy   plain fine-tuning on the cached answers
+    plain           fine-tuning on the cached answers: cross-entropy alone
     top-k           + forward KL from the stored top-k + hidden MSE
     exact           + forward KL over the whole vocabulary, from the stored states + hidden MSE
-    online          the same as exact, but the teacher is in memory and runs its forward pass in every step
+    teacher live    as exact, answers cached, but the teacher is in memory and runs its forward pass in every step
+    online          that, and the teacher answers the step's questions anew before it (on a GPU only)
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -39,7 +41,7 @@ import transformers
 from torch import Tensor
 
 from benchmarks.head_loss import peak, reset_peak
-from benchmarks.synthetic import Llm, Tower, WorldSize, write_data, write_model
+from benchmarks.synthetic import Shape, WorldSize, clip, decoder, weights_on, write_data, write_model
 from pipelines.tiny.prepare import TEACHER
 from pipelines.tiny.student import write_student
 from pipelines.tiny.world import write_world
@@ -52,7 +54,7 @@ from student_train.losses.targets import RowTargets, TeacherSide, decoded
 from student_train.training.inputs import side_of
 from student_train.training.objective import DistilledStudent
 from student_train.training.trainer import Run
-from teacher_cache.build.build import build_cache, open_teacher
+from teacher_cache.build.build import build_cache
 from teacher_cache.build.context import Build
 from teacher_cache.build.inputs import ReadSample
 from teacher_cache.build.signals import Extractor, wanted_states
@@ -84,12 +86,9 @@ CE, TOPK, EXACT, MSE = (
     LossSpec("forward_kl", source="exact"),
     LossSpec("hidden_mse"),
 )
-ARMS: dict[str, tuple[LossSpec, ...]] = {
-    "cross-entropy": (CE,),
-    "top-k": (CE, TOPK, MSE),
-    "exact": (CE, EXACT, MSE),
-    "online": (CE, EXACT, MSE),
-}
+CACHED: dict[str, tuple[LossSpec, ...]] = {"plain": (CE,), "top-k": (CE, TOPK, MSE), "exact": (CE, EXACT, MSE)}
+LIVE, ONLINE = "teacher live", "online"
+BARE = "bare scoring: log-probabilities of the answers"
 
 
 @dataclass(frozen=True)
@@ -100,48 +99,61 @@ class Case:
     folder: Path
     cache: CacheConfig
     fit: FitConfig
-    steps: int
-    rounds: int
-    long_steps: int
-    """Steps of the run in which memory and waiting are measured."""
     scored: int
     """Samples of the phase-one measurement."""
-    new_tokens: int
+    steps: int = 1
+    rounds: int = 1
+    long_steps: int = 1
+    """Steps of the run in which memory and waiting are measured."""
+
+    def teacher(self) -> TorchTeacher:
+        return TorchTeacher(self.cache.teacher, self.cache.generation, self.cache.speed)
 
 
 # The arms
 
 
-class OnlineStudent(DistilledStudent):
-    """The same student and losses with a live teacher: its forward pass in every step, nothing from a cache."""
+class LiveStudent(DistilledStudent):
+    """The same student and losses with a live teacher: its forward pass in every step, nothing from a cache.
+
+    Before each micro-batch it answers what ``asked`` gives next, if anything.
+    """
 
     live: TorchTeacher
+    asked: Iterator[list[AnswerRequest]]
 
     def _row_targets(self, batch: StudentBatch, teacher: TeacherSide | None) -> RowTargets:
         assert teacher is not None
+        if prompts := next(self.asked):
+            self.live.answer(prompts)
         model: Any = self.live._model
         with torch.no_grad():
-            out = model.model(**to_model(batch.fields, model), use_cache=False)
+            out = model.base_model(**to_model(batch.fields, model), use_cache=False)
         states = out.last_hidden_state[batch.row_sample, batch.row_position]
-        return RowTargets(answer_ids=batch.answer_ids, hidden=decoded(states), head=teacher.head)
+        return RowTargets(
+            answer_ids=batch.answer_ids,
+            hidden=decoded(states),
+            head=teacher.head,
+            vocabulary=teacher.vocabulary,
+            rule=teacher.rule,
+        )
 
 
 def arm(name: str, case: Case, shared: Run | None, live: TorchTeacher | None) -> Run:
     """A run of the arm's losses over the model and the optimiser of ``shared``, or over its own."""
-    losses = ARMS[name]
+    losses = CACHED.get(name, CACHED["exact"])
     config = replace(case.fit, output=str(case.folder / "runs" / name), losses=losses)
     run = Run.prepare(config) if shared is None else shared
     sources = open_sources(config, run.dataset.reader)
-    if name == "online":  # the teacher is asked, not the cache
-        sources = open_sources(replace(config, losses=(CE,)), run.dataset.reader)
-    model = run.student.model
+    if live is not None:  # the teacher is asked, not the cache
+        sources = open_sources(replace(config, losses=CACHED["plain"]), run.dataset.reader)
+    model = run.accelerator.unwrap_model(run.student).model
     teachers = [side_of(config, source, model, run.accelerator.device) for source in sources]
-    kind = OnlineStudent if name == "online" else DistilledStudent
+    kind = DistilledStudent if live is None else LiveStudent
     tokens = run.dataset.reader.image_tokens
     student = kind(model, losses, teachers, head_rows=config.train.head_rows, image_tokens=tokens)
-    if isinstance(student, OnlineStudent):
-        assert live is not None
-        student.__dict__["live"] = live  # not a submodule: nothing of it is trained
+    if live is not None:  # not a submodule: nothing of it is trained
+        student.__dict__.update(live=live, asked=asked(case, live) if name == ONLINE else itertools.repeat([]))
     if len(student.projectors):
         student.projectors = run.student.projectors
     student = run.accelerator.prepare_model(student)  # products in the same numbers as in training
@@ -150,31 +162,42 @@ def arm(name: str, case: Case, shared: Run | None, live: TorchTeacher | None) ->
     return replace(run, config=config, student=student, dataset=dataset, folder=Path(config.output))
 
 
+def asked(case: Case, teacher: TorchTeacher) -> Iterator[list[AnswerRequest]]:
+    """The questions of a step all at once, before its first micro-batch, for ever."""
+    prompts, train = PhaseOne.prepare(case, teacher).prompts, case.fit.train
+    for start in itertools.cycle(range(0, len(prompts), train.global_batch)):
+        yield prompts[start : start + train.global_batch]
+        yield from itertools.repeat([], -(-train.global_batch // train.micro_batch) - 1)
+
+
 @dataclass(frozen=True)
 class Cost:
     wall: float
     cpu: float
 
 
-def block(run: Run, first: int, steps: int) -> Cost:
-    """Steps ``first`` … of the trainer's own loop, its loader included."""
+def set_steps(run: Run, first: int, steps: int) -> None:
+    """Let ``run.train`` make steps ``first`` …, its clocks at zero."""
     train = replace(run.config.train, max_steps=first + steps)
     sources = run.dataset.sources
     run.plan = StepPlan(sources, run.config.sources, train, run.dataset.reader.image_tokens)
     run.step, run.seconds, run.waiting = first, 0.0, 0.0
+
+
+def block(run: Run, first: int, steps: int) -> Cost:
+    """Steps ``first`` … of the trainer's own loop, its loader included."""
+    set_steps(run, first, steps)
     wall, cpu = time.perf_counter(), time.process_time()
     run.train("quiet")
-    if run.accelerator.device.type == "cuda":
-        torch.cuda.synchronize()
     return Cost((time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps)
 
 
 def step_costs(case: Case) -> dict[str, list[Cost]]:
     """By arm, the cost of one step in each round; the first round warms up and is left out."""
-    live = TorchTeacher(case.cache.teacher, case.cache.generation, case.cache.speed)
-    shared = Run.prepare(replace(case.fit, losses=ARMS["exact"]))
-    runs = {name: arm(name, case, shared, live) for name in ARMS}
-    costs: dict[str, list[Cost]] = {name: [] for name in ARMS}
+    live = case.teacher()
+    shared = Run.prepare(replace(case.fit, losses=CACHED["exact"]))
+    runs = {name: arm(name, case, shared, live if name == LIVE else None) for name in (*CACHED, LIVE)}
+    costs: dict[str, list[Cost]] = {name: [] for name in runs}
     for number in range(case.rounds + 1):
         for name, run in runs.items():
             cost = block(run, number * case.steps, case.steps)
@@ -186,13 +209,11 @@ def step_costs(case: Case) -> dict[str, list[Cost]]:
 
 def long_run(name: str, case: Case) -> dict[str, float]:
     """Peak memory and the share of waiting of one arm alone; for a process of its own."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    live = TorchTeacher(case.cache.teacher, case.cache.generation, case.cache.speed) if name == "online" else None
-    run = arm(name, case, None, live)
+    run = arm(name, case, None, case.teacher() if name == LIVE else None)
     block(run, 0, 1)
-    reset_peak(device)
+    reset_peak("cpu")
     block(run, 1, case.long_steps)
-    return {"megabytes": peak(device) / 2**20, "waiting": run.waiting / run.seconds}
+    return {"megabytes": peak("cpu") / 2**20, "waiting": run.waiting / run.seconds}
 
 
 def in_fresh_process(case: Case, name: str) -> dict[str, float]:
@@ -213,27 +234,23 @@ def read_case(path: Path) -> Case:
     return Case(**{**plain, "folder": Path(plain["folder"])})
 
 
-def training_table(case: Case, *, memory: bool = True) -> list[str]:
+def training_table(case: Case) -> Iterator[str]:
     """Lines of Markdown: a row an arm."""
     costs = step_costs(case)
-    base, batch = costs["cross-entropy"], case.fit.train.global_batch
-    lines = [
-        "| arm | ms a step | samples/s | ratio (wall) | ratio (CPU time) | peak memory | waiting for data |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    base, batch = costs["plain"], case.fit.train.global_batch
+    yield "| arm | ms a step | samples/s | ratio (wall) | ratio (CPU time) | peak memory | waiting for data |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     for name, mine in costs.items():
-        wall = statistics.median(c.wall for c in mine)
-        ratios = [
-            statistics.median(getattr(c, kind) / getattr(b, kind) for c, b in zip(mine, base, strict=True))
-            for kind in ("wall", "cpu")
-        ]
-        alone = in_fresh_process(case, name) if memory else {"megabytes": float("nan"), "waiting": float("nan")}
-        lines.append(
-            f"| {name} | {wall * 1e3:,.0f} | {batch / wall:,.1f} | {ratios[0]:.2f} | {ratios[1]:.2f} | "
-            f"{alone['megabytes']:,.0f} MiB | {100 * alone['waiting']:.1f} % |"
+        wall, alone = statistics.median(c.wall for c in mine), in_fresh_process(case, name)
+        yield (
+            f"| {name} | {wall * 1e3:,.0f} | {batch / wall:,.1f} | {ratio(mine, base, 'wall'):.2f} | "
+            f"{ratio(mine, base, 'cpu'):.2f} | {alone['megabytes']:,.0f} MiB | {100 * alone['waiting']:.1f} % |"
         )
-        print(lines[-1], file=sys.stderr)
-    return lines
+
+
+def ratio(mine: Sequence[Cost], base: Sequence[Cost], kind: str) -> float:
+    """The median over the rounds of ``mine`` to ``base``."""
+    return statistics.median(getattr(c, kind) / getattr(b, kind) for c, b in zip(mine, base, strict=True))
 
 
 # Phase one
@@ -252,11 +269,9 @@ class PhaseOne:
     scratch: Storage
 
     @classmethod
-    def prepare(cls, case: Case) -> PhaseOne:
+    def prepare(cls, case: Case, teacher: TorchTeacher) -> PhaseOne:
         config = case.cache
         samples = spool(config.data, None)
-        teacher = open_teacher(config, samples, "quiet")
-        assert isinstance(teacher, TorchTeacher)
         storage = Storage(config.output)
         manifest = read_manifest(storage)
         requests, prompts = [], []
@@ -277,7 +292,7 @@ class PhaseOne:
     def ways(self) -> dict[str, Callable[[], object]]:
         return {
             "Transformers' forward, all logits": self.whole_forward,
-            "bare scoring: log-probabilities of the answers": self.bare,
+            BARE: self.bare,
             "scoring and capturing": self.capture,
             "scoring, capturing and writing": self.write,
         }
@@ -342,8 +357,8 @@ class PhaseOne:
             yield places, None
 
 
-def phase_one_table(case: Case) -> list[str]:
-    phase = PhaseOne.prepare(case)
+def phase_one_table(case: Case, teacher: TorchTeacher) -> Iterator[str]:
+    phase = PhaseOne.prepare(case, teacher)
     ways = phase.ways()
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
     for number in range(case.rounds + 1):
@@ -352,79 +367,70 @@ def phase_one_table(case: Case) -> list[str]:
             run()
             if number:
                 costs[name].append(Cost(time.perf_counter() - wall, time.process_time() - cpu))
-    base = costs["bare scoring: log-probabilities of the answers"]
     rows = int(sum(r.sample.loss_mask.sum() for r in phase.requests))
-    lines = [
-        f"{len(phase.requests)} samples, {phase.tokens:,} tokens, {rows:,} answer rows",
-        "",
-        "| pass | tokens/s | ratio (wall) | ratio (CPU time) |",
-        "| --- | --- | --- | --- |",
-    ]
+    yield f"{len(phase.requests)} samples, {phase.tokens:,} tokens, {rows:,} answer rows"
+    yield ""
+    yield "| pass | tokens/s | ratio (wall) | ratio (CPU time) |"
+    yield "| --- | --- | --- | --- |"
     for name, mine in costs.items():
-        wall, cpu = (
-            statistics.median(getattr(c, kind) / getattr(b, kind) for c, b in zip(mine, base, strict=True))
-            for kind in ("wall", "cpu")
-        )
-        seconds = statistics.median(c.wall for c in mine)
-        lines.append(f"| {name} | {phase.tokens / seconds:,.0f} | {wall:.2f} | {cpu:.2f} |")
+        wall, cpu = (ratio(mine, costs[BARE], kind) for kind in ("wall", "cpu"))
+        yield f"| {name} | {phase.tokens / statistics.median(c.wall for c in mine):,.0f} | {wall:.2f} | {cpu:.2f} |"
     begin = time.perf_counter()
     produced = phase.answer()
-    lines.append(f"| answering ({produced:,} new tokens) | {produced / (time.perf_counter() - begin):,.1f} | | |")
-    phase.teacher.close()
+    yield f"| answering ({produced:,} new tokens) | {produced / (time.perf_counter() - begin):,.1f} | | |"
     shutil.rmtree(case.folder / "scratch", ignore_errors=True)
-    return lines
 
 
 # Cases
 
 
-def synthetic_case(
-    name: str,
-    folder: Path,
-    *,
-    teacher: Llm,
-    student: Llm,
-    tower: Tower,
-    world: WorldSize,
-    dtype: str,
-    batch: int,
-    top_k: int = 64,
-    steps: int = 4,
-    rounds: int = 5,
-    long_steps: int = 20,
-    scored: int = 32,
-    new_tokens: int = 16,
-    gradient_checkpointing: bool = False,
-) -> Case:
-    """A teacher and a student with random weights over one random world, and the teacher's cache of it.
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and a student with random weights over one random world; ``batch`` samples a step, ``micro`` at once;
+    ``scored`` samples for phase one, answers of ``new_tokens``."""
 
-    The original answers are kept: what a random teacher says has random length.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_data(folder, world)
-    kind = getattr(torch, dtype)
-    for part, llm in (("teacher", teacher), ("student", student)):
-        size = write_model(folder / part, llm, tower, world.vocabulary, kind, device)
-        print(f"{name}: {part} of {size / 1e6:,.0f}M parameters", file=sys.stderr)
+    name: str
+    teacher: Shape
+    student: Shape
+    world: WorldSize
+    dtype: str
+    batch: int
+    micro: int
+    scored: int
+    new_tokens: int
+    top_k: int = 64
+
+
+def case_of(pair: Pair, folder: Path, **blocks: int) -> Case:
+    """The files of a pair but for its cache, which keeps original answers: a random teacher's have random length."""
+    if not (folder / "data.json").is_file():
+        write_data(folder, pair.world)
+        write_model(folder / "teacher", pair.teacher)
+    write_model(folder / pair.name, pair.student)
+    llava = pair.teacher.family == "llava"
     cache = CacheConfig(
         output=str(folder / "cache"),
         data=DataConfig(str(folder / "data.json"), str(folder / "images"), regenerate="none"),
-        teacher=TeacherConfig(str(folder / "teacher"), backend="torch", dtype=dtype, chat_template="tiny"),
-        generation=GenerationConfig(max_new_tokens=new_tokens),
-        signals=SignalsConfig(top_k=top_k),
-        speed=SpeedConfig(score_batch_tokens=16384 if device == "cuda" else 2048),
+        teacher=TeacherConfig(
+            str(folder / "teacher"), backend="torch", dtype=pair.dtype, chat_template="vicuna_v1" if llava else ""
+        ),
+        generation=GenerationConfig(max_new_tokens=pair.new_tokens),
+        signals=SignalsConfig(top_k=pair.top_k),
+        speed=SpeedConfig(score_batch_tokens=16384 if torch.cuda.is_available() else 2048),
     )
     fit = FitConfig(
-        output=str(folder / "runs" / "shared"),
+        output=str(folder / "runs" / pair.name),
         sources=(SourceConfig(cache=cache.output, image_folder=cache.data.image_folder),),
-        student=StudentConfig(
-            model=str(folder / "student"), dtype=dtype, gradient_checkpointing=gradient_checkpointing
+        student=StudentConfig(model=str(folder / pair.name), dtype=pair.dtype),
+        train=TrainConfig(
+            global_batch=pair.batch,
+            micro_batch=pair.micro,
+            log_every=1000,
+            pixel_cache=0,
+            threads=torch.get_num_threads(),
         ),
-        train=TrainConfig(global_batch=batch, micro_batch=batch, log_every=1000, threads=torch.get_num_threads()),
     )
-    build_cache(cache, style="quiet")
-    return Case(name, folder, cache, fit, steps, rounds, long_steps, scored, new_tokens)
+    return Case(pair.name, folder, cache, fit, pair.scored, **blocks)
 
 
 def tiny_case(folder: Path, *, images: int = 120, rounds: int = 7, steps: int = 20, long_steps: int = 300) -> Case:
@@ -445,31 +451,34 @@ def tiny_case(folder: Path, *, images: int = 120, rounds: int = 7, steps: int = 
         student=StudentConfig(model=str(folder / "student")),
         train=TrainConfig(global_batch=32, micro_batch=32, log_every=1000, threads=torch.get_num_threads()),
     )
-    build_cache(cache, style="quiet")
-    return Case("tiny", folder, cache, fit, steps, rounds, long_steps, images, 16)
+    return Case("tiny", folder, cache, fit, images, steps, rounds, long_steps)
 
 
 def hundred_million(folder: Path, *, rounds: int = 5) -> Case:
     """A 100M-parameter student and a teacher of 500M, both with V = 32,000, on a CPU."""
-    return synthetic_case(
+    tower, images = clip(128, 2, 2, 168)
+    pair = Pair(
         "100M",
-        folder,
-        teacher=Llm(1280, 21, 3456, 20),
-        student=Llm(640, 12, 1728, 10),
-        tower=Tower(128, 2, 2, 168, 14),
-        world=WorldSize(32_000, 48, 25, 35),
+        teacher=Shape("llava", decoder(1280, 21, 3456, 20, 32_000), tower, images),
+        student=Shape("llava", decoder(640, 12, 1728, 10, 32_000), tower, images),
+        world=WorldSize(samples=48, question=6, answer=9),
         dtype="float32",
         batch=4,
-        steps=2,
-        rounds=rounds,
-        long_steps=10,
+        micro=4,
         scored=12,
         new_tokens=8,
     )
+    return case_of(pair, folder, steps=2, rounds=rounds, long_steps=10)
 
 
-def report(case: Case, *, memory: bool = True) -> list[str]:
-    return [f"### {case.name}", "", *training_table(case, memory=memory), "", *phase_one_table(case), ""]
+def report(case: Case) -> Iterator[str]:
+    build_cache(case.cache, style="quiet")
+    yield f"### {case.name}"
+    yield ""
+    yield from training_table(case)
+    yield ""
+    yield from phase_one_table(case, case.teacher())
+    yield ""
 
 
 def hardware() -> str:
@@ -494,19 +503,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--measure", nargs=2, metavar=("CASE", "ARM"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    if options.measure:
-        path, name = options.measure
-        print(json.dumps(long_run(name, read_case(Path(path)))))
-        return
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
+    if torch.cuda.is_available():
+        raise SystemExit("benchmarks.training: for a CPU (CUDA_VISIBLE_DEVICES=''); a GPU has python -m benchmarks.gpu")
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch, weights_on("cpu"):
+        if options.measure:
+            path, name = options.measure
+            print(json.dumps(long_run(name, read_case(Path(path)))))
+            return
         cases: dict[str, Callable[[], Case]] = {
             "tiny": lambda: tiny_case(Path(scratch) / "tiny", rounds=options.rounds),
             "100M": lambda: hundred_million(Path(scratch) / "100M", rounds=options.rounds),
         }
         print(hardware())
         for name, make in cases.items():
-            if options.only in (None, name):
-                print("\n".join(report(make())), flush=True)
+            for line in report(make()) if options.only in (None, name) else ():
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
