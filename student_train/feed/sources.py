@@ -80,6 +80,11 @@ class CacheSource:
         return cache
 
     @property
+    def caches(self) -> tuple[TeacherCache, ...]:
+        """All that it reads."""
+        return self.cache, *self.others.values()
+
+    @property
     def leaves_out(self) -> bool:
         return False
 

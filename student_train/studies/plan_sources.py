@@ -104,14 +104,16 @@ def epoch_of(config: FitConfig, source: SourceConfig, manifest: Manifest, image_
     names, visual = needed_arrays(config.losses, manifest)
     wanted = {"input_ids", "loss_mask", "runs", *names, *visual}
     arrays = [spec for spec in (*manifest.arrays, *manifest.image_arrays) if spec.name in wanted]
+    size = sum(spec.line_bytes * lines[spec.axis] for spec in arrays)
+    for url in filter(None, (source.before, source.onto)):  # the same rows' states in other caches
+        other = source_manifest(dataclasses.replace(source, cache=url))
+        size += sum(s.line_bytes * lines[s.axis] for s in other.arrays if s.name in ("hidden", "hidden_scale"))
     flops = 0.0
     if any(not isinstance(loss.entry, Answers) for loss in config.losses):
         read = expanded_length(tokens, images, counts["image_positions"])
         flops = 2.0 * _teacher_parameters(str(manifest.teacher.get("model", ""))) * read
     part = samples / whole
-    return Epoch(
-        samples, samples * mean, longest, part * sum(s.line_bytes * lines[s.axis] for s in arrays), part * flops
-    )
+    return Epoch(samples, samples * mean, longest, part * size, part * flops)
 
 
 def distils(source: SourceConfig) -> bool:

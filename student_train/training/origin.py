@@ -17,12 +17,14 @@ Origin = dict[str, str]
 
 def sources_origin(sources: Sequence[SourceConfig]) -> Origin:
     """The fingerprint of each cache, the digest of each data file."""
-    return {
-        f"sources[{n}] ({without_secrets(s.cache or s.data)})": cache_fingerprint(s.cache)
-        if s.cache
-        else _file_digest(Path(s.data))
-        for n, s in enumerate(sources)
-    }
+    found: Origin = {}
+    for n, source in enumerate(sources):
+        content = cache_fingerprint(source.cache) if source.cache else _file_digest(Path(source.data))
+        found[f"sources[{n}] ({without_secrets(source.cache or source.data)})"] = content
+        for name in ("before", "onto"):
+            if url := getattr(source, name):
+                found[f"sources[{n}].{name} ({without_secrets(url)})"] = cache_fingerprint(url)
+    return found
 
 
 def cache_fingerprint(url: str) -> str:

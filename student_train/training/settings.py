@@ -21,7 +21,10 @@ _SPEED = (
     "tracker",
     "threads",
 )
-_PLACE = ("image_folder", "cache", "prefetch_folder", "prefetch_gigabytes", "made_with", "expected", "max_skipped")
+_PLACE = (
+    *("image_folder", "cache", "before", "onto", "prefetch_folder", "prefetch_gigabytes", "made_with", "expected"),
+    "max_skipped",
+)
 
 
 def deciding_settings(config: FitConfig) -> dict[str, Any]:
@@ -39,10 +42,11 @@ def deciding_settings(config: FitConfig) -> dict[str, Any]:
 
 
 def run_settings(config: FitConfig, sources: Sequence[Source]) -> dict[str, Any]:
-    """The same, with each source's content: a cache's fingerprint, the number of plain samples."""
+    """The same, with each source's content: the fingerprints of its caches, the number of plain samples."""
     plain = deciding_settings(config)
     for settings, source in zip(plain["sources"], sources, strict=True):
-        settings["content"] = source.cache.manifest.fingerprint if isinstance(source, CacheSource) else len(source)
+        caches = source.caches if isinstance(source, CacheSource) else ()
+        settings["content"] = [cache.manifest.fingerprint for cache in caches] or len(source)
     return plain
 
 

@@ -148,7 +148,7 @@ class Run:
             dataset=MicroBatches(sources, reader, features, train.pixel_cache, train.pack),
             folder=folder,
             settings=run_settings(config, sources),
-            caches=[cache_facts(s.cache) for s in sources if isinstance(s, CacheSource)],
+            caches=[cache_facts(c) for s in sources if isinstance(s, CacheSource) for c in s.caches],
             stop=stop or Stop(),
             skipped=skipped_file(folder, sources, accelerator.is_main_process),
         )

@@ -7,7 +7,7 @@ lines, laid out by the writer's own rule in shards of mean size. Token counts of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,10 +134,9 @@ def plan_cache(config: CacheConfig, *, answer_factor: float = 1.0, throughput: T
         name: _part_bytes(as_preset(config.signals, name), config, shape, lines, shards, texts) for name in PRESETS
     }
     rate = throughput or assumed_throughput(size_of(model).language)
-    again = kept & (image > 0) & (config.signals.advantage != "none")
-    scored = whole[kept].sum() + whole[again].sum()
+    again = whole * (image > 0) * kept if config.signals.advantage != "none" else 0 * whole
     if config.signals.advantage == "without":
-        scored -= image[again].sum() * of_one.positions
+        again = again - image * kept * of_one.positions
     anew = kept & np.array([c.regenerate and c.sample_id not in answered for c in conversations], np.bool_)
     return CachePlan(
         samples=int(kept.sum()),
@@ -149,11 +148,11 @@ def plan_cache(config: CacheConfig, *, answer_factor: float = 1.0, throughput: T
         shards=shards,
         part_bytes=_part_bytes(config.signals, config, shape, lines, shards, texts),
         preset_bytes={name: sum(sizes.values()) for name, sizes in parts.items()},
-        gpu_hours=rate.hours(scored, prompt[anew].sum(), lengths.answers[anew].sum()),
+        gpu_hours=rate.hours(whole[kept].sum() + again.sum(), prompt[anew].sum(), lengths.answers[anew].sum()),
         throughput=rate,
         memory=teacher_memory(config, model, min(int(whole.max(initial=1)), config.teacher.max_length)),
         free_bytes=storage.free_bytes() if config.output else None,
-        notes=_notes(config, conversations, lengths, chat, answered, answer_factor),
+        notes=(*_notes(config, conversations, lengths, chat, answered, answer_factor), *_scored_again(again, rate)),
     )
 
 
@@ -281,6 +280,14 @@ def _notes(
     if shown and (not folder or not Path(folder).is_dir()):
         notes.append("data.image_folder not found: all images are taken to be there")
     return tuple(notes)
+
+
+def _scored_again(lengths: npt.NDArray[np.int64], rate: Throughput) -> Iterator[str]:
+    """Of ``signals.advantage``: (M,) tokens that a second scoring pass reads of each sample."""
+    if lengths.any():
+        hours = _few_digits(rate.hours(lengths.sum(), 0, 0))
+        count = np.count_nonzero(lengths)
+        yield f"signals.advantage: {count:,} samples are scored a second time, {hours} of the GPU hours"
 
 
 def _few_digits(number: float) -> str:

@@ -12,9 +12,12 @@ from transformers import LlavaForConditionalGeneration
 
 from student_train.config import check_fit_config
 from student_train.losses.catalogue import LossSpec
-from student_train.training.trainer import Run
+from student_train.studies.run_plan import plan_fit
+from student_train.training.origin import changed, sources_origin
+from student_train.training.trainer import Run, fit
 from teacher_cache.config import SignalsConfig
 from teacher_cache.errors import CacheError, ConfigError
+from teacher_cache.store.reader import TeacherCache
 from tests.fixtures.online import TEACHER, Oracle, build, dense_loss, exact_cache, fit_config, states_of
 from tests.fixtures.rounding import MODEL, rounding
 from tests.promises.test_offline_online import gradients, offline_gradients
@@ -68,6 +71,28 @@ def test_the_shifts_loss_and_gradients_are_those_of_the_live_teachers(
     for key, gradient in gradients(run).items():
         allowed = rounding(operations=2 * MODEL) * max(float(gradient.abs().max()), 0.01 * scale)
         assert float((from_cache[key] - gradient).abs().max()) < allowed, key
+
+
+def test_a_plan_counts_the_states_of_every_cache(others: dict[str, tuple[str, Path]], tmp_path: Path) -> None:
+    config = fit_config([LossSpec("forward_kl", source="exact")], tmp_path)
+    shifted = replace(config, sources=(replace(config.sources[0], before=others["before"][0], onto=others["onto"][0]),))
+    plain, whole = (plan_fit(c).cache_bytes for c in (config, shifted))
+    with TeacherCache.open(exact_cache()) as cache:
+        states = cache.manifest.counts["rows"] * cache.manifest.shape.hidden_size * 4
+        samples = len(cache)
+    seen = config.train.max_steps * config.train.global_batch / samples
+    assert whole - plain == pytest.approx(2 * states * seen, rel=1e-6)
+
+
+def test_another_cache_before_or_onto_is_another_run(others: dict[str, tuple[str, Path]], tmp_path: Path) -> None:
+    """A finished run is not taken for that of other caches, and a checkpoint is not gone on from with them."""
+    config = fit_config([LossSpec("forward_kl", source="exact")], tmp_path, max_steps=1)
+    before, onto = others["before"][0], others["onto"][0]
+    one, other = (replace(config.sources[0], before=url) for url in (before, onto))
+    assert [name for name in changed(sources_origin([one]), sources_origin([other])) if ".before" in name]
+    fit(replace(config, sources=(one,)), "quiet")
+    with pytest.raises(CacheError, match=r"sources\[0\]\.content\[1\] was"):
+        fit(replace(config, sources=(other,)), "quiet")
 
 
 def test_a_cache_of_other_answers_is_refused(others: dict[str, tuple[str, Path]], tmp_path: Path) -> None:

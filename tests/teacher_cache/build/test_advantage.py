@@ -103,6 +103,7 @@ def test_a_plan_counts_the_second_pass_and_a_finished_cache_tells_its_rate(
     assert (twice.gpu_hours - once.gpu_hours) * 3600 == pytest.approx(again, rel=0.1)
     assert measured_throughput(Storage(more.output)).read_tokens_per_second == read + again
     assert twice.part_bytes["advantage"] >= 2 * twice.rows
+    assert any(note.startswith("signals.advantage: 3 samples are scored a second time") for note in twice.notes)
 
 
 def test_a_blurred_image_has_its_size_and_no_detail() -> None:
