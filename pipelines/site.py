@@ -199,7 +199,7 @@ def _flowing(text: str) -> str:
 
 
 def results() -> list[str]:
-    return [page for page in page_places() if page.startswith("docs/results/")]
+    return [page for page in page_places() if page.startswith("docs/results")]
 
 
 def build(folder: Path) -> None:
