@@ -18,7 +18,7 @@ from torch import Tensor
 
 from student_train.feed.batch import StudentBatch, row_weights, weighed_by
 from student_train.losses.by_source import row_loss
-from student_train.losses.catalogue import MEASURED_BY, Answers, Drawable, Logits, LossSpec
+from student_train.losses.catalogue import DEFAULT_LOSS, MEASURED_BY, Answers, Drawable, Logits, LossSpec
 from student_train.losses.head_loss import LogitHead, head_losses
 from student_train.losses.needs import check_losses, check_shared
 from student_train.losses.targets import RowTargets, TeacherSide
@@ -32,7 +32,7 @@ from teacher_cache.terminal import without_secrets
 Loss = str | Mapping[str, Any] | LossSpec
 """A loss by its name, its settings as a configuration file has them, or a ``LossSpec``."""
 SIGNALS = {source: LossSpec(MEASURED_BY, source=source) for source in get_args(Drawable.sources)} | {
-    "advantage": LossSpec("cross_entropy", advantage_share=0.5)
+    "advantage": LossSpec(DEFAULT_LOSS.name, advantage_share=0.5)
 }
 """What a batch may hold of its teacher beside the answers, by the losses' ``source``, and what rows are weighed by: a
 loss that reads all of it."""
