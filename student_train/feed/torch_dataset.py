@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import GenerationConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from student_train.config import FitConfig, SourceConfig, StudentConfig, TrainConfig
@@ -28,7 +27,7 @@ from student_train.students.reader import prepare_reader
 from teacher_cache.data.conversations import Conversation
 from teacher_cache.errors import ConfigError, UserError
 from teacher_cache.models.model_config import position_limit
-from teacher_cache.models.pretrained import read_config
+from teacher_cache.models.pretrained import read_config, read_generation_config
 
 
 @dataclass(frozen=True)
@@ -159,11 +158,7 @@ def _facts(processor: Any, model: Any) -> StudentFacts:
     if model is not None and not isinstance(model, (str, Path)):
         return StudentFacts(model.config, getattr(model, "generation_config", None))
     name = str(model or getattr(processor, "tokenizer", processor).name_or_path)
-    try:
-        generation = GenerationConfig.from_pretrained(name)
-    except OSError:  # a folder without that file
-        generation = None
-    return StudentFacts(read_config("model", name), generation)
+    return StudentFacts(read_config("model", name), read_generation_config(name))
 
 
 def _check_family(processor: Any, config: Any) -> None:

@@ -43,6 +43,16 @@ def read_tokenizer(setting: str, name: str, revision: str = "") -> Any:
         return AutoTokenizer.from_pretrained(name, revision=revision or None, trust_remote_code=False)
 
 
+def read_generation_config(name: str) -> Any:
+    """How ``name`` says that it generates; None where it does not."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:  # no such file
+        return None
+
+
 def read_image_processor(setting: str, name: str) -> Any:
     """The image processor of ``name``, Pillow's version: its pixels are the same with and without torchvision."""
     from transformers import AutoImageProcessor

@@ -55,7 +55,7 @@ with locked(Storage(url, options)):
 
 def hold(output: Storage) -> subprocess.Popen[str]:
     """A process of its own that has the lock by the time this returns."""
-    arguments = json.dumps([output.url, output._options])
+    arguments = json.dumps([output.url, output.options])
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
