@@ -121,9 +121,7 @@ def test_the_readme_s_own_loop_runs_as_it_is_printed(
     assert len([line for line in code.splitlines() if line]) <= 9
     server = S3Server()
     try:
-        keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-        for name, value in {**keys, "AWS_ENDPOINT_URL": server.options["client_kwargs"]["endpoint_url"]}.items():
-            monkeypatch.setenv(name, value)
+        server.by_environment(monkeypatch)
         store = fsspec.filesystem("s3", **server.options)
         store.put("runs/tiny/cache", f"{server.bucket('lab')}/qwen-7b", recursive=True)
         (tiny / "data").mkdir()

@@ -149,13 +149,7 @@ def test_loader_processes_copy_ahead_into_one_folder(
     config: Callable[..., FitConfig], local: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     server = S3Server()
-    for name, value in {
-        "AWS_ENDPOINT_URL": server.options["client_kwargs"]["endpoint_url"],
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
+    server.by_environment(monkeypatch)
     url = f"{server.bucket('training')}/cache"
     fsspec.filesystem("s3", **server.options).put(str(local), url, recursive=True)
     run = Run.prepare(config(cache=url, prefetch_folder=str(tmp_path / "copies")))
