@@ -20,6 +20,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from benchmarks.chaos_builds import Stage, content, local_files
@@ -114,7 +115,7 @@ def _heard(side: Side) -> bool:
 
 @contextmanager
 def _sides(folder: Path, path: str, command: Callable[[str, Callable[[Any], Any]], None]) -> Iterator[list[Side]]:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a forked torch can find its pool of threads broken
     together, sides = context.Barrier(2), []
     for number in range(2):
         mine, theirs = context.Pipe()
@@ -150,5 +151,6 @@ def _side(
 
         return told
 
+    torch.set_num_threads(1)  # as the run by itself
     together.wait(PATIENCE)
     command(path, at_work)
