@@ -46,7 +46,7 @@ runs/tiny/prepared.json: | .venv/ready
 
 world: runs/tiny/prepared.json ## render the tiny world and write its students; WORLD="--train-images 100" ...
 
-demo: world      ## both phases on the tiny world and one table (under 15 minutes on 2 cores); SET="--set seeds=[0]" ...
+demo: world      ## both phases on the tiny world and one table (a quarter of an hour on 2 cores, installation included); SET="--set seeds=[0]" ...
 	$(V)/teacher-cache demo $(SET)
 
 ifeq ($(BACKEND),vllm)
@@ -65,7 +65,7 @@ cache-teacher: $(PHASE_ONE_ENV) $(if $(CONFIG),,world) ## phase one: CONFIG=file
 distill: .venv/ready $(if $(CONFIG),,world) ## phase two: CONFIG=file.yaml
 	$(V)/student-train fit $(or $(CONFIG),$(TINY)/distill.yaml) $(SET)
 
-ablate: .venv/ready world ## miniature LLAVADI tables 1 to 5 (under 90 minutes on 2 cores)
+ablate: .venv/ready world ## miniature LLAVADI tables 1 to 5
 	$(V)/python -m pipelines.tiny.prepare --folder runs/tiny/more --train-images 200 --dev-images 0 --test-images 0 --seed 1 --students 0
 	$(V)/teacher-cache build $(TINY)/cache_full.yaml
 	$(V)/teacher-cache build $(TINY)/cache_more.yaml

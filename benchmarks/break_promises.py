@@ -1,6 +1,6 @@
 """Break each promise of docs/design.md in a copy of the project, and see the tests that guard it fail.
 
-    python -m benchmarks.break_promises            # all of them, about ten minutes
+    python -m benchmarks.break_promises            # all of them
     python -m benchmarks.break_promises --only 1   # those of promise 1
 
 A promise whose tests stay green while it is broken is a promise that nobody guards: then this exits with 1.

@@ -215,9 +215,7 @@ def export_answers(
 
 @app.command()
 def demo(
-    short: Annotated[
-        bool, typer.Option(help="a small world and a few steps, under a minute: does it all run?")
-    ] = False,
+    short: Annotated[bool, typer.Option(help="a small world and a few steps: does it all run?")] = False,
     sets: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the demo's ablation file")] = None,
 ) -> None:
     """Both phases on the tiny world that comes with the package, one table and two pages, in ./runs."""

@@ -121,7 +121,8 @@ class Teacher:
         return hidden.decode(slice(None))
 
     def row_loss(self, loss: Loss, logits: Tensor) -> Tensor:
-        """(R,) one loss, unweighted and not reduced, of the student's ``logits``: (R, V), or the model's (B, S, V).
+        """(R,) one loss, not reduced, of the student's ``logits``: (R, V), or the model's (B, S, V). Its ``weight`` is
+        left out; rows that it leaves out (``rows: llavadi``) are 0, and ``advantage_share`` is in.
 
         Raises ``LossError``, ``ConfigError``, ``CacheError``: no loss of single rows' logits, or one that takes what
         was not read; with what to do.

@@ -248,7 +248,7 @@ def check_config(config: CacheConfig) -> None:
     if not config.teacher.model:
         raise ConfigError("teacher.model: not set; name a model (a folder or a hub name)")
     if not config.data.path:
-        raise ConfigError("data.path: not set; name a LLaVA JSON, JSONL or Parquet file")
+        raise ConfigError("data.path: not set; name a JSON, JSON lines, Parquet or Arrow file, or hf://datasets/…")
     signals = config.signals
     if 1.0 not in signals.temperatures:
         raise ConfigError("signals.temperatures: must contain 1.0, the temperature of topk_logprobs")
